@@ -1,0 +1,142 @@
+"""The fused cache: a transformers cache that puts stored KV in place, layer by layer, as the model asks for it.
+
+Until its prefill is over it is empty to the outside. In the prefill, `update` gives the model the whole
+prompt's keys and values: stored ones re-rotated to their positions, and the fresh rows scattered over them.
+Afterwards it is an ordinary `DynamicCache` that grows token by token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from chunkcache.blend.plan import Plan
+from chunkcache.blend.rotary import Rotary
+
+
+class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error
+    """Carries the keys and values of a layer out of its forward, before attention is computed."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__("probed")
+        self.fresh = torch.cat((key, value))
+
+
+class FusedCache(DynamicCache):
+    """Keys and values of one plan, assembled lazily.
+
+    Args:
+        config: the model's text config, for its layer types.
+        plan: what is reused where.
+        rotaries: how each layer's keys are rotated; None for a layer without RoPE.
+
+    Attributes:
+        rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
+        assemble_s: seconds spent loading and re-rotating stored KV (host time).
+        computed: token-layers computed.
+    """
+
+    def __init__(self, config: PreTrainedConfig, plan: Plan, rotaries: Sequence[Rotary | None]) -> None:
+        super().__init__(config=config)
+        self.plan = plan
+        self.prefilled = False
+        self.assemble_s = 0.0
+        self.computed = 0
+        self._rotaries = rotaries
+        self.go_on_with(torch.empty(0, dtype=torch.int64))
+        self._probing = False
+        self._assembled: dict[int, Tensor] = {}
+
+    def go_on_with(self, rows: Tensor) -> None:
+        """Set the positions `[rows]` (sorted, on the CPU) that the model computes from here on."""
+        self.rows = rows
+        self._contiguous = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
+        self._rows_on: dict[torch.device, Tensor] = {}
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """Return `rows` on `device`, copied there once."""
+        if device not in self._rows_on:
+            self._rows_on[device] = self.rows.to(device, non_blocking=True)
+        return self._rows_on[device]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the fresh KV `[1, kv_heads, rows, head_dim]` of `rows`; return those of the whole prompt."""
+        if self.prefilled:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return keys, values
+        if self._probing:
+            raise Probed(key_states, value_states)
+        both = self.assemble(layer_idx, key_states)
+        self._scatter(both, key_states, value_states)
+        self._assembled.pop(layer_idx)
+        self.computed += key_states.shape[2]
+        layer = self.layers[layer_idx]
+        layer.lazy_initialization(key_states, value_states)
+        layer.keys, layer.values = both[:1], both[1:]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = len(self.plan)
+        return layer.keys, layer.values
+
+    def assemble(self, layer_idx: int, like: Tensor) -> Tensor:
+        """Return `[2, kv_heads, tokens, head_dim]` of layer `layer_idx`, stored KV in place, the rest undefined.
+
+        `like` is any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
+        """
+        if layer_idx not in self._assembled:
+            started = time.perf_counter()
+            _, kv_heads, _, head_dim = like.shape
+            both = like.new_empty(2, kv_heads, len(self.plan), head_dim)
+            rotary = self._rotaries[layer_idx]
+            for segment in self.plan.segments:
+                stored = segment.kv.layers[layer_idx][:, :, segment.first : segment.first + segment.length]
+                target = both[:, :, segment.start : segment.end]
+                target[1].copy_(stored[1], non_blocking=True)
+                if rotary is None:
+                    target[0].copy_(stored[0], non_blocking=True)
+                else:
+                    rotary.shift(stored[0], segment.delta, target[0])
+            self._assembled[layer_idx] = both
+            self.assemble_s += time.perf_counter() - started
+        return self._assembled[layer_idx]
+
+    def probe(self, layer: Any, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Run a decoder layer only up to its keys and values, and keep these for all of `rows`.
+
+        Returns:
+            fresh and stored KV of `rows` at this layer, each `[2, kv_heads, rows, head_dim]`.
+        """
+        self._probing = True
+        try:
+            layer.forward(*args, **kwargs)
+        except Probed as probed:
+            fresh = probed.fresh
+        finally:
+            self._probing = False
+        both = self.assemble(layer_idx, fresh[:1])
+        stored = both.index_select(2, self.rows_on(both.device))
+        self._scatter(both, fresh[:1], fresh[1:])
+        return fresh, stored
+
+    def trim(self) -> None:
+        """Let sliding-window layers forget what lies before their window, as transformers' own cache does."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                keep = layer.sliding_window - 1
+                layer.keys, layer.values = layer.keys[:, :, -keep:], layer.values[:, :, -keep:]
+
+    def _scatter(self, both: Tensor, key: Tensor, value: Tensor) -> None:
+        if self._contiguous:
+            target = both[:, :, int(self.rows[0]) : int(self.rows[-1]) + 1]
+            target[0], target[1] = key[0], value[0]
+        else:
+            rows = self.rows_on(both.device)
+            both[0].index_copy_(1, rows, key[0])
+            both[1].index_copy_(1, rows, value[0])

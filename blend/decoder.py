@@ -1,0 +1,169 @@
+"""What selective prefill needs to know of a Hugging Face decoder model, found out once.
+
+No model is forked and no family has code of its own here: layers, windows and rotary functions are read off
+the model, what cannot be served right is refused with the reason, and `selfcheck` proves the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from chunkcache.blend.attention import additive_mask, visible_intervals
+from chunkcache.blend.rotary import Rotary
+from chunkcache.errors import InputError, UnsupportedModelError
+
+_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+
+
+class Decoder:
+    """A decoder-only model with rotary positions, seen from outside.
+
+    Attributes:
+        model: the Hugging Face model; never modified.
+        config: its text config.
+        layers: the decoder layers, in order.
+        rotaries: how each layer's keys are rotated; `selfcheck` sets those without RoPE to None.
+        max_tokens: longest prompt that is served right, in tokens.
+        lock: held while a selective prefill borrows the model.
+
+    Raises:
+        UnsupportedModelError: the architecture or configuration cannot be served right; the message says why.
+        InputError: the model is on the meta device or in training mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+        self._refuse_unsupported()
+        self.layers = self._find_layers()
+        self._types = self._find_layer_types()
+        self._windows = self._find_windows()
+        self.rotaries: list[Rotary | None] = self._find_rotaries()
+        self.max_tokens = self._find_max_tokens()
+        self.lock = _LOCKS.setdefault(model, threading.RLock())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's input."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model's weights, and so of its KV."""
+        return self.model.dtype
+
+    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Run the model on `input_ids` `[batch, tokens]`, filling `cache`; return its last logits `[batch, vocab]`."""
+        keep = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        with torch.no_grad():
+            output = self.model(
+                input_ids=input_ids.to(self.device), past_key_values=cache, use_cache=True, return_dict=True, **keep
+            )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def masks(self, rows: Tensor, length: int) -> Any:
+        """Return what the model takes as `attention_mask` for `rows` `[rows]` of a prompt of `length` tokens.
+
+        One mask where all layers see alike, else a dict of one mask per layer type.
+        """
+        by_type = {kind: self._mask(rows, length, self._windows[i]) for i, kind in enumerate(self._types)}
+        return by_type if len(by_type) > 1 else next(iter(by_type.values()))
+
+    def mask(self, layer_idx: int, masks: Any) -> Any:
+        """Return the one of `masks` that layer `layer_idx` takes."""
+        return masks[self._types[layer_idx]] if isinstance(masks, dict) else masks
+
+    def _mask(self, rows: Tensor, length: int, window: int | None) -> Tensor:
+        intervals = visible_intervals(rows, window)
+        if self.config._attn_implementation == "eager":
+            return additive_mask(intervals, length, self.dtype)
+        return intervals
+
+    def _refuse_unsupported(self) -> None:
+        name = type(self.model).__name__
+        if self.model.config.is_encoder_decoder:
+            raise UnsupportedModelError(f"{name} is an encoder-decoder; chunkcache serves decoder-only models")
+        if self.model.device.type == "meta":
+            raise InputError(f"{name} is on the meta device: load its weights before wrapping it")
+        if self.model.training:
+            raise InputError(f"{name} is in training mode, where dropout changes the KV: call model.eval() first")
+        attention = self.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise UnsupportedModelError(
+                f"{name} uses attn_implementation={attention!r}, which takes no mask for scattered rows; "
+                "load it with attn_implementation='sdpa' (or 'eager')"
+            )
+
+    def _find_layers(self) -> Sequence[nn.Module]:
+        count = self.config.num_hidden_layers
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count and self._attention_of(module[0]) is not None:
+                return list(module)
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} has no list of {count} decoder layers with attention in each"
+        )
+
+    @staticmethod
+    def _attention_of(layer: nn.Module) -> nn.Module | None:
+        """Return the submodule that holds the layer index, which is the one that updates the cache."""
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int) and any(True for _ in module.children()):
+                if module is not layer:
+                    return module
+        return None
+
+    def _find_layer_types(self) -> list[str]:
+        types = getattr(self.config, "layer_types", None)
+        count = self.config.num_hidden_layers
+        return list(types)[:count] if types is not None else ["attention"] * count
+
+    def _find_windows(self) -> list[int | None]:
+        """Ask transformers which cache each layer would get: that tells full, sliding and all else apart."""
+        windows: list[int | None] = []
+        for index, layer in enumerate(DynamicCache(config=self.config).layers):
+            kind = self._types[index] if index < len(self._types) else type(layer).__name__
+            if type(layer) is DynamicSlidingWindowLayer and "chunked" not in kind:
+                windows.append(layer.sliding_window)
+            elif type(layer) is DynamicLayer:
+                windows.append(None)
+            else:
+                raise UnsupportedModelError(
+                    f"layer {index} of {type(self.model).__name__} is of type {kind!r} ({type(layer).__name__}): "
+                    "only full and sliding-window attention keep one KV per token that can be reused"
+                )
+        return windows
+
+    def _find_rotaries(self) -> list[Rotary | None]:
+        name = type(self.model).__name__
+        embeddings = [m for path, m in self.model.named_modules() if path.endswith(("rotary_emb", "rotary_pos_emb"))]
+        attention = self._attention_of(self.layers[0])
+        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        if not embeddings or apply is None:
+            raise UnsupportedModelError(
+                f"{name} has no rotary position embedding (RoPE): its keys cannot be moved to other positions"
+            )
+        head_dim = getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+        by_type = {kind: Rotary(embeddings[0], apply, head_dim, kind) for kind in dict.fromkeys(self._types)}
+        return [by_type[kind] for kind in self._types]
+
+    def _find_max_tokens(self) -> int:
+        """Return the context length, or the length where a RoPE that depends on it would switch."""
+        limit = int(self.config.max_position_embeddings)
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        for rope in nested or [parameters]:
+            if rope.get("rope_type") == "longrope":
+                limit = min(limit, int(rope["original_max_position_embeddings"]))
+        return limit

@@ -1,0 +1,108 @@
+"""Re-rotation: moving stored keys from the positions they were computed at to those of this prompt.
+
+RoPE rotates pairs of key dimensions by an angle proportional to the position, and rotations compose: keys
+rotated for position p and rotated again by the angles of d are the keys for position p + d (RoFormer,
+arXiv 2104.09864, eq. 34). Which dimensions form a pair, and by which angle each turns, is read off the
+model's own functions, so that scaled, partial and interleaved variants need no code of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkcache.errors import UnsupportedModelError
+
+ApplyRotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Rotary:
+    """Rotates keys by a position delta, the way one layer type of one model does.
+
+    Args:
+        embedding: the model's rotary embedding module, `(x, position_ids[, layer_type]) -> (cos, sin)`.
+        apply: the model's own `apply_rotary_pos_emb(q, k, cos, sin)`.
+        head_dim: size of the last dimension of a key.
+        layer_type: passed to `embedding` where it takes one (models with several RoPEs).
+
+    Raises:
+        UnsupportedModelError: the pairs are neither two halves nor neighbours.
+    """
+
+    def __init__(self, embedding: nn.Module, apply: ApplyRotary, head_dim: int, layer_type: str) -> None:
+        self._embedding = embedding
+        self._apply = apply
+        self._head_dim = head_dim
+        takes_type = "layer_type" in inspect.signature(embedding.forward).parameters
+        self._arguments: dict[str, Any] = {"layer_type": layer_type} if takes_type else {}
+        self._first, self._second, self.rotary_dim = self._find_pairs()
+        self.rotation = lru_cache(maxsize=1024)(self._rotation)
+
+    def shift(self, keys: Tensor, delta: int, out: Tensor) -> None:
+        """Write `keys` `[kv_heads, tokens, head_dim]`, rotated by `delta` positions, into `out` of that shape."""
+        if delta == 0:
+            out.copy_(keys, non_blocking=True)
+            return
+        cos, sin = self.rotation(delta)
+        keys = keys.to(out.device, non_blocking=True)
+        if keys.dtype != torch.float32:
+            self._turn(keys.float(), cos, sin, turned := torch.empty_like(keys, dtype=torch.float32))
+            out.copy_(turned)
+        else:
+            self._turn(keys, cos, sin, out)
+
+    def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        first, second = keys[..., self._first], keys[..., self._second]
+        torch.mul(first, cos, out=out[..., self._first]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out[..., self._second]).addcmul_(first, sin)
+        if self.rotary_dim < self._head_dim:
+            out[..., self.rotary_dim :].copy_(keys[..., self.rotary_dim :])
+
+    @torch.no_grad()
+    def _rotation(self, delta: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin `[rotary_dim / 2]` of the angles of `delta`, float32, free of attention scaling."""
+        turned = self._turned_basis(*self._cos_sin(delta))
+        cos = turned[self._first, self._first].diagonal()
+        sin = turned[self._first, self._second].diagonal()
+        scale = torch.sqrt(cos * cos + sin * sin)   # YaRN and longrope scale cos and sin alike
+        return cos / scale, sin / scale
+
+    def _cos_sin(self, position: int) -> tuple[Tensor, Tensor]:
+        buffer = next(self._embedding.buffers())
+        probe = torch.zeros(1, 1, 1, device=buffer.device)
+        positions = torch.tensor([[position]], device=buffer.device)
+        cos, sin = self._embedding(probe, positions, **self._arguments)
+        return cos, sin
+
+    def _turned_basis(self, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return `[head_dim, head_dim]`: row i is what the model makes of the i-th unit vector."""
+        size = self._head_dim
+        basis = torch.eye(size, device=cos.device)[None, None]
+        _, turned = self._apply(basis, basis, cos.expand(1, size, -1), sin.expand(1, size, -1))
+        return turned[0, 0]
+
+    @torch.no_grad()
+    def _find_pairs(self) -> tuple[slice, slice, int]:
+        """Turn every pair by a right angle and see which dimension each unit vector lands on."""
+        cos, sin = self._cos_sin(1)
+        turned = self._turned_basis(torch.zeros_like(cos), torch.ones_like(sin)).round().cpu()
+        rotary_dim = int((turned.diagonal() == 0).sum())
+        for first, second in (
+            (slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)),
+            (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)),
+        ):
+            expected = torch.eye(self._head_dim)
+            expected[:rotary_dim, :rotary_dim] = 0
+            expected[first, second] = torch.eye(rotary_dim // 2)
+            expected[second, first] = -torch.eye(rotary_dim // 2)
+            if rotary_dim and torch.equal(turned, expected):
+                return first, second, rotary_dim
+        raise UnsupportedModelError(
+            f"{type(self._embedding).__name__} pairs the key dimensions in an unknown way, so stored keys "
+            "cannot be moved to other positions"
+        )

