@@ -5,7 +5,7 @@ A policy is one file here, a frozen dataclass that subclasses `Policy`, and one 
 
 from __future__ import annotations
 
-from chunkcache.blend.cache import FusedCache
+from chunkcache.blend.cache import FusedCache, layer_kv
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.full import Full
@@ -48,6 +48,7 @@ __all__ = [
     "Segment",
     "SelectivePrefill",
     "SelfCheck",
+    "layer_kv",
     "parse_policy",
     "self_check",
 ]

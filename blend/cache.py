@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
+
+
+def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values `[batch, kv_heads, tokens, head_dim]` that `cache` holds of layer `index`."""
+    layer: Any = cache.layers[index]
+    return layer.keys, layer.values
 
 
 class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error
@@ -78,7 +84,7 @@ class FusedCache(DynamicCache):
         self._scatter(both, key_states, value_states)
         self._assembled.pop(layer_idx)
         self.computed += key_states.shape[2]
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         layer.lazy_initialization(key_states, value_states)
         layer.keys, layer.values = both[:1], both[1:]
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -107,7 +113,9 @@ class FusedCache(DynamicCache):
             self.assemble_s += time.perf_counter() - started
         return self._assembled[layer_idx]
 
-    def probe(self, layer: Any, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def probe(
+        self, layer: Any, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """Run a decoder layer only up to its keys and values, and keep these for all of `rows`.
 
         Returns:
@@ -127,10 +135,11 @@ class FusedCache(DynamicCache):
 
     def trim(self) -> None:
         """Let sliding-window layers forget what lies before their window, as transformers' own cache does."""
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 keep = layer.sliding_window - 1
-                layer.keys, layer.values = layer.keys[:, :, -keep:], layer.values[:, :, -keep:]
+                keys, values = layer_kv(self, index)
+                layer.keys, layer.values = keys[:, :, -keep:], values[:, :, -keep:]
 
     def _scatter(self, both: Tensor, key: Tensor, value: Tensor) -> None:
         if self._contiguous:

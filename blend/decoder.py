@@ -62,10 +62,11 @@ class Decoder:
         return self.model.dtype
 
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """Run the model on `input_ids` `[batch, tokens]`, filling `cache`; return its last logits `[batch, vocab]`."""
-        keep = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        """Run the model on `input_ids` `[batch, tokens]`, filling `cache`; return last logits `[batch, vocab]`."""
+        model: Any = self.model
+        keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         with torch.no_grad():
-            output = self.model(
+            output = model(
                 input_ids=input_ids.to(self.device), past_key_values=cache, use_cache=True, return_dict=True, **keep
             )
         logits: Tensor = output.logits[:, -1]
@@ -107,7 +108,11 @@ class Decoder:
     def _find_layers(self) -> Sequence[nn.Module]:
         count = self.config.num_hidden_layers
         for module in self.model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count and self._attention_of(module[0]) is not None:
+            if (
+                isinstance(module, nn.ModuleList)
+                and len(module) == count
+                and self._attention_of(module[0]) is not None
+            ):
                 return list(module)
         raise UnsupportedModelError(
             f"{type(self.model).__name__} has no list of {count} decoder layers with attention in each"
@@ -117,9 +122,9 @@ class Decoder:
     def _attention_of(layer: nn.Module) -> nn.Module | None:
         """Return the submodule that holds the layer index, which is the one that updates the cache."""
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int) and any(True for _ in module.children()):
-                if module is not layer:
-                    return module
+            has_index = isinstance(getattr(module, "layer_idx", None), int)
+            if has_index and module is not layer and any(True for _ in module.children()):
+                return module
         return None
 
     def _find_layer_types(self) -> list[str]:

@@ -84,7 +84,7 @@ def parse_policy(text: str | Policy, policies: Mapping[str, type[Policy]]) -> Po
 
 
 def _convert(field: Field[Any], value: str, text: str) -> Any:
-    kind = type(field.default)
+    kind: Any = type(field.default)
     try:
         return kind(value)
     except ValueError:

@@ -69,7 +69,7 @@ class Rotary:
         turned = self._turned_basis(*self._cos_sin(delta))
         cos = turned[self._first, self._first].diagonal()
         sin = turned[self._first, self._second].diagonal()
-        scale = torch.sqrt(cos * cos + sin * sin)   # YaRN and longrope scale cos and sin alike
+        scale = torch.sqrt(cos * cos + sin * sin)  # YaRN and longrope scale cos and sin alike
         return cos / scale, sin / scale
 
     def _cos_sin(self, position: int) -> tuple[Tensor, Tensor]:

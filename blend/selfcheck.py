@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from chunkcache.blend.decoder import Decoder
+from chunkcache.blend.cache import FusedCache, layer_kv
 from chunkcache.blend.cacheblend import CacheBlend
+from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan, Segment
 from chunkcache.blend.prefill import SelectivePrefill
 from chunkcache.blend.prefix import Prefix
@@ -67,8 +68,8 @@ def self_check(decoder: Decoder) -> SelfCheck:
         SelfCheckError: an error is over the tolerance of the model's dtype.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = decoder.model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, TOKENS), generator=generator)
+    embedding: Any = decoder.model.get_input_embeddings()
+    ids = torch.randint(embedding.num_embeddings, (1, TOKENS), generator=generator)
     rotation_error = _check_rotation(decoder, ids)
     logits_error, cache_error = _check_selective(decoder, ids)
     result = SelfCheck(
@@ -102,7 +103,7 @@ def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
     _, there = _own_prefill(decoder, ids, DELTA)
     worst = 0.0
     for index, rotary in enumerate(decoder.rotaries):
-        keys, wanted = here.layers[index].keys[0], there.layers[index].keys[0]
+        keys, wanted = layer_kv(here, index)[0][0], layer_kv(there, index)[0][0]
         moved = torch.empty_like(keys)
         if rotary is not None:
             rotary.shift(keys, DELTA, moved)
@@ -115,17 +116,22 @@ def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
 
 def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
     logits, own = _own_prefill(decoder, ids)
-    right = [torch.cat((layer.keys, layer.values)) for layer in own.layers]
+    right = [torch.cat(layer_kv(own, index)) for index in range(len(own.layers))]
     wrong = [layer.neg() for layer in right]
-    logits_errors, cache_errors = [], []
+    logits_errors: list[float] = []
+    cache_errors: list[float] = []
+
+    def compare(fused: FusedCache) -> None:
+        for index in range(len(own.layers)):
+            pairs = zip(layer_kv(fused, index), layer_kv(own, index), strict=True)
+            cache_errors.extend(_error(value, wanted) for value, wanted in pairs)
+
     for policy, stored in ((Prefix(), wrong), (Reuse(), right), (CacheBlend(ratio=0.5), right)):
         token_ids = ids[0].tolist()
         segment = Segment(4, ChunkKV.of(token_ids, 0, stored), 4, TOKENS - 8)
-        with SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy) as prefill:
+        with SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare) as prefill:
             fused_logits = decoder.prefill(ids, prefill.cache)[0]
         logits_errors.append(_error(fused_logits, logits))
-        for fused, layer in zip(prefill.cache.layers, own.layers, strict=True):
-            cache_errors += [_error(fused.keys, layer.keys), _error(fused.values, layer.values)]
     return max(logits_errors), max(cache_errors)
 
 

@@ -5,30 +5,35 @@
     llm = chunkcache.wrap(model, tokenizer)
     llm.precompute(texts)
     out = llm.generate("question", chunks=texts)
+
+The names below are imported when they are first used, because torch and transformers take seconds to import.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
-from chunkcache.errors import (
-    ChunkCacheError,
-    ContextLengthError,
-    DocumentError,
-    InputError,
-    ModelNotFoundError,
-    PolicyError,
-    PromptError,
-    SelfCheckError,
-    StoreURLError,
-    TokenizerMismatchError,
-    UnsupportedModelError,
-)
-from chunkcache.generation import Generation, TextStream
-from chunkcache.llm import CachedLLM, Precomputed, Prefilled, wrap
-from chunkcache.models import load_model
-from chunkcache.stats import RequestStats
-from chunkcache.store import Store, open_store
+if TYPE_CHECKING:
+    from chunkcache.errors import (
+        ChunkCacheError,
+        ContextLengthError,
+        DocumentError,
+        InputError,
+        ModelNotFoundError,
+        PolicyError,
+        PromptError,
+        SelfCheckError,
+        StoreURLError,
+        TokenizerMismatchError,
+        UnsupportedModelError,
+    )
+    from chunkcache.generation import Generation, TextStream
+    from chunkcache.llm import CachedLLM, Precomputed, Prefilled, wrap
+    from chunkcache.models import load_model
+    from chunkcache.stats import RequestStats
+    from chunkcache.store import Store, open_store
 
 __version__ = _version("chunkcache")
 
@@ -56,3 +61,22 @@ __all__ = [
     "open_store",
     "wrap",
 ]
+
+_HOMES = {
+    "generation": ("Generation", "TextStream"),
+    "llm": ("CachedLLM", "Precomputed", "Prefilled", "wrap"),
+    "models": ("load_model",),
+    "stats": ("RequestStats",),
+    "store": ("Store", "open_store"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'chunkcache' has no attribute {name!r}")
+    return getattr(import_module(f"chunkcache.{_HOME_OF.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

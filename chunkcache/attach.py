@@ -39,7 +39,7 @@ class Attachment:
             return
         model = self._decoder.model
         self._shadowed = model.__dict__.get("generate")
-        own = model.generate
+        own: Any = model.generate
 
         @functools.wraps(own)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -84,9 +84,7 @@ class Attachment:
             and 1 < input_ids.shape[1] <= self._decoder.max_tokens
             and (mask is None or bool(mask.all()))
             and all(kwargs.get(name) is None for name in ("past_key_values", "inputs_embeds"))
-            and all(
-                setting(model, kwargs, name) is None for name in ("cache_implementation", "prefill_chunk_size")
-            )
+            and all(setting(model, kwargs, name) is None for name in ("cache_implementation", "prefill_chunk_size"))
             and setting(model, kwargs, "use_cache") is not False
             and (setting(model, kwargs, "num_return_sequences") or 1) == 1
             and not needs_finished_cache(model, kwargs)

@@ -69,7 +69,9 @@ class TextStream:
         result: the whole `Generation`, once the iteration is over.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, run: Callable[[Any, StoppingCriteria], Generation]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, run: Callable[[Any, StoppingCriteria], Generation]
+    ) -> None:
         self.result: Generation | None = None
         self._error: BaseException | None = None
         self._stop = threading.Event()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             token is the model's.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    rows = model.get_input_embeddings().num_embeddings
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise TokenizerMismatchError(

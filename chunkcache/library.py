@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import DynamicCache
 
-from chunkcache.blend import Decoder, FusedCache
+from chunkcache.blend import Decoder, FusedCache, layer_kv
 from chunkcache.errors import ContextLengthError
 from chunkcache.kv import ChunkKey, ChunkKV
 from chunkcache.matching import Finder, Known
@@ -100,7 +100,8 @@ class ChunkLibrary:
     def remember(self, cache: FusedCache, token_ids: TokenIds, start: int, end: int) -> None:
         """Store the KV of tokens `start` to `end` of a prompt as they came out in their context."""
         layers = [
-            torch.cat((layer.keys[:, :, start:end], layer.values[:, :, start:end])) for layer in cache.layers
+            torch.cat([part[:, :, start:end] for part in layer_kv(cache, index)])
+            for index in range(len(cache.layers))
         ]
         self.put(token_ids[:start], ChunkKV.of(token_ids[start:end], start, layers))
 
@@ -131,8 +132,8 @@ class ChunkLibrary:
         for row, ids in enumerate(batch):
             end = start + len(ids)
             layers = [
-                torch.stack((layer.keys[row, :, start:end], layer.values[row, :, start:end]))
-                for layer in cache.layers
+                torch.stack([part[row, :, start:end] for part in layer_kv(cache, index)])
+                for index in range(len(cache.layers))
             ]
             yield ChunkKV.of(ids, start, layers)
 

@@ -95,7 +95,7 @@ class CachedLLM:
         self.store = open_store(store) if isinstance(store, str) else store
         self._decoder = Decoder(model)
         check_tokenizer(model, tokenizer)
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.prompts = PromptBuilder(tokenizer, instruction)
         self.self_check = self_check(self._decoder)
@@ -250,8 +250,8 @@ class CachedLLM:
         limit = self._decoder.max_tokens
         if len(ids) + room > limit:
             raise ContextLengthError(
-                f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} tokens; "
-                "pass fewer or shorter chunks, or lower max_new_tokens"
+                f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} "
+                "tokens; pass fewer or shorter chunks, or lower max_new_tokens"
             )
         segments: list[Segment] = []
         if policy.reuses:
@@ -290,9 +290,7 @@ class CachedLLM:
             start += len(chunk)
         return segments
 
-    def _prefill(
-        self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats
-    ) -> tuple[Tensor, FusedCache]:
+    def _prefill(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> tuple[Tensor, FusedCache]:
         before = time.perf_counter()
         with self._selective(prompt, plan, policy) as prefill:
             logits = self._decoder.prefill(self._input_ids(plan), prefill.cache)[0]
@@ -300,9 +298,7 @@ class CachedLLM:
         stats.take(plan, prefill.cache)
         return logits, prefill.cache
 
-    def _finished_inputs(
-        self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats
-    ) -> dict[str, Any]:
+    def _finished_inputs(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> dict[str, Any]:
         input_ids = self._input_ids(plan)
         _, cache = self._prefill(prompt, Plan.of(plan.token_ids[:-1], plan.segments), policy, stats)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
@@ -333,8 +329,8 @@ class CachedLLM:
         stats.ttft_s = first_token_at - started
         sequence = output if isinstance(output, Tensor) else output.sequences
         token_ids = sequence[0, len(plan) :].tolist()
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
-        return Generation(text, token_ids, stats.ttft_s, stats, output)
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return Generation(text.strip(), token_ids, stats.ttft_s, stats, output)
 
     def _selective(self, prompt: Prompt, plan: Plan, policy: Policy) -> SelectivePrefill:
         """Return the context of this request's prefill, storing chunks in their context if the policy wants it."""

@@ -76,8 +76,10 @@ class Finder:
         """Extend an anchor to both sides, not past position `floor`; length 0 if its tokens differ after all."""
         theirs = known.token_ids
         last = 0
-        while position + last < len(ids) and offset + last < len(theirs) and (
-            ids[position + last] == theirs[offset + last]
+        while (
+            position + last < len(ids)
+            and offset + last < len(theirs)
+            and (ids[position + last] == theirs[offset + last])
         ):
             last += 1
         if last < WINDOW:

@@ -21,6 +21,7 @@ import io
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ from chunkcache.errors import InputError, ModelNotFoundError
 
 log = logging.getLogger(__name__)
 
+# from_pretrained swaps out a method of its model class for as long as it runs. Two threads that overlap there
+# can leave weight tying switched off for good, which gives later models a random output layer.
+_ONE_AT_A_TIME = threading.Lock()
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -65,9 +70,7 @@ class PackagedModel:
         # The package is located and not imported: its imports need dependencies that a model file does not.
         spec = importlib.util.find_spec(self.package)
         path = (
-            Path(spec.submodule_search_locations[0], self.file)
-            if spec and spec.submodule_search_locations
-            else None
+            Path(spec.submodule_search_locations[0], self.file) if spec and spec.submodule_search_locations else None
         )
         if path is None or not path.is_file():
             distribution = self.package.replace("_", "-")
@@ -109,7 +112,7 @@ def load_model(
         if on_status is not None:
             on_status(line)
 
-    with _quiet_transformers():
+    with _ONE_AT_A_TIME, _quiet_transformers():
         source = _locate(name, report)
         report(f"loading {name} on {device}")
         model, tokenizer = _from_pretrained(name, source, dtype=dtype)
@@ -207,9 +210,7 @@ def _from_pretrained(
     # Left unset, transformers would ask on the terminal whether to run code that comes with the model.
     common = {"gguf_file": gguf_file, "trust_remote_code": False}
     with _failure_named("model", name, source):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, **common, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **common, **options)
     with _failure_named("tokenizer", name, source):
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
     model, info = loaded

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,7 +92,7 @@ class PromptBuilder:
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}Question: {_QUESTION}"
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": system}] if system else []
-            rendered = tokenizer.apply_chat_template(
+            rendered: Any = tokenizer.apply_chat_template(
                 [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
             )
             start: tuple[int, ...] = ()

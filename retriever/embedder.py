@@ -27,9 +27,7 @@ class Embedder:
     `model` is a folder or a name on the Hugging Face hub. Raises ModelNotFoundError when it cannot be loaded.
     """
 
-    def __init__(
-        self, model: str | Path | None = None, *, device: str | None = None, batch_size: int = 32
-    ) -> None:
+    def __init__(self, model: str | Path | None = None, *, device: str | None = None, batch_size: int = 32) -> None:
         location = _packaged_model() if model is None else model
         folder = Path(location)
         if folder.is_dir() and not (folder / "modules.json").is_file():
@@ -43,9 +41,7 @@ class Embedder:
 
         try:
             with _no_progress_bars():
-                self._model = SentenceTransformer(
-                    str(location), device=device, local_files_only=folder.is_dir()
-                )
+                self._model = SentenceTransformer(str(location), device=device, local_files_only=folder.is_dir())
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(
                 f"no embedding model could be loaded from {str(location)!r} ({error}): give the folder of a "

@@ -56,17 +56,11 @@ class Retriever:
         `on_progress(done, total)` counts embedded passages. Raises DocumentError when the documents have no
         text, InputError as `split` does, and ModelNotFoundError when the default embedder is not installed.
         """
-        chunks = [
-            chunk
-            for document in documents
-            for chunk in split(document, tokenizer, size=size, overlap=overlap)
-        ]
+        chunks = [chunk for document in documents for chunk in split(document, tokenizer, size=size, overlap=overlap)]
         if not chunks:
             raise DocumentError(f"{len(documents)} documents have no text: give at least one that has some")
         embedder = embedder or Embedder()
-        passages = [
-            (owner, text) for owner, chunk in enumerate(chunks) for text in embedder.passages(chunk.text)
-        ]
+        passages = [(owner, text) for owner, chunk in enumerate(chunks) for text in embedder.passages(chunk.text)]
         index = FlatIndex(embedder.dim)
         index.add(embedder.embed([text for _, text in passages], on_progress=on_progress))
         return cls(chunks, [owner for owner, _ in passages], index, embedder)

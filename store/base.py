@@ -100,7 +100,7 @@ class Store(ABC):
             for key in list(self._keys()):
                 self._remove(key)
 
-    def prefetch(self, keys: Iterable[ChunkKey]) -> None:
+    def prefetch(self, keys: Iterable[ChunkKey]) -> None:  # noqa: B027 - a tier may have nothing to do
         """Start bringing `keys` nearer to the model; returns at once. A tier with nothing nearer ignores it."""
 
     def __contains__(self, key: ChunkKey) -> bool:
@@ -113,7 +113,7 @@ class Store(ABC):
             counters = {**asdict(self._stats), "entries": len(self._keys()), "nbytes": self._bytes()}
             return StoreStats(**counters)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a tier may hold nothing
         """Release what the store holds; it is not used afterwards."""
 
     def __enter__(self) -> Store:

@@ -40,7 +40,7 @@ def open_store(url: str, tiers: Mapping[str, type[Store]]) -> Store:
     if parts.netloc or parts.path:
         raise StoreURLError(f"{parts.scheme}:// takes only options, as in {parts.scheme}://?max_bytes=2GiB: {url!r}")
     tier = tiers[parts.scheme]
-    allowed = [name for name in inspect.signature(tier).parameters]
+    allowed = list(inspect.signature(tier).parameters)
     options: dict[str, int] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in allowed:

@@ -7,12 +7,13 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,9 +29,8 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the cache folder or the network of the machine it runs on."""
+    """Keep every test out of the cache folder of the machine it runs on."""
     monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -100,33 +100,40 @@ def test_default_device_is_the_first_available(tiny_folder: Path) -> None:
     assert available_devices()[-1] == "cpu"
 
 
+@pytest.fixture
+def loud_transformers() -> Iterator[None]:
+    """Let transformers show everything it has, which the other tests keep it from."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.INFO)
+    transformers_logging.enable_progress_bar()
+    yield
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(verbosity)
+
+
+@pytest.mark.usefixtures("loud_transformers")
 def test_load_is_quiet_and_restores_what_it_silenced(
     tiny_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformers_logging.set_verbosity_info()
     caplog.set_level(logging.INFO, logger="chunkcache.models")
+    capfd.readouterr()
     lines: list[str] = []
-    try:
-        load_model(str(tiny_folder), device="cpu", on_status=lines.append)
-        assert transformers_logging.get_verbosity() == transformers_logging.INFO
-    finally:
-        transformers_logging.set_verbosity_warning()
+    load_model(str(tiny_folder), device="cpu", on_status=lines.append)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.get_verbosity() == logging.INFO
     assert transformers_logging.is_progress_bar_enabled()
     assert not are_progress_bars_disabled()
-    assert capfd.readouterr() == ("", "")
     assert lines == [f"loading {tiny_folder} on cpu"]
     assert [record.message for record in caplog.records if record.name == "chunkcache.models"] == lines
 
 
+@pytest.mark.usefixtures("loud_transformers")
 def test_settings_are_restored_after_a_failure(tmp_path: Path) -> None:
-    transformers_logging.disable_progress_bar()
-    try:
-        with pytest.raises(ModelNotFoundError):
-            load_model(str(tmp_path), device="cpu")
-        assert not transformers_logging.is_progress_bar_enabled()
-        assert are_progress_bars_disabled()
-    finally:
-        transformers_logging.enable_progress_bar()
+    disable_progress_bars()
+    with pytest.raises(ModelNotFoundError):
+        load_model(str(tmp_path), device="cpu")
+    assert transformers_logging.is_progress_bar_enabled()
+    assert are_progress_bars_disabled()
 
 
 def test_unknown_dtype_lists_the_known() -> None:
@@ -208,22 +215,30 @@ def test_damaged_gguf_leaves_no_folder(tmp_path: Path, content: bytes) -> None:
     assert not [path for path in (cache_dir() / "models").iterdir() if path.is_dir()]
 
 
-def test_concurrent_loads_convert_once(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_loads_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[Path] = []
 
     def convert(name: str, gguf: Path, folder: Path) -> None:
         converted.append(gguf)
         time.sleep(0.2)
-        shutil.copytree(tiny_folder, folder)
+        folder.mkdir()
 
     monkeypatch.setattr(models, "_convert", convert)
     (gguf := tmp_path / "tiny.gguf").touch()
     with ThreadPoolExecutor() as pool:
-        loads = [pool.submit(load_model, str(gguf), device="cpu") for _ in range(3)]
-        assert {load.result()[0].config.num_hidden_layers for load in loads} == {2}
+        folders = set(pool.map(models._converted, ["tiny"] * 3, [gguf] * 3, [print] * 3))
     assert converted == [gguf]
+    assert [folder.is_dir() for folder in folders] == [True]
+
+
+def test_loads_in_threads_leave_weight_tying_on(tiny_folder: Path) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with ThreadPoolExecutor() as pool:
+        loads = [pool.submit(load_model, str(tiny_folder), device="cpu") for _ in range(4)]
+        assert all(isinstance(load.result()[0], LlamaForCausalLM) for load in loads)
+    model = LlamaForCausalLM(LlamaConfig(**config | {"tie_word_embeddings": True}))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,9 +296,7 @@ def test_one_conversion_serves_every_copy(
 
 @pytest.mark.model
 def test_conversion_leaves_only_the_folder_and_its_lock(converted_cache: Path) -> None:
-    assert sorted(path.suffix for path in (converted_cache / "models").iterdir() if path.is_file()) == [
-        ".lock"
-    ]
+    assert sorted(path.suffix for path in (converted_cache / "models").iterdir() if path.is_file()) == [".lock"]
     (folder,) = (path for path in (converted_cache / "models").iterdir() if path.is_dir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
 

