@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from chunkcache.errors import UnsupportedModelError
 
 NAME = "chunkcache_rows"
+_LAST_ROWS: ContextVar[int] = ContextVar("chunkcache_last_rows", default=0)
 BLOCK_ROWS = 64  # measured on 2 cores: 32 to 128 rows are alike, one block of 500 rows is 1.6 times slower
 
 
@@ -51,17 +53,18 @@ def rows_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attend from scattered rows; an attention function as transformers' `AttentionInterface` wants it.
 
     Args:
         query: `[1, heads, rows, head_dim]`, rows sorted by position.
         key: `[1, kv_heads, length, head_dim]`; `value` alike.
         attention_mask: int64 `[1, 1, rows, 2]` from `visible_intervals`. Anything else is another call's own
-            mask (a decode in another thread, say) and goes to transformers' SDPA untouched.
+            mask (of a decoding step, say) and goes to transformers' SDPA untouched.
 
     Returns:
-        `[1, rows, heads, head_dim]`, and None for the weights, which are never materialised.
+        `[1, rows, heads, head_dim]`, and the attention weights `[1, heads, n, length]` of the last n rows where
+        `weights_of_last` asks for them, else None: no others are ever materialised.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -71,10 +74,22 @@ def rows_attention(
         raise UnsupportedModelError(
             f"SDPA cannot serve attention with {', '.join(extras)}; load the model with attn_implementation='eager'"
         )
+    last = _LAST_ROWS.get()
+    if last:
+        rest = slice(0, query.shape[2] - last)
+        output, weights = _weighted(query[:, :, -last:], key, value, attention_mask[:, :, -last:], scaling)
+        if rest.stop:
+            others = _in_blocks(query[:, :, rest], key, value, attention_mask[:, :, rest], scaling)
+            output = torch.cat((others, output), dim=1)
+        return output, weights
     if query.device.type != "cpu":
         mask = dense_mask(attention_mask, key.shape[2])
         output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
         return output, None
+    return _in_blocks(query, key, value, attention_mask, scaling), None
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None) -> Tensor:
     batch, heads, rows, _ = query.shape
     output = query.new_empty(batch, rows, heads, value.shape[-1])
     grouped = heads != key.shape[1]
@@ -90,21 +105,33 @@ def rows_attention(
             scale=scaling,
             enable_gqa=grouped,
         ).transpose(1, 2)
-    return output, None
+    return output
+
+
+def _weighted(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attend with the weights materialised: for few rows only."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    scores = torch.matmul(grouped * (scaling or head_dim**-0.5), key.transpose(-1, -2))
+    scores = scores.view(batch, heads, rows, length)
+    hidden = ~dense_mask(attention_mask, length)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    output = torch.matmul(weights.view(batch, kv_heads, -1, length), value)
+    return output.view(batch, heads, rows, -1).transpose(1, 2), weights
+
+
+@contextmanager
+def weights_of_last(rows: int) -> Iterator[None]:
+    """Let `rows_attention` return the weights of the last `rows` rows in this thread while the context lasts."""
+    token = _LAST_ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _LAST_ROWS.reset(token)
 
 
 AttentionInterface.register(NAME, rows_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-@contextmanager
-def rows_attention_on(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend through `rows_attention` while the context lasts, if it uses SDPA; else change nothing."""
-    config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -46,6 +46,7 @@ class FusedCache(DynamicCache):
         rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
         assemble_s: seconds spent loading and re-rotating stored KV (host time).
         computed: token-layers computed.
+        scouting: while True, `update` keeps what it assembles for the prefill that follows.
     """
 
     def __init__(self, config: PreTrainedConfig, plan: Plan, rotaries: Sequence[Rotary | None]) -> None:
@@ -57,6 +58,7 @@ class FusedCache(DynamicCache):
         self._rotaries = rotaries
         self.go_on_with(torch.empty(0, dtype=torch.int64))
         self._probing = False
+        self.scouting = False
         self._assembled: dict[int, Tensor] = {}
 
     def go_on_with(self, rows: Tensor) -> None:
@@ -82,6 +84,8 @@ class FusedCache(DynamicCache):
             raise Probed(key_states, value_states)
         both = self.assemble(layer_idx, key_states)
         self._scatter(both, key_states, value_states)
+        if self.scouting:
+            return both[:1], both[1:]
         self._assembled.pop(layer_idx)
         self.computed += key_states.shape[2]
         layer: Any = self.layers[layer_idx]
@@ -136,7 +140,7 @@ class FusedCache(DynamicCache):
     def trim(self) -> None:
         """Let sliding-window layers forget what lies before their window, as transformers' own cache does."""
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicSlidingWindowLayer):
+            if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
                 keep = layer.sliding_window - 1
                 keys, values = layer_kv(self, index)
                 layer.keys, layer.values = keys[:, :, -keep:], values[:, :, -keep:]

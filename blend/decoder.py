@@ -6,22 +6,21 @@ the model, what cannot be served right is refused with the reason, and `selfchec
 
 from __future__ import annotations
 
+import copy
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from chunkcache.blend.attention import NAME as ROWS_ATTENTION
 from chunkcache.blend.attention import additive_mask, visible_intervals
 from chunkcache.blend.rotary import Rotary
+from chunkcache.blend.shadow import shadow_of
 from chunkcache.errors import InputError, UnsupportedModelError
-
-_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 
 
 class Decoder:
@@ -31,9 +30,9 @@ class Decoder:
         model: the Hugging Face model; never modified.
         config: its text config.
         layers: the decoder layers, in order.
+        attentions: the attention module of each.
         rotaries: how each layer's keys are rotated; `selfcheck` sets those without RoPE to None.
         max_tokens: longest prompt that is served right, in tokens.
-        lock: held while a selective prefill borrows the model.
 
     Raises:
         UnsupportedModelError: the architecture or configuration cannot be served right; the message says why.
@@ -45,11 +44,22 @@ class Decoder:
         self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         self._refuse_unsupported()
         self.layers = self._find_layers()
+        self.attentions = [module for layer in self.layers if (module := self._attention_of(layer)) is not None]
+        names = {module: name for name, module in self.model.named_modules()}
+        self._names = [names[m] for pair in zip(self.layers, self.attentions, strict=True) for m in pair]
         self._types = self._find_layer_types()
         self._windows = self._find_windows()
         self.rotaries: list[Rotary | None] = self._find_rotaries()
         self.max_tokens = self._find_max_tokens()
-        self.lock = _LOCKS.setdefault(model, threading.RLock())
+
+    def shadow(self) -> Decoder:
+        """Return this decoder over a shadow of the model, free to be hooked; SDPA takes scattered rows there."""
+        attention = ROWS_ATTENTION if self.config._attn_implementation == "sdpa" else None
+        twin = copy.copy(self)
+        twin.model = shadow_of(self.model, self._names, attention)
+        twin.layers = [twin.model.get_submodule(name) for name in self._names[0::2]]
+        twin.attentions = [twin.model.get_submodule(name) for name in self._names[1::2]]
+        return twin
 
     @property
     def device(self) -> torch.device:
@@ -151,8 +161,7 @@ class Decoder:
     def _find_rotaries(self) -> list[Rotary | None]:
         name = type(self.model).__name__
         embeddings = [m for path, m in self.model.named_modules() if path.endswith(("rotary_emb", "rotary_pos_emb"))]
-        attention = self._attention_of(self.layers[0])
-        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        apply = getattr(sys.modules[type(self.attentions[0]).__module__], "apply_rotary_pos_emb", None)
         if not embeddings or apply is None:
             raise UnsupportedModelError(
                 f"{name} has no rotary position embedding (RoPE): its keys cannot be moved to other positions"

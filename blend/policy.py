@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar
 
@@ -35,6 +35,23 @@ class Policy(ABC):
     @abstractmethod
     def select(self, plan: Plan) -> Tensor:
         """Return the sorted positions `[n]` out of `plan.inexact` that are recomputed from layer 0 on."""
+
+    def scout_layers(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, whose question attention `select_seen` wants; empty for a policy that wants none."""
+        return ()
+
+    def pool(self, weights: Tensor) -> Tensor:
+        """Reduce one layer's attention weights `[heads, question rows, tokens]` to a score `[tokens]`."""
+        return weights.mean(dim=(0, 1))
+
+    def select_seen(self, plan: Plan, attention: Tensor) -> Tensor:
+        """Like `select`, for a policy with scout layers, which is asked this instead.
+
+        Args:
+            plan: what is reused.
+            attention: `[scout layers, tokens]`, what each token gets from the question, pooled by `pool`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has scout layers but no select_seen()")
 
     @property
     def check_layers(self) -> frozenset[int]:

@@ -1,31 +1,30 @@
 """Selective prefill: the first forward of a fused cache computes only the rows a policy selects.
 
-While the context is open, the model's next forward that is handed the fused cache has its input cut to those
+It runs on a shadow of the model. The first forward that is handed the fused cache has its input cut to those
 rows, with their positions and a mask to match. For a policy with check layers, the rows are cut again at these
-layers. Every other forward, also of another thread, passes through untouched; on leaving, no hook remains.
+layers. Every later forward passes through untouched: the shadow then is the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from chunkcache.blend.attention import rows_attention_on
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
+from chunkcache.blend.scout import scout
 from chunkcache.errors import PromptError
 
 
 class SelectivePrefill:
-    """One selective prefill of `plan` under `policy`; use as a context round `model(...)` or `generate(...)`.
+    """One selective prefill of `plan` under `policy`: `run` it, or let `generate` do it on its way.
 
     Args:
         decoder: the model.
@@ -34,6 +33,7 @@ class SelectivePrefill:
         on_prefilled: called with the cache when it is complete, before sliding-window layers are trimmed.
 
     Attributes:
+        model: a shadow of the model, which serves this one prefill and what is decoded from it.
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
     """
 
@@ -44,85 +44,88 @@ class SelectivePrefill:
         policy: Policy,
         on_prefilled: Callable[[FusedCache], None] | None = None,
     ) -> None:
-        self._decoder = decoder
-        self._plan = plan
+        self._decoder = decoder.shadow()
         self._policy = policy
         self._on_prefilled = on_prefilled
-        self._hooks = ExitStack()  # open as long as the context is
-        self._borrowed = ExitStack()  # open while the one forward runs
-        self._running = False
+        self.model: Any = self._decoder.model
         self.cache = FusedCache(decoder.config, plan, decoder.rotaries)
+        self._before_handle = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def __enter__(self) -> SelectivePrefill:
-        model = self._decoder.model
-        self._hooks.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        self._hooks.callback(model.register_forward_hook(self._after, always_call=True).remove)
-        return self
+    def run(self) -> Tensor:
+        """Prefill, and return the logits `[vocab]` of the next token."""
+        ids = torch.tensor([self.cache.plan.token_ids])
+        return self._decoder.prefill(ids, self.cache)[0]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._borrowed.close()
-        self._hooks.close()
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Prefill and decode: the class's own `generate()`, whatever stands in front of it on the model."""
+        return type(self.model).generate(self.model, *args, past_key_values=self.cache, **options)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Cut the forward's input to the selected rows."""
-        if kwargs.get("past_key_values") is not self.cache or self.cache.prefilled:
+        if kwargs.get("past_key_values") is not self.cache:
             return None
-        length = len(self._plan)
+        self._before_handle.remove()
         input_ids = kwargs["input_ids"]
-        if tuple(input_ids.shape) != (1, length):
-            raise PromptError(
-                f"the model was given input of shape {tuple(input_ids.shape)} where the plan has one sequence of "
-                f"{length} tokens; prefill the cache first and pass it on to this mode of generate()"
-            )
-        plan, policy, decoder = self._plan, self._policy, self._decoder
-        rows = torch.cat((plan.fresh, policy.select(plan))).sort().values
+        plan = self.cache.plan = _extended(self.cache.plan, input_ids)
+        policy, decoder = self._policy, self._decoder
+        layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
+        if layers:
+            selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
+        else:
+            selected = policy.select(plan)
+        rows = torch.cat((plan.fresh, selected)).sort().values
         self.cache.go_on_with(rows)
-        self._running = True
-        self._borrowed.enter_context(decoder.lock)
-        self._borrowed.enter_context(rows_attention_on(decoder.model))
+        handles = [self.model.register_forward_hook(self._after)]
         if policy.check_layers:
-            _Narrowing(decoder, plan, policy, self.cache).hook(self._borrowed)
+            handles += _Narrowing(decoder, policy, self.cache).hook()
+        self._handles = handles
         on_device = self.cache.rows_on(input_ids.device)
         cut = {
             "input_ids": input_ids.index_select(1, on_device),
             "position_ids": on_device[None],
-            "attention_mask": decoder.masks(on_device, length),
+            "attention_mask": decoder.masks(on_device, len(plan)),
         }
         return args, {**kwargs, **cut}
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Give the model back; the cache is an ordinary one from here on."""
-        if self._running:
-            self._running = False
-            self._borrowed.close()
-            if output is not None:  # None: the forward failed
-                self._finish()
-
-    def _finish(self) -> None:
+        """The cache is an ordinary one, and the shadow does what the model would, from here on."""
+        for handle in self._handles:
+            handle.remove()
         self.cache.prefilled = True
         if self._on_prefilled is not None:
             self._on_prefilled(self.cache)
         self.cache.trim()
+        self.cache.plan = Plan(self.cache.plan.token_ids)  # lets go of the stored KV
+
+
+def _extended(plan: Plan, input_ids: Tensor) -> Plan:
+    """Return the plan, with what assisted generation may have put behind the prompt to verify in one forward."""
+    ids = tuple(input_ids[0].tolist())
+    if input_ids.shape[0] != 1 or ids[: len(plan)] != plan.token_ids:
+        raise PromptError(
+            f"the model was given input of shape {tuple(input_ids.shape)} where the plan has one sequence of "
+            f"{len(plan)} tokens; prefill the cache first and pass it on to this mode of generate()"
+        )
+    return plan if len(ids) == len(plan) else Plan.of(ids, plan.segments)
 
 
 class _Narrowing:
     """Hooks that cut the rows again at a policy's check layers, and in every layer above."""
 
-    def __init__(self, decoder: Decoder, plan: Plan, policy: Policy, cache: FusedCache) -> None:
+    def __init__(self, decoder: Decoder, policy: Policy, cache: FusedCache) -> None:
         self._decoder = decoder
-        self._plan = plan
         self._policy = policy
         self._cache = cache
         self._kept: Tensor | None = None  # indices into the rows that the model started with
         self._masks: Any = None
 
-    def hook(self, stack: ExitStack) -> None:
-        """Register on every layer from the first check layer on, until `stack` closes."""
-        for index in range(min(self._policy.check_layers), len(self._decoder.layers)):
-            hook = partial(self._before_layer, index)
-            stack.callback(self._decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+    def hook(self) -> list[RemovableHandle]:
+        """Register on every layer from the first check layer on."""
+        return [
+            layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+            for index, layer in enumerate(self._decoder.layers)
+            if index >= min(self._policy.check_layers)
+        ]
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,10 +134,10 @@ class _Narrowing:
             kwargs = self._cut(index, kwargs, self._kept)
         if index in self._policy.check_layers:
             fresh, stored = self._cache.probe(layer, index, args, kwargs)
-            keep = self._policy.narrow(self._plan, self._cache.rows_on(fresh.device), fresh, stored)
+            keep = self._policy.narrow(self._cache.plan, self._cache.rows_on(fresh.device), fresh, stored)
             self._kept = keep if self._kept is None else self._kept[keep]
             self._cache.go_on_with(self._cache.rows[keep.cpu()])
-            self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._plan))
+            self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
             kwargs = self._cut(index, kwargs, keep)
             if "hidden_states" in kwargs:
                 kwargs["hidden_states"] = kwargs["hidden_states"].index_select(1, keep)

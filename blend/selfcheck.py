@@ -129,8 +129,7 @@ def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
     for policy, stored in ((Prefix(), wrong), (Reuse(), right), (CacheBlend(ratio=0.5), right)):
         token_ids = ids[0].tolist()
         segment = Segment(4, ChunkKV.of(token_ids, 0, stored), 4, TOKENS - 8)
-        with SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare) as prefill:
-            fused_logits = decoder.prefill(ids, prefill.cache)[0]
+        fused_logits = SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare).run()
         logits_errors.append(_error(fused_logits, logits))
     return max(logits_errors), max(cache_errors)
 

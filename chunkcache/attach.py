@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chunkcache.blend import Decoder, Plan, Policy, Segment, SelectivePrefill
-from chunkcache.generation import needs_finished_cache, setting
+from chunkcache.generation import is_assisted, needs_finished_cache, setting
 from chunkcache.library import ChunkLibrary
 from chunkcache.stats import RequestStats
 
@@ -43,20 +43,24 @@ class Attachment:
 
         @functools.wraps(own)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(own, args, kwargs)
+            return self._generate(own, args, kwargs) if self._attached else own(*args, **kwargs)
 
+        vars(generate)["chunkcache"] = self
         model.__dict__["generate"] = generate
         self._attached = True
 
     def detach(self) -> None:
-        """Stop; does nothing if it is not attached."""
-        if not self._attached:
-            return
-        model = self._decoder.model
-        del model.__dict__["generate"]
-        if self._shadowed is not None:
-            model.__dict__["generate"] = self._shadowed
+        """Stop; does nothing if it is not attached. Of several attachments any may leave first."""
         self._attached = False
+        model = self._decoder.model
+        while True:  # take away ours, and those below it that left earlier
+            front = getattr(model.__dict__.get("generate"), "chunkcache", None)
+            if front is None or front._attached:
+                return
+            if front._shadowed is None:
+                del model.__dict__["generate"]
+            else:
+                model.__dict__["generate"] = front._shadowed
 
     def _generate(self, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.last_stats = stats = RequestStats(str(self._policy))
@@ -67,8 +71,8 @@ class Attachment:
             return own(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
-        with SelectivePrefill(self._decoder, plan, self._policy) as prefill:
-            output = own(input_ids, *args[1:], past_key_values=prefill.cache, **kwargs)
+        prefill = SelectivePrefill(self._decoder, plan, self._policy)
+        output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill.cache)
         return output
 
@@ -88,6 +92,7 @@ class Attachment:
             and setting(model, kwargs, "use_cache") is not False
             and (setting(model, kwargs, "num_return_sequences") or 1) == 1
             and not needs_finished_cache(model, kwargs)
+            and not is_assisted(model, kwargs)
         )
         return input_ids if plain else None
 

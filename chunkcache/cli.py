@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: only a comma
     from chunkcache.eval.compare import Comparison
     from chunkcache.llm import CachedLLM
     from chunkcache.retriever import Hit, Retriever
+    from chunkcache.store import Store
 
 EXAMPLES = Path(__file__).with_name("examples")
 COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15")
@@ -125,7 +126,7 @@ def ask(
     type=click.Path(path_type=Path),
     help="JSON Lines with question and answers; the packaged ones by default.",
 )
-@click.option("--count", default=6, show_default=True, type=click.IntRange(1), help="Questions to ask.")
+@click.option("--count", default=4, show_default=True, type=click.IntRange(1), help="Questions to ask.")
 @click.option("--seed", default=0, show_default=True, help="Which questions are drawn.")
 @model_options
 @retrieval_options
@@ -167,7 +168,7 @@ def demo(
     cases = [
         Case(row["question"], tuple(hit.chunk.text for hit in hits)) for row, hits in zip(asked, found, strict=True)
     ]
-    comparison = _compare(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, str(chosen)))))
+    comparison = _compare(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, str(chosen)))), llm.store)
     if as_json:
         click.echo(json.dumps({"answers": answers, "comparison": comparison.as_dict()}, indent=2))
     else:
@@ -231,12 +232,13 @@ def bench_policies(
     """Compare policies with full prefill on the prompts of DATA (CacheBlend, HotpotQA, MuSiQue, LongBench, SQuAD)."""
     from chunkcache.blend import parse_policy
     from chunkcache.eval import load_cases
+    from chunkcache.store import open_store
 
     for policy in policies:
         parse_policy(policy)
     cases = load_cases(data, chunks, prompts)
     model, tokenizer = _load(model_name, device, dtype)
-    comparison = _compare(model, tokenizer, cases, policies)
+    comparison = _compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=8GiB"))
     _show(comparison)
     if json_file is not None:
         json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
@@ -291,12 +293,16 @@ def _draw_questions(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _compare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Any], policies: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Any],
+    policies: Sequence[str],
+    store: Store,
 ) -> Comparison:
     from chunkcache.eval import compare
 
     with progress("precomputing chunks") as on_precompute, progress("comparing policies") as on_prompt:
-        return compare(model, tokenizer, cases, policies, on_precompute=on_precompute, on_prompt=on_prompt)
+        return compare(model, tokenizer, cases, policies, store, on_precompute, on_prompt)
 
 
 def _show(comparison: Comparison) -> None:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from chunkcache.errors import PromptError
 from chunkcache.stats import RequestStats
 
+DEFAULT_NEW_TOKENS = 64
+
 _OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "cache_implementation")
 
 
@@ -113,27 +115,49 @@ def check_options(options: dict[str, Any]) -> None:
             raise PromptError(
                 f"{name}= is set by chunkcache; leave it out, or call model.generate(**llm.inputs(...)) yourself"
             )
-    if options.get("use_cache") is False:
+    config = options.get("generation_config")
+    given = {**(config.to_dict() if config is not None else {}), **options}
+    if given.get("use_cache") is False:
         raise PromptError("use_cache=False leaves nothing to reuse; leave it out")
-    if options.get("prefill_chunk_size") is not None:
+    if given.get("cache_implementation") is not None:
+        raise PromptError("cache_implementation is chunkcache's own to set; leave it out of the generation config")
+    if given.get("prefill_chunk_size") is not None:
         raise PromptError("prefill_chunk_size= splits the prefill that chunkcache shortens; leave it out")
-    if (options.get("num_return_sequences") or 1) > 1:
+    if (given.get("num_return_sequences") or 1) > 1:
         raise PromptError(
-            f"num_return_sequences={options['num_return_sequences']}: chunkcache serves one sequence; "
+            f"num_return_sequences={given['num_return_sequences']}: chunkcache serves one sequence; "
             "call generate() once for each answer"
         )
 
 
+def with_length(options: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:
+    """Return `options` with the length of the answer: as asked, as the generation config says, or 64 tokens."""
+    if max_new_tokens is not None:
+        return {**options, "max_new_tokens": max_new_tokens}
+    config = options.get("generation_config")
+    lengths = (
+        options.get("max_length"),
+        getattr(config, "max_length", None),
+        getattr(config, "max_new_tokens", None),
+    )
+    return options if any(lengths) else {**options, "max_new_tokens": DEFAULT_NEW_TOKENS}
+
+
 def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
     """Return what `generate()` would use for `name`: its keyword, the given generation config, or the model's."""
-    config = options.get("generation_config") or model.generation_config
-    return options[name] if name in options else getattr(config, name, None)
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return given if given is not None else getattr(model.generation_config, name, None)
 
 
 def needs_finished_cache(model: PreTrainedModel, options: dict[str, Any]) -> bool:
-    """Return whether this mode of `generate()` starts with more than one plain forward of the prompt."""
-    beams = setting(model, options, "num_beams") or 1
-    return beams > 1 or any(
-        options.get(name) is not None or setting(model, options, name) is not None
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    """Return whether `generate()` prefills several copies of the prompt side by side."""
+    return (setting(model, options, "num_beams") or 1) > 1
+
+
+def is_assisted(model: PreTrainedModel, options: dict[str, Any]) -> bool:
+    """Return whether candidates for the first tokens are verified in the same forward as the prompt."""
+    return options.get("assistant_model") is not None or any(
+        setting(model, options, name) is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
     )

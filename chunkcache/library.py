@@ -51,15 +51,18 @@ class ChunkLibrary:
         """Return whether the store has an entry for it, without counting a hit or a miss."""
         return self._key(context, token_ids) in self._store
 
+    def know(self, context: TokenIds, token_ids: TokenIds) -> None:
+        """Make a chunk findable, whoever stored it."""
+        self.finder.add(Known(self._key(context, token_ids), token_ids, context))
+
     def find(self, known: Known) -> ChunkKV | None:
         """Return the stored KV of a chunk that the finder named, or None if it has gone since."""
         return self._store.get(known.key, known.token_ids)
 
     def put(self, context: TokenIds, kv: ChunkKV) -> None:
         """Store `kv`, computed behind `context`, and make it findable."""
-        key = self._key(context, kv.token_ids)
-        self._store.put(key, kv)
-        self.finder.add(Known(key, kv.token_ids, context))
+        self._store.put(self._key(context, kv.token_ids), kv)
+        self.know(context, kv.token_ids)
 
     def prefix(self, token_ids: TokenIds) -> ChunkKV:
         """Return the KV of a prefix, computed if the store does not hold it."""

@@ -24,7 +24,7 @@ from transformers import (
 
 from chunkcache.attach import Attachment
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, parse_policy, self_check
-from chunkcache.errors import ContextLengthError
+from chunkcache.errors import ContextLengthError, PromptError
 from chunkcache.generation import (
     FirstTokenClock,
     Generation,
@@ -32,6 +32,7 @@ from chunkcache.generation import (
     check_options,
     needs_finished_cache,
     setting,
+    with_length,
 )
 from chunkcache.identity import check_tokenizer, fingerprint
 from chunkcache.kv import ChunkKV
@@ -118,9 +119,13 @@ class CachedLLM:
             PromptError: a text is empty.
             ContextLengthError: a text is longer than the model's context.
         """
+        if isinstance(texts, str):
+            raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
         prefix = self.prompts.prefix(system)
         chunks = list(dict.fromkeys(self.prompts.chunk(text) for text in texts))
         missing = [chunk for chunk in chunks if not self._library.holds(prefix, chunk)]
+        for chunk in chunks:
+            self._library.know(prefix, chunk)
         self._library.compute(prefix, missing, on_progress)
         return Precomputed(len(chunks), len(missing), sum(map(len, missing)))
 
@@ -132,7 +137,7 @@ class CachedLLM:
         chunks: Sequence[str] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Generation:
         """Answer `question` over `chunks`.
@@ -142,7 +147,7 @@ class CachedLLM:
             chunks: retrieved texts, in the order they shall stand in the prompt; repeats are allowed.
             system: system prompt; None for the chat template's own.
             policy: overrides the wrapper's policy for this call.
-            max_new_tokens: length of the answer at most.
+            max_new_tokens: length of the answer at most; 64, unless a generation config says otherwise.
             options: any keyword of transformers' `generate()` that makes sense for one sequence.
 
         Raises:
@@ -154,7 +159,7 @@ class CachedLLM:
         check_options(options)
         chosen = parse_policy(policy) if policy is not None else self.policy
         prompt = self.prompts.build(question, chunks, system)
-        return self._generate(prompt, chosen, started, {"max_new_tokens": max_new_tokens, **options})
+        return self._generate(prompt, chosen, started, with_length(options, max_new_tokens))
 
     def stream(
         self,
@@ -162,7 +167,7 @@ class CachedLLM:
         chunks: Sequence[str] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> TextStream:
         """Answer like `generate`, and yield the text piece by piece as it is decoded.
@@ -176,8 +181,8 @@ class CachedLLM:
         criteria = options.pop("stopping_criteria", None) or []
 
         def run(streamer: Any, stop: StoppingCriteria) -> Generation:
-            more = {"streamer": streamer, "stopping_criteria": [*criteria, stop], "max_new_tokens": max_new_tokens}
-            return self._generate(prompt, chosen, started, {**options, **more})
+            more = {**options, "streamer": streamer, "stopping_criteria": [*criteria, stop]}
+            return self._generate(prompt, chosen, started, with_length(more, max_new_tokens))
 
         return TextStream(self.tokenizer, run)
 
@@ -292,8 +297,8 @@ class CachedLLM:
 
     def _prefill(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> tuple[Tensor, FusedCache]:
         before = time.perf_counter()
-        with self._selective(prompt, plan, policy) as prefill:
-            logits = self._decoder.prefill(self._input_ids(plan), prefill.cache)[0]
+        prefill = self._selective(prompt, plan, policy)
+        logits = prefill.run()
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill.cache)
         return logits, prefill.cache
@@ -301,10 +306,12 @@ class CachedLLM:
     def _finished_inputs(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> dict[str, Any]:
         input_ids = self._input_ids(plan)
         _, cache = self._prefill(prompt, Plan.of(plan.token_ids[:-1], plan.segments), policy, stats)
+        stats.tokens = len(plan)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
 
     def _generate(self, prompt: Prompt, policy: Policy, started: float, options: dict[str, Any]) -> Generation:
         plan, stats = self._plan(prompt, policy, started, setting(self.model, options, "max_new_tokens") or 1)
+        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
         clock = FirstTokenClock()
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
         if setting(self.model, options, "pad_token_id") is None:
@@ -316,13 +323,8 @@ class CachedLLM:
             output = self.model.generate(**inputs, **options)
         else:
             input_ids = self._input_ids(plan)
-            with self._selective(prompt, plan, policy) as prefill:
-                output = self.model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    past_key_values=prefill.cache,
-                    **options,
-                )
+            prefill = self._selective(prompt, plan, policy)
+            output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
             stats.take(plan, prefill.cache)
         first_token_at = clock.first_token_at or time.perf_counter()
         stats.prefill_s = first_token_at - before
@@ -333,7 +335,7 @@ class CachedLLM:
         return Generation(text.strip(), token_ids, stats.ttft_s, stats, output)
 
     def _selective(self, prompt: Prompt, plan: Plan, policy: Policy) -> SelectivePrefill:
-        """Return the context of this request's prefill, storing chunks in their context if the policy wants it."""
+        """Return this request's prefill, which stores chunks in their context if the policy wants it."""
         remember = partial(self._remember, prompt, plan) if policy.remembers else None
         return SelectivePrefill(self._decoder, plan, policy, remember)
 

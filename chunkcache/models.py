@@ -17,27 +17,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub.utils import (
-    HFValidationError,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,7 +40,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from chunkcache.errors import InputError, ModelNotFoundError
 
@@ -112,7 +106,7 @@ def load_model(
         if on_status is not None:
             on_status(line)
 
-    with _ONE_AT_A_TIME, _quiet_transformers():
+    with _ONE_AT_A_TIME, _quiet():
         source = _locate(name, report)
         report(f"loading {name} on {device}")
         model, tokenizer = _from_pretrained(name, source, dtype=dtype)
@@ -190,16 +184,14 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:
-    # The GGUF loader draws a bar with tqdm itself, which no setting of transformers reaches.
-    with redirect_stderr(io.StringIO()):
-        model, tokenizer = _from_pretrained(
-            name,
-            str(gguf.parent),
-            gguf_file=gguf.name,
-            dtype="float32",
-            # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
-            quantization_config=GgufConfig(dequantize=True),
-        )
+    model, tokenizer = _from_pretrained(
+        name,
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype="float32",
+        # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
+        quantization_config=GgufConfig(dequantize=True),
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -250,20 +242,22 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hold back the progress bars and warnings of transformers and huggingface_hub, then restore both."""
+def _quiet() -> Iterator[None]:
+    """Hold back the log and the progress bars of transformers and huggingface_hub, then restore both."""
     loggers = [logging.getLogger("transformers"), logging.getLogger("huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    show_bar = tqdm.__init__
+
+    def hide_bar(bar: Any, *args: Any, **options: Any) -> None:
+        show_bar(bar, *args, **options | {"disable": True})
+
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # of both libraries, as its counterpart enables both
+    # Both libraries have a switch for their bars, but the bar of the GGUF loader obeys neither.
+    tqdm.__init__ = hide_bar
     try:
         yield
     finally:
+        tqdm.__init__ = show_bar
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if not hub_bars:
-            disable_progress_bars()

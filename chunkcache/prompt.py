@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from chunkcache.errors import PromptError
@@ -65,6 +66,8 @@ class PromptBuilder:
             )
         if not question.strip():
             raise PromptError(f"the question is empty ({question!r}); pass the text to be answered")
+        if isinstance(chunks, str):
+            raise PromptError(f"chunks is one string of {len(chunks)} characters; pass a list of texts")
         prefix, label, tail = self._frame(system)
         return Prompt(
             prefix=prefix,
@@ -92,9 +95,15 @@ class PromptBuilder:
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}Question: {_QUESTION}"
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": system}] if system else []
-            rendered: Any = tokenizer.apply_chat_template(
-                [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
-            )
+            try:
+                rendered: Any = tokenizer.apply_chat_template(
+                    [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
+                )
+            except TemplateError as error:
+                raise PromptError(
+                    f"the tokenizer's chat template refuses these messages ({error}); "
+                    "leave out system=, or put its text into instruction="
+                ) from error
             start: tuple[int, ...] = ()
         else:
             rendered = f"{system}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"

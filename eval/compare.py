@@ -23,9 +23,11 @@ from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.llm import CachedLLM, Prefilled
+from chunkcache.store import Store
 
 ANSWER_TOKENS = 16  # length of the greedy answer that fidelity is measured over
 FULL = "full"
+_OWN_STORE = "memory://?max_bytes=4GiB"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[Case],
     policies: Sequence[str],
-    store: str = "memory://?max_bytes=8GiB",
+    store: str | Store = "memory://?max_bytes=8GiB",
     on_precompute: Callable[[int, int], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -105,7 +107,7 @@ def compare(
         tokenizer: its tokenizer.
         cases: the prompts.
         policies: policy strings; full prefill always runs and need not be named.
-        store: URL of the store that the chunk KV are kept in; large enough for all chunks.
+        store: the store for the chunk KV, or its URL; large enough for all chunks.
         on_precompute: called with (chunks done, chunks in all).
         on_prompt: called with (prompts done, prompts in all).
     """
@@ -142,12 +144,12 @@ def _reuses_chunks(policy: Policy) -> bool:
 
 
 def _runners(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str | Store
 ) -> dict[str, CachedLLM]:
     """A policy that stores chunks in their context gets a store of its own: others would find exact hits there."""
     shared = chunkcache.wrap(model, tokenizer, store=store)
     return {
-        name: chunkcache.wrap(model, tokenizer, store=store) if parse_policy(name).remembers else shared
+        name: chunkcache.wrap(model, tokenizer, store=_OWN_STORE) if parse_policy(name).remembers else shared
         for name in names
     }
 

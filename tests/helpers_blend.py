@@ -116,7 +116,8 @@ class Selective:
         self.layers = layers_of(cache)
 
     def _note_rows(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.rows_at.setdefault(layer_idx, self.cache.rows)  # the first call: of a check layer, its probe
+        if not self.cache.scouting:
+            self.rows_at.setdefault(layer_idx, self.cache.rows)  # the first call: of a check layer, its probe
         return self._update(key, value, layer_idx, *args, **kwargs)
 
 

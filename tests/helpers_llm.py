@@ -1,4 +1,4 @@
-"""What the tests of the public face share: texts, tokenizers, a wrapped tiny model, and plain generation beside it."""
+"""What the tests of the public face share: texts, tokenizers, a wrapped tiny model, plain generation beside it."""
 
 from __future__ import annotations
 

@@ -101,7 +101,11 @@ MISUSES = {
         lambda llm: llm.generate(QUESTION, past_key_values=None),
     ),
     "own ids": (PromptError, ["input_ids", "llm.inputs"], lambda llm: llm.stream(QUESTION, input_ids=[[1]])),
-    "no cache": (PromptError, ["use_cache=False", "leave it out"], lambda llm: llm.generate(QUESTION, use_cache=False)),
+    "no cache": (
+        PromptError,
+        ["use_cache=False", "leave it out"],
+        lambda llm: llm.generate(QUESTION, use_cache=False),
+    ),
     "chunked prefill": (
         PromptError,
         ["prefill_chunk_size", "leave it out"],

@@ -40,9 +40,7 @@ def test_two_copies_of_a_checkpoint_agree(tmp_path):
     for folder in (tmp_path / "here", tmp_path / "there" / "other-name"):
         original.save_pretrained(folder)
         TOKENIZER.save_pretrained(folder)
-        prints.add(
-            fingerprint(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
-        )
+        prints.add(fingerprint(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)))
     assert len(prints) == 1
 
 
@@ -105,7 +103,12 @@ def test_other_bos_and_eos_are_refused():
 
 @pytest.mark.parametrize(
     "specials",
-    [{"eos_token": 51}, {"bos_token": 50}, {"bos_token": None, "eos_token": 51}, {"bos_token": 50, "eos_token": None}],
+    [
+        {"eos_token": 51},
+        {"bos_token": 50},
+        {"bos_token": None, "eos_token": 51},
+        {"bos_token": 50, "eos_token": None},
+    ],
     ids=str,
 )
 def test_one_difference_is_let_pass(specials):

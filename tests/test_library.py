@@ -102,7 +102,7 @@ def test_batches_keep_within_their_budget(limit, sizes, monkeypatch):
     monkeypatch.setattr(library_module, "BATCH_TOKENS", limit)
     batches = list(library_module._batches(sorted(CHUNKS, key=len)))
     assert [len(batch) for batch in batches] == sizes
-    assert sum(batches, []) == sorted(CHUNKS, key=len)
+    assert [chunk for batch in batches for chunk in batch] == sorted(CHUNKS, key=len)
     assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= limit for batch in batches)
 
 

@@ -85,6 +85,13 @@ def test_the_longest_of_several_is_taken():
         assert index.find([7, *start, *end, 7]) == [Match(long, 1, 0, 60)]
 
 
+def test_a_match_does_not_grow_back_into_the_one_before():
+    shared, more = tokens(0, 60), tokens(1, 50)
+    first, second = known(*shared), known(*shared[40:], *more)
+    matches = finder(first, second).find([*shared, *more])
+    assert matches == [Match(first, 0, 0, 60), Match(second, 60, 20, 50)]
+
+
 @pytest.mark.parametrize(("length", "found"), [(WINDOW - 1, 0), (WINDOW, 1)])
 def test_a_window_is_the_shortest_match(length, found):
     chunk = known(*tokens(0, length))

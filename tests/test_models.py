@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -100,40 +100,34 @@ def test_default_device_is_the_first_available(tiny_folder: Path) -> None:
     assert available_devices()[-1] == "cpu"
 
 
-@pytest.fixture
-def loud_transformers() -> Iterator[None]:
-    """Let transformers show everything it has, which the other tests keep it from."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.INFO)
+def test_load_is_quiet(tiny_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.INFO)
     transformers_logging.enable_progress_bar()
-    yield
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(verbosity)
+    try:
+        load_model(str(tiny_folder), device="cpu")
+        assert capfd.readouterr() == ("", "")
+        assert transformers_logging.get_verbosity() == logging.INFO
+        LlamaForCausalLM.from_pretrained(tiny_folder)
+        assert "Loading weights" in capfd.readouterr().err
+    finally:
+        transformers_logging.disable_progress_bar()
 
 
-@pytest.mark.usefixtures("loud_transformers")
-def test_load_is_quiet_and_restores_what_it_silenced(
-    tiny_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bars_are_shown_again_after_a_failure(tmp_path: Path) -> None:
+    hidden: list[bool] = []
+    with pytest.raises(ModelNotFoundError):
+        load_model(str(tmp_path), device="cpu", on_status=lambda _: hidden.append(tqdm(disable=False).disable))
+    assert hidden == [True]
+    with tqdm(disable=False, file=io.StringIO()) as bar:
+        assert not bar.disable
+
+
+def test_status_lines_are_logged_too(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="chunkcache.models")
-    capfd.readouterr()
     lines: list[str] = []
     load_model(str(tiny_folder), device="cpu", on_status=lines.append)
-    assert capfd.readouterr() == ("", "")
-    assert transformers_logging.get_verbosity() == logging.INFO
-    assert transformers_logging.is_progress_bar_enabled()
-    assert not are_progress_bars_disabled()
     assert lines == [f"loading {tiny_folder} on cpu"]
     assert [record.message for record in caplog.records if record.name == "chunkcache.models"] == lines
-
-
-@pytest.mark.usefixtures("loud_transformers")
-def test_settings_are_restored_after_a_failure(tmp_path: Path) -> None:
-    disable_progress_bars()
-    with pytest.raises(ModelNotFoundError):
-        load_model(str(tmp_path), device="cpu")
-    assert transformers_logging.is_progress_bar_enabled()
-    assert are_progress_bars_disabled()
 
 
 def test_unknown_dtype_lists_the_known() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -61,3 +63,17 @@ def test_every_drawn_error_is_exported(name):
 
 def test_version_is_the_installed_one():
     assert chunkcache.__version__ == version("chunkcache")
+
+
+def test_dir_lists_the_public_names():
+    assert set(dir(chunkcache)) == PUBLIC
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'chunkcache' has no attribute 'wrapp'"):
+        chunkcache.wrapp  # noqa: B018
+
+
+def test_importing_it_does_not_import_torch():
+    code = "import sys, chunkcache; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

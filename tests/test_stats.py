@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from helpers_llm import QUESTION, TEXTS, tiny_model, wrapped
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill, parse_policy
@@ -55,7 +54,7 @@ def test_link_recomputes_the_first_tokens_of_each_later_chunk(llm):
 
 
 def test_cacheblend_counts_token_layers(llm):
-    prefix, chunks, question = lengths(llm)
+    _, chunks, question = lengths(llm)
     stats = llm.prefill(QUESTION, TEXTS, policy="cacheblend:ratio=0.5").stats
     inexact = sum(chunks[1:])
     computed = (question + inexact) + (LAYERS - 1) * (question + -(-inexact // 2))
@@ -70,11 +69,13 @@ def test_a_missing_chunk_is_a_miss():
     assert llm.prefill(QUESTION, TEXTS).stats.misses == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"policy": "full"}], ids=str)
-def test_tokens_is_the_prompt_whatever_the_mode(llm, options):
-    stats = llm.generate(QUESTION, TEXTS, max_new_tokens=2, **options).stats
+@pytest.mark.parametrize("policy", ["full", "reuse"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 5}], ids=str)
+def test_the_prompt_is_counted_alike_in_every_mode(llm, policy, options):
     prefix, chunks, question = lengths(llm)
+    stats = llm.generate(QUESTION, TEXTS, policy=policy, max_new_tokens=8, **options).stats
     assert stats.tokens == prefix + sum(chunks) + question
+    assert 0 < stats.recomputed_share <= 1
 
 
 def test_the_parts_are_within_the_whole():
@@ -91,10 +92,8 @@ def test_only_a_missing_chunk_takes_time_to_compute(llm):
 
 
 def test_a_cache_put_aside_is_a_fallback():
-    decoder = Decoder(tiny_model())
     ids = list(range(10, 30))
-    with SelectivePrefill(decoder, Plan.of(ids), parse_policy("reuse")) as prefill:
-        decoder.model(input_ids=torch.tensor([ids]))  # never handed the cache
+    prefill = SelectivePrefill(Decoder(tiny_model()), Plan.of(ids), parse_policy("reuse"))
     stats = RequestStats("reuse")
-    stats.take(Plan.of(ids), prefill.cache)
+    stats.take(Plan.of(ids), prefill.cache)  # which no forward was handed
     assert (stats.fallbacks, stats.recomputed_share) == (1, 1.0)

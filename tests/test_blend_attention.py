@@ -1,0 +1,168 @@
+"""Attention from scattered rows: equal to plain dense attention, whatever the rows, windows and heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from chunkcache.blend import attention
+from chunkcache.blend.attention import (
+    BLOCK_ROWS,
+    additive_mask,
+    dense_mask,
+    rows_attention,
+    rows_attention_on,
+    visible_intervals,
+)
+from chunkcache.errors import UnsupportedModelError
+
+
+class Attention(nn.Module):
+    """What transformers' attention functions read off their module."""
+
+    is_causal = True
+
+    def __init__(self, groups):
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+def tensors(rows, length, heads=4, kv_heads=2, head_dim=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(rows + length)
+
+    def random(count, tokens):
+        return torch.randn(1, count, tokens, head_dim, generator=generator).to(dtype)
+
+    return random(heads, rows), random(kv_heads, length), random(kv_heads, length)
+
+
+def by_hand(query, key, value, rows, window, scaling):
+    """Dense attention in float64, one row and head at a time."""
+    query, key, value = query.double(), key.double(), value.double()
+    groups = query.shape[1] // key.shape[1]
+    output = torch.empty(query.shape[0], len(rows), query.shape[1], value.shape[3], dtype=torch.float64)
+    for head in range(query.shape[1]):
+        for i, row in enumerate(rows):
+            first = 0 if window is None else max(0, row - window + 1)
+            seen = slice(first, row + 1)
+            scores = key[0, head // groups, seen] @ query[0, head, i] * scaling
+            output[0, i, head] = scores.softmax(0) @ value[0, head // groups, seen]
+    return output
+
+
+def attend(query, key, value, rows, window=None, scaling=0.4, **kwargs):
+    module = Attention(query.shape[1] // key.shape[1])
+    intervals = visible_intervals(torch.tensor(rows), window)
+    return rows_attention(module, query, key, value, intervals, scaling=scaling, **kwargs)
+
+
+@given(
+    rows=st.sets(st.integers(0, 199), min_size=1, max_size=40),
+    window=st.none() | st.integers(1, 250),
+    kv_heads=st.sampled_from([1, 2, 4]),
+)
+def test_any_rows_windows_and_heads_give_plain_dense_attention(rows, window, kv_heads):
+    rows = sorted(rows)
+    query, key, value = tensors(len(rows), 200, kv_heads=kv_heads)
+    output, weights = attend(query, key, value, rows, window)
+    assert weights is None
+    expected = by_hand(query, key, value, rows, window, 0.4).float()
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS + 3])
+@pytest.mark.parametrize("window", [None, 8])
+def test_any_number_of_blocks_gives_plain_dense_attention(count, window):
+    rows = list(range(0, 2 * count, 2))
+    query, key, value = tensors(count, 2 * count)
+    output, _ = attend(query, key, value, rows, window)
+    expected = by_hand(query, key, value, rows, window, 0.4).float()
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_stays_bfloat16_and_near():
+    rows = list(range(10, 90))
+    query, key, value = tensors(80, 100, dtype=torch.bfloat16)
+    output, _ = attend(query, key, value, rows)
+    assert output.dtype == torch.bfloat16
+    expected = by_hand(query, key, value, rows, None, 0.4)
+    torch.testing.assert_close(output.double(), expected, atol=0.03, rtol=0)
+
+
+def test_a_value_head_may_be_smaller_than_a_key_head():
+    query, key, value = tensors(3, 9)
+    output, _ = attend(query, key, value[..., :5], [2, 4, 8])
+    assert output.shape == (1, 3, 4, 5)
+
+
+def test_no_scaling_means_the_default_scaling():
+    query, key, value = tensors(3, 9)
+    output, _ = attend(query, key, value, [2, 4, 8], scaling=None)
+    expected, _ = attend(query, key, value, [2, 4, 8], scaling=8**-0.5)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32])
+def test_a_mask_of_another_call_goes_to_transformers_sdpa_untouched(dtype):
+    query, key, value = tensors(6, 6)
+    mask = None if dtype is None else torch.ones(1, 1, 6, 6, dtype=torch.bool).tril(2).to(dtype)
+    expected, _ = sdpa_attention_forward(Attention(2), query, key, value, mask, scaling=0.4)
+    output, _ = rows_attention(Attention(2), query, key, value, mask, scaling=0.4)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    "extras", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"softcap": 1.0, "position_bias": torch.zeros(1)}]
+)
+def test_what_sdpa_cannot_do_is_refused_and_named(extras):
+    with pytest.raises(UnsupportedModelError, match=rf"{', '.join(extras)}; load .*attn_implementation='eager'"):
+        attend(*tensors(2, 4), rows=[1, 3], **extras)
+
+
+def test_extras_that_are_off_are_no_obstacle():
+    expected, _ = attend(*tensors(2, 4), rows=[1, 3])
+    output, _ = attend(*tensors(2, 4), rows=[1, 3], softcap=None, s_aux=None)
+    assert torch.equal(output, expected)
+
+
+def test_an_interval_is_the_first_and_last_visible_position():
+    rows = torch.tensor([0, 3, 9])
+    assert visible_intervals(rows, None).tolist() == [[[[0, 0], [0, 3], [0, 9]]]]
+    assert visible_intervals(rows, 4).tolist() == [[[[0, 0], [0, 3], [6, 9]]]]
+    assert visible_intervals(rows, None).dtype == torch.int64
+
+
+def test_a_dense_mask_shows_what_the_intervals_say():
+    mask = dense_mask(visible_intervals(torch.tensor([0, 3]), 2), 5)
+    assert mask.int().tolist() == [[[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_additive_mask_is_zero_where_the_dense_one_is_true(dtype):
+    intervals = visible_intervals(torch.tensor([1, 4, 6]), 3)
+    mask = additive_mask(intervals, 7, dtype)
+    assert mask.dtype == dtype
+    assert torch.equal(mask == 0, dense_mask(intervals, 7))
+    assert (mask[mask != 0] == torch.finfo(dtype).min).all()
+
+
+def test_an_sdpa_model_is_switched_and_switched_back():
+    model = zoo.build("llama")
+    with rows_attention_on(model):
+        assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ZeroDivisionError), rows_attention_on(model):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_eager_model_is_not_switched():
+    model = zoo.build("gemma2", "eager")
+    with rows_attention_on(model):
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"

@@ -1,0 +1,130 @@
+"""What each policy selects, on a prompt small enough to select by hand.
+
+    position  0 1 2 | 3 4 5 6 | 7 | 8 9 | 10 11
+              prefix  chunk a   gap  b    question
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chunkcache.blend import POLICIES, Plan, Segment
+from chunkcache.blend.cacheblend import CacheBlend
+from chunkcache.blend.full import Full
+from chunkcache.blend.link import Link
+from chunkcache.blend.prefix import Prefix
+from chunkcache.blend.reuse import Reuse
+from chunkcache.kv import ChunkKV
+
+IDS = range(50, 62)
+EVERY = [kind() for kind in POLICIES.values()]
+
+
+def segment(start, end, exact=False):
+    ids = IDS[start:end]
+    return Segment(start, ChunkKV.of(ids, 0, [torch.zeros(2, 1, len(ids), 2)]), 0, len(ids), exact)
+
+
+PLAN = Plan.of(IDS, [segment(0, 3, exact=True), segment(3, 7), segment(8, 10)])
+CHOICE = [3, 4, 5, 6, 8, 9]
+
+
+@pytest.mark.parametrize("policy", EVERY, ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [PLAN, Plan.of(IDS), Plan.of(IDS, [segment(0, 12, exact=True)])],
+    ids=["chunks", "nothing stored", "all exact"],
+)
+def test_a_selection_is_sorted_distinct_and_out_of_the_inexact(policy, plan):
+    selected = policy.select(plan)
+    assert selected.dtype == torch.int64
+    assert selected.tolist() == sorted(set(selected.tolist()) & set(plan.inexact.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("policy", "selected"),
+    [
+        (Full(), CHOICE),
+        (Prefix(), CHOICE),
+        (Reuse(), []),
+        (Link(k=0), []),
+        (Link(k=1), [3, 8]),
+        (Link(k=3), [3, 4, 5, 8, 9]),
+        (Link(k=999), CHOICE),
+        (CacheBlend(), CHOICE),
+    ],
+    ids=str,
+)
+def test_what_is_recomputed_from_layer_0_on(policy, selected):
+    assert policy.select(PLAN).tolist() == selected
+
+
+def test_only_full_reuses_nothing_and_only_prefix_remembers():
+    assert [policy.name for policy in EVERY if not policy.reuses] == ["full"]
+    assert [policy.name for policy in EVERY if policy.remembers] == ["prefix"]
+
+
+def test_only_cacheblend_looks_again_and_at_its_layer():
+    assert [policy.name for policy in EVERY if policy.check_layers] == ["cacheblend"]
+    assert CacheBlend(layer=3).check_layers == {3}
+
+
+def narrowed(ratio, deviations, keys=0.0):
+    """Rows that go on at the check layer, of all but the prefix; `deviations` are those of values 3 to 11."""
+    rows = torch.arange(3, 12)
+    stored = torch.randn(2, 2, len(rows), 4)
+    fresh = stored.clone()
+    fresh[0] += keys
+    fresh[1, 1, :, 2] += torch.tensor(deviations)
+    return rows[CacheBlend(ratio=ratio).narrow(PLAN, rows, fresh, stored)].tolist()
+
+
+#             3    4    5    6    7    8    9   10   11
+DEVIATIONS = [0.1, 3.0, 0.2, -4.0, 0.0, 2.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"),
+    [
+        (0.0, []),
+        (0.01, [6]),
+        (1 / 6, [6]),
+        (0.2, [4, 6]),
+        (0.5, [4, 6, 8]),
+        (0.75, [4, 5, 6, 8, 9]),
+        (1.0, CHOICE),
+    ],
+)
+def test_cacheblend_keeps_the_share_whose_values_deviate_most_and_all_that_is_not_reused(ratio, kept):
+    assert narrowed(ratio, DEVIATIONS) == sorted([*kept, 7, 10, 11])
+
+
+def test_cacheblend_scores_values_and_not_keys():
+    keys = torch.linspace(9, 0, 9)[None, :, None]
+    assert narrowed(0.3, DEVIATIONS, keys) == [4, 6, 7, 10, 11]
+
+
+def test_cacheblend_sums_over_heads_and_dimensions():
+    rows = torch.arange(3, 12)
+    stored = torch.zeros(2, 2, 9, 4)
+    fresh = stored.clone()
+    fresh[1, 0, 1, 0] = 3.0  # row 4: 9 in one place
+    fresh[1, :, 3, :] = 1.1  # row 6: 1.21 in eight places
+    assert rows[CacheBlend(ratio=0.1).narrow(PLAN, rows, fresh, stored)].tolist() == [6, 7, 10, 11]
+
+
+def test_cacheblend_compares_in_float32():
+    rows = torch.arange(3, 12)
+    stored = torch.zeros(2, 1, 9, 1, dtype=torch.float16)
+    fresh = stored.clone()
+    fresh[1, 0, :, 0] = torch.tensor([300.0, 400, 500, 600, 0, 700, 800, 0, 0])  # squares beyond float16
+    assert rows[CacheBlend(ratio=0.3).narrow(PLAN, rows, fresh, stored)].tolist() == [7, 8, 9, 10, 11]
+
+
+def test_cacheblend_minds_neither_garbage_nor_nothing_where_nothing_is_reused():
+    garbage = list(DEVIATIONS)
+    garbage[4] = garbage[7] = torch.nan
+    assert narrowed(0.5, garbage) == [4, 6, 7, 8, 10, 11]
+    plan, rows, fresh = Plan.of(IDS), torch.arange(12), torch.randn(2, 1, 12, 4)
+    assert CacheBlend().narrow(plan, rows, fresh, fresh).tolist() == list(range(12))
