@@ -68,7 +68,7 @@ class Policy(ABC):
             stored: the reused ones in their place, same shape (unspecified where nothing is reused).
 
         Returns:
-            Sorted indices `[n]` into `rows`. Rows that are not in `plan.inexact` go on in any case.
+            Sorted indices `[n]` into `rows`, with all rows that are not in `plan.inexact` among them.
         """
         raise NotImplementedError(f"{type(self).__name__} has check layers but no narrow()")
 
@@ -93,9 +93,12 @@ def parse_policy(text: str | Policy, policies: Mapping[str, type[Policy]]) -> Po
     options: dict[str, Any] = {}
     for part in re.split(r",(?=\s*\w+\s*=)", tail) if tail else []:
         option, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or option not in known:
+        if option not in known:
             takes = ", ".join(f"{field}={known[field].default}" for field in known) or "no options"
             raise PolicyError(f"policy {name!r} has no option {option!r}; it takes {takes} (in {text!r})")
+        if not equals or option in options:
+            fault = "is given twice" if equals else f"needs a value, as in {option}={known[option].default}"
+            raise PolicyError(f"option {option!r} {fault} (in policy {text!r})")
         options[option] = _convert(known[option], value, text)
     return policy(**options)
 

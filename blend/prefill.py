@@ -20,7 +20,7 @@ from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.scout import scout
-from chunkcache.errors import PromptError
+from chunkcache.errors import PolicyError, PromptError
 
 
 class SelectivePrefill:
@@ -35,6 +35,9 @@ class SelectivePrefill:
     Attributes:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
+
+    Raises:
+        PolicyError: the policy has a check layer that the model has not.
     """
 
     def __init__(
@@ -44,6 +47,11 @@ class SelectivePrefill:
         policy: Policy,
         on_prefilled: Callable[[FusedCache], None] | None = None,
     ) -> None:
+        deepest, count = max(policy.check_layers, default=0), len(decoder.layers)
+        if deepest >= count:
+            raise PolicyError(
+                f"policy {policy} checks layer {deepest}, but the model has {count} layers, 0 to {count - 1}"
+            )
         self._decoder = decoder.shadow()
         self._policy = policy
         self._on_prefilled = on_prefilled
@@ -65,7 +73,7 @@ class SelectivePrefill:
         if kwargs.get("past_key_values") is not self.cache:
             return None
         self._before_handle.remove()
-        input_ids = kwargs["input_ids"]
+        input_ids = args[0] if args else kwargs["input_ids"]
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
         layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
@@ -85,7 +93,7 @@ class SelectivePrefill:
             "position_ids": on_device[None],
             "attention_mask": decoder.masks(on_device, len(plan)),
         }
-        return args, {**kwargs, **cut}
+        return (), {**kwargs, **cut}
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The cache is an ordinary one, and the shadow does what the model would, from here on."""

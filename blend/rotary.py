@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,7 @@ class Rotary:
         self._head_dim = head_dim
         takes_type = "layer_type" in inspect.signature(embedding.forward).parameters
         self._arguments: dict[str, Any] = {"layer_type": layer_type} if takes_type else {}
+        self._basis = self._find_basis()
         self._first, self._second, self.rotary_dim = self._find_pairs()
         self.rotation = lru_cache(maxsize=1024)(self._rotation)
 
@@ -80,11 +82,24 @@ class Rotary:
         return cos, sin
 
     def _turned_basis(self, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return `[head_dim, head_dim]`: row i is what the model makes of the i-th unit vector."""
-        size = self._head_dim
+        """Return `[basis, basis]`: row i is what the model makes of the i-th unit vector."""
+        size = self._basis
         basis = torch.eye(size, device=cos.device)[None, None]
         _, turned = self._apply(basis, basis, cos.expand(1, size, -1), sin.expand(1, size, -1))
         return turned[0, 0]
+
+    @torch.no_grad()
+    def _find_basis(self) -> int:
+        """Return how many dimensions the model's function takes: a whole key, or only those that are rotated."""
+        cos, sin = self._cos_sin(1)
+        for size in (self._head_dim, cos.shape[-1]):
+            probe = torch.zeros(1, 1, 1, size, device=cos.device)
+            with suppress(RuntimeError):  # the shapes do not fit
+                self._apply(probe, probe, cos, sin)
+                return size
+        raise UnsupportedModelError(
+            f"apply_rotary_pos_emb takes neither keys of {self._head_dim} dimensions nor of {cos.shape[-1]}"
+        )
 
     @torch.no_grad()
     def _find_pairs(self) -> tuple[slice, slice, int]:
@@ -96,7 +111,7 @@ class Rotary:
             (slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)),
             (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)),
         ):
-            expected = torch.eye(self._head_dim)
+            expected = torch.eye(self._basis)
             expected[:rotary_dim, :rotary_dim] = 0
             expected[first, second] = torch.eye(rotary_dim // 2)
             expected[second, first] = -torch.eye(rotary_dim // 2)

@@ -20,10 +20,11 @@ from chunkcache.blend.cache import FusedCache, layer_kv
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan, Segment
+from chunkcache.blend.policy import Policy
 from chunkcache.blend.prefill import SelectivePrefill
 from chunkcache.blend.prefix import Prefix
 from chunkcache.blend.reuse import Reuse
-from chunkcache.errors import SelfCheckError
+from chunkcache.errors import SelfCheckError, UnsupportedModelError
 from chunkcache.kv import ChunkKV
 
 TOKENS = 24
@@ -100,6 +101,12 @@ def _own_prefill(decoder: Decoder, ids: Tensor, offset: int = 0) -> tuple[Tensor
 
 def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
     _, here = _own_prefill(decoder, ids)
+    keys, values = layer_kv(here, 0)
+    if keys.shape != values.shape:
+        raise UnsupportedModelError(
+            f"{type(decoder.model).__name__} has keys of {keys.shape[-1]} and values of {values.shape[-1]} "
+            "dimensions (latent attention, MLA); chunkcache stores keys and values of one size"
+        )
     _, there = _own_prefill(decoder, ids, DELTA)
     worst = 0.0
     for index, rotary in enumerate(decoder.rotaries):
@@ -126,7 +133,10 @@ def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
             pairs = zip(layer_kv(fused, index), layer_kv(own, index), strict=True)
             cache_errors.extend(_error(value, wanted) for value, wanted in pairs)
 
-    for policy, stored in ((Prefix(), wrong), (Reuse(), right), (CacheBlend(ratio=0.5), right)):
+    trials: list[tuple[Policy, list[Tensor]]] = [(Prefix(), wrong), (Reuse(), right)]
+    if len(decoder.layers) > 1:
+        trials.append((CacheBlend(ratio=0.5), right))
+    for policy, stored in trials:
         token_ids = ids[0].tolist()
         segment = Segment(4, ChunkKV.of(token_ids, 0, stored), 4, TOKENS - 8)
         fused_logits = SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare).run()

@@ -8,6 +8,7 @@ document that contains an end-of-turn mark cannot end the turn.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = copy.deepcopy(tokenizer)  # reading special tokens or not is a switch inside it
         self._instruction = instruction
         self._lock = threading.Lock()
         self._frame = lru_cache(maxsize=64)(self._render_frame)
@@ -125,6 +126,6 @@ class PromptBuilder:
 
     def _encode(self, text: str, trusted: bool = False) -> tuple[int, ...]:
         """Return the ids of `text`; only in the template's own text are special tokens what they look like."""
-        with self._lock:  # the option is a switch inside a fast tokenizer
+        with self._lock:
             ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not trusted).input_ids
         return tuple(ids)

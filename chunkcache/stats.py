@@ -60,7 +60,7 @@ class RequestStats:
         self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)
         self.assemble_s = cache.assemble_s
         if cache.prefilled:
-            self.recomputed_share = cache.computed / (len(plan) * len(cache.layers))
+            self.recomputed_share = cache.computed / (len(cache.plan) * len(cache.layers))
         else:
             self.fallbacks = 1
             _warn_once("the model put the fused cache aside and prefilled the whole prompt itself")

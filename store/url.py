@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from urllib.parse import parse_qsl, urlsplit
 
 from chunkcache.errors import StoreURLError
@@ -22,7 +23,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None or not (size := int(float(match[1]) * unit)):
+    if match is None or unit is None or not (size := int(Decimal(match[1]) * unit)):
         raise StoreURLError(f"{text!r} is not a size in bytes; write for example 2GiB, 500MB or 1048576")
     return size
 
@@ -33,11 +34,14 @@ def open_store(url: str, tiers: Mapping[str, type[Store]]) -> Store:
     Raises:
         StoreURLError: the scheme is unknown, or an option is unknown or has a bad value.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreURLError(f"{url!r} is not a URL ({error}); write for example memory://?max_bytes=2GiB") from None
     known = ", ".join(f"{scheme}://" for scheme in tiers)
     if parts.scheme not in tiers:
         raise StoreURLError(f"no store has the URL {url!r}; the known ones are {known}")
-    if parts.netloc or parts.path:
+    if parts.netloc or parts.path or parts.fragment:
         raise StoreURLError(f"{parts.scheme}:// takes only options, as in {parts.scheme}://?max_bytes=2GiB: {url!r}")
     tier = tiers[parts.scheme]
     allowed = list(inspect.signature(tier).parameters)
@@ -47,5 +51,7 @@ def open_store(url: str, tiers: Mapping[str, type[Store]]) -> Store:
             raise StoreURLError(
                 f"{parts.scheme}:// has no option {name!r}; it takes {', '.join(allowed)} (in {url!r})"
             )
+        if name in options:
+            raise StoreURLError(f"{name} is given twice in {url!r}; give it once")
         options[name] = parse_bytes(value)
     return tier(**options)

@@ -1,4 +1,4 @@
-"""What the tests of the blend room share: decoders of the zoo, plans over stored KV, and references to compare with."""
+"""Shared by the tests of the blend room: decoders of the zoo, plans over stored KV, references to compare with."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def own_prefill(
     """
     cache = DynamicCache() if cache is None else cache
     positions = torch.arange(start, start + len(ids))[None]
-    output = model(
-        input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    output = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=cache, use_cache=True)
     return output.logits[0], cache
 
 
@@ -82,9 +80,7 @@ def chunk_plan(model: PreTrainedModel, ids: Sequence[int]) -> Plan:
 
 def _plan(ids: Sequence[int], kv: Sequence[ChunkKV], exact: bool = False) -> Plan:
     starts = (0, *(start for start, _ in CHUNKS))
-    segments = [
-        Segment(start, one, 0, len(one), exact or start == 0) for start, one in zip(starts, kv, strict=True)
-    ]
+    segments = [Segment(start, one, 0, len(one), exact or start == 0) for start, one in zip(starts, kv, strict=True)]
     return Plan.of(ids, segments)
 
 
@@ -101,14 +97,14 @@ class Selective:
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, plan: Plan, policy: Policy) -> None:
-        with SelectivePrefill(decoder, plan, policy, self._keep_layers) as prefill:
-            self.cache = prefill.cache
-            self.rows_at: dict[int, Tensor] = {}
-            self._update, prefill.cache.update = prefill.cache.update, self._note_rows
-            output = decoder.model(
-                input_ids=torch.tensor([plan.token_ids]), past_key_values=prefill.cache, use_cache=True
-            )
-            del prefill.cache.update
+        prefill = SelectivePrefill(decoder, plan, policy, self._keep_layers)
+        self.cache = prefill.cache
+        self.rows_at: dict[int, Tensor] = {}
+        self._update, prefill.cache.update = prefill.cache.update, self._note_rows
+        output = prefill.model(
+            input_ids=torch.tensor([plan.token_ids]), past_key_values=prefill.cache, use_cache=True
+        )
+        del prefill.cache.update
         self.logits = output.logits[0]
         self.rows = self.cache.rows
 

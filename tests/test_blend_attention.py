@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from chunkcache.blend import attention
 from chunkcache.blend.attention import (
     BLOCK_ROWS,
     additive_mask,
     dense_mask,
     rows_attention,
-    rows_attention_on,
     visible_intervals,
+    weights_of_last,
 )
 from chunkcache.errors import UnsupportedModelError
 
@@ -151,18 +151,41 @@ def test_an_additive_mask_is_zero_where_the_dense_one_is_true(dtype):
     assert (mask[mask != 0] == torch.finfo(dtype).min).all()
 
 
-def test_an_sdpa_model_is_switched_and_switched_back():
-    model = zoo.build("llama")
-    with rows_attention_on(model):
-        assert model.config._attn_implementation == attention.NAME
-    assert model.config._attn_implementation == "sdpa"
-    with pytest.raises(ZeroDivisionError), rows_attention_on(model):
+def weights_by_hand(query, key, rows, window, scaling):
+    """Attention weights `[1, heads, rows, length]` in float64."""
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    hidden = ~dense_mask(visible_intervals(torch.tensor(rows), window), key.shape[2])
+    scores = query.double() @ key.transpose(2, 3) * scaling
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("last", [1, 5, 90])
+@pytest.mark.parametrize("window", [None, 8])
+def test_weights_of_the_last_rows_are_given_where_they_are_asked_for(last, window):
+    rows = list(range(10, 100))
+    query, key, value = tensors(90, 100)
+    with weights_of_last(last):
+        output, weights = attend(query, key, value, rows, window)
+    expected = by_hand(query, key, value, rows, window, 0.4).float()
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    expected = weights_by_hand(query, key, rows, window, 0.4)[:, :, -last:].float()
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
+
+
+def test_weights_are_given_in_bfloat16_too():
+    rows = list(range(20))
+    query, key, value = tensors(20, 20, dtype=torch.bfloat16)
+    with weights_of_last(4):
+        output, weights = attend(query, key, value, rows)
+    assert output.dtype == weights.dtype == torch.bfloat16
+    expected = by_hand(query, key, value, rows, None, 0.4)
+    torch.testing.assert_close(output.double(), expected, atol=0.03, rtol=0)
+
+
+def test_weights_are_asked_for_by_one_thread_and_one_context():
+    call = (*tensors(3, 9), [2, 4, 8])
+    with weights_of_last(2), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(attend, *call).result()[1] is None
+    with pytest.raises(ZeroDivisionError), weights_of_last(2):
         raise ZeroDivisionError
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_an_eager_model_is_not_switched():
-    model = zoo.build("gemma2", "eager")
-    with rows_attention_on(model):
-        assert model.config._attn_implementation == "eager"
-    assert model.config._attn_implementation == "eager"
+    assert attend(*call)[1] is None

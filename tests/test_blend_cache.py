@@ -94,8 +94,8 @@ def test_it_is_empty_to_the_outside_until_it_is_prefilled():
     cache = fused(plan)
     assert cache.get_seq_length() == 0
     assert not cache.prefilled
-    with SelectivePrefill(Decoder(zoo.build("llama")), plan, Link()) as prefill:
-        Decoder(zoo.build("llama")).prefill(torch.tensor([plan.token_ids]), prefill.cache)
+    prefill = SelectivePrefill(Decoder(zoo.build("llama")), plan, Link())
+    prefill.run()
     assert prefill.cache.prefilled
     assert prefill.cache.get_seq_length() == len(plan)
 

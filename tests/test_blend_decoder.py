@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 
 import helpers_blend as h
@@ -13,13 +12,14 @@ import zoo
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from chunkcache.blend import Decoder, self_check
+from chunkcache.blend.attention import NAME
 from chunkcache.errors import InputError, UnsupportedModelError
 
 
 @pytest.mark.parametrize(("name", "attention"), zoo.SERVED, ids=lambda value: value)
 def test_every_family_is_accepted_with_its_layers_in_order(name, attention):
     decoder = Decoder(zoo.build(name, attention))
-    assert [decoder._attention_of(layer).layer_idx for layer in decoder.layers] == list(range(zoo.LAYERS))
+    assert [attention.layer_idx for attention in decoder.attentions] == list(range(zoo.LAYERS))
     assert len(decoder.rotaries) == zoo.LAYERS
 
 
@@ -114,18 +114,25 @@ def test_another_attention_implementation_is_refused_with_the_way_out():
         Decoder(model)
 
 
-def test_decoders_of_one_model_share_its_lock_and_others_do_not():
-    model = zoo.build("llama")
-    assert Decoder(model).lock is Decoder(model).lock
-    assert Decoder(model).lock is not Decoder(zoo.build("qwen2")).lock
+@pytest.mark.parametrize(("name", "attention"), zoo.SERVED, ids=lambda value: value)
+def test_a_shadow_has_layers_and_attentions_of_its_own_and_all_else_of_the_decoder(name, attention):
+    decoder = Decoder(zoo.build(name, attention))
+    shadow = decoder.shadow()
+    for own, theirs in ((shadow.layers, decoder.layers), (shadow.attentions, decoder.attentions)):
+        assert [type(module) for module in own] == [type(module) for module in theirs]
+        assert not set(own) & set(theirs)
+        assert set(own) <= set(shadow.model.modules())
+    assert (shadow.rotaries, shadow.max_tokens) == (decoder.rotaries, decoder.max_tokens)
 
 
-def test_the_lock_can_be_taken_by_other_threads():
-    lock, taken = Decoder(zoo.build("llama")).lock, []
-    thread = threading.Thread(target=lambda: taken.append(lock.acquire(timeout=1)))
-    thread.start()
-    thread.join()
-    assert taken == [True]
+@pytest.mark.parametrize(("attention", "in_shadow"), [("sdpa", NAME), ("eager", "eager")])
+def test_sdpa_takes_scattered_rows_in_the_shadow_only(attention, in_shadow):
+    decoder = Decoder(zoo.build("llama", attention))
+    shadow = decoder.shadow()
+    assert shadow.model.config._attn_implementation == in_shadow
+    assert {module.config._attn_implementation for module in shadow.attentions} == {in_shadow}
+    assert decoder.model.config._attn_implementation == attention
+    assert {module.config._attn_implementation for module in decoder.attentions} == {attention}
 
 
 def test_a_decoder_does_not_keep_a_dropped_model_alive():

@@ -115,9 +115,9 @@ def test_a_wrong_kv_shows(name, attention):
     assert max((a - b).abs().amax() for a, b in zip(unmoved.layers, moved.layers, strict=True)) > 0.1
 
 
-def greedy(model, **options):
+def greedy(generate):
     prompt = torch.tensor([IDS])
-    output = model.generate(
+    output = generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
@@ -125,32 +125,30 @@ def greedy(model, **options):
         max_new_tokens=12,
         output_logits=True,
         return_dict_in_generate=True,
-        **options,
     )
     return output.sequences[0, len(IDS) :].tolist(), torch.cat(output.logits)
 
 
 @cache
 def own_greedy(name, attention):
-    return greedy(zoo.build(name, attention))
+    return greedy(zoo.build(name, attention).generate)
+
+
+def assert_goes_on_as_the_model_itself(name, attention, plan, policy):
+    tokens, logits = greedy(SelectivePrefill(h.decoder(name, attention), plan, policy).generate)
+    own_tokens, own_logits = own_greedy(name, attention)
+    assert tokens == own_tokens
+    assert_same(logits, own_logits)
 
 
 @models
 @every_policy
 def test_generate_goes_on_from_right_kv_as_the_model_itself_does(name, attention, policy):
     plan = h.right_plan(IDS, own(name, attention)[1], exact=True)
-    with SelectivePrefill(h.decoder(name, attention), plan, policy) as prefill:
-        tokens, logits = greedy(zoo.build(name, attention), past_key_values=prefill.cache)
-    own_tokens, own_logits = own_greedy(name, attention)
-    assert tokens == own_tokens
-    assert_same(logits, own_logits)
+    assert_goes_on_as_the_model_itself(name, attention, plan, policy)
 
 
 @models
 def test_generate_goes_on_from_recomputed_kv_as_the_model_itself_does(name, attention):
     plan = h.wrong_plan(IDS, own(name, attention)[1])
-    with SelectivePrefill(h.decoder(name, attention), plan, Link(k=999)) as prefill:
-        tokens, logits = greedy(zoo.build(name, attention), past_key_values=prefill.cache)
-    own_tokens, own_logits = own_greedy(name, attention)
-    assert tokens == own_tokens
-    assert_same(logits, own_logits)
+    assert_goes_on_as_the_model_itself(name, attention, plan, Link(k=999))

@@ -1,7 +1,7 @@
 """What each policy selects, on a prompt small enough to select by hand.
 
-    position  0 1 2 | 3 4 5 6 | 7 | 8 9 | 10 11
-              prefix  chunk a   gap  b    question
+position  0 1 2 | 3 4 5 6 | 7 | 8 9 | 10 11
+          prefix  chunk a   gap  b    question
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
 from chunkcache.blend.prefix import Prefix
+from chunkcache.blend.query import Query
 from chunkcache.blend.reuse import Reuse
+from chunkcache.errors import PolicyError
 from chunkcache.kv import ChunkKV
 
 IDS = range(50, 62)
@@ -128,3 +130,35 @@ def test_cacheblend_minds_neither_garbage_nor_nothing_where_nothing_is_reused():
     assert narrowed(0.5, garbage) == [4, 6, 7, 8, 10, 11]
     plan, rows, fresh = Plan.of(IDS), torch.arange(12), torch.randn(2, 1, 12, 4)
     assert CacheBlend().narrow(plan, rows, fresh, fresh).tolist() == list(range(12))
+
+
+#            0    1    2    3    4    5    6    7    8    9   10   11
+ATTENTION = [9.0, 9.0, 9.0, 0.1, 0.9, 0.2, 0.3, 9.0, 0.8, 0.1, 9.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "selected"),
+    [
+        (Query(ratio=0.0), []),
+        (Query(ratio=0.01), [4]),
+        (Query(ratio=0.5), [4, 6, 8]),
+        (Query(ratio=1.0), CHOICE),
+        (Query(ratio=0.2, k=1), [3, 4, 8]),
+        (Query(ratio=0.0, k=2), [3, 4, 8, 9]),
+    ],
+    ids=str,
+)
+def test_query_selects_the_share_that_the_question_looks_at_most_and_the_first_of_each_chunk(policy, selected):
+    seen = torch.tensor([ATTENTION, [0.0] * 12])  # of two layers
+    assert policy.select_seen(PLAN, seen).tolist() == selected
+
+
+def test_query_looks_at_all_layers_but_the_last_third():
+    assert [list(Query().scout_layers(layers)) for layers in (1, 3, 4)] == [[0], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("options", [{"ratio": -0.1}, {"ratio": 1.5}, {"k": -1}])
+def test_query_refuses_options_out_of_range(options):
+    [(name, value)] = options.items()
+    with pytest.raises(PolicyError, match=rf"{name}={value} is"):
+        Query(**options)

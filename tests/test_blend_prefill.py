@@ -1,8 +1,10 @@
-"""Selective prefill borrows the model: it gives it back as it was, whatever happens, and disturbs nobody else."""
+"""Selective prefill never touches the model, whatever happens, and requests do not meet one another."""
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import helpers_blend as h
@@ -15,7 +17,7 @@ from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.prefix import Prefix
-from chunkcache.errors import PromptError
+from chunkcache.errors import PolicyError, PromptError
 
 IDS = h.random_ids()
 EVERY = [kind() for kind in POLICIES.values()]
@@ -23,24 +25,19 @@ EVERY = [kind() for kind in POLICIES.values()]
 every_policy = pytest.mark.parametrize("policy", EVERY, ids=list(POLICIES))
 
 
-def state(model):
-    """All that a prefill could leave behind: hooks of every module, and the attention implementation."""
-    hooks = {
-        (name, attribute): dict(value)
+def hooks_of(model):
+    return {
+        (name, attribute): list(value)
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
         if "hook" in attribute and value
     }
-    return hooks, model.config._attn_implementation
 
 
-def is_free(lock):
-    """Whether another thread can take the lock."""
-    with ThreadPoolExecutor(1) as pool:
-        taken = pool.submit(lock.acquire, timeout=0.2).result()
-        if taken:
-            pool.submit(lock.release).result()
-    return taken
+def state(model):
+    """All that a prefill could leave behind: hooks, attributes, and the attention implementation."""
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    return hooks_of(model), attributes, model.config._attn_implementation, model.generation_config.to_dict()
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -51,93 +48,106 @@ def borrowed(request):
     assert before[0] == {}
     yield decoder, h.chunk_plan(decoder.model, IDS)
     assert state(decoder.model) == before
-    assert is_free(decoder.lock)
 
 
-def prefilled(decoder, plan, policy):
-    with SelectivePrefill(decoder, plan, policy) as prefill:
-        return decoder.prefill(torch.tensor([plan.token_ids]), prefill.cache)
+def run(decoder, plan, policy, on_prefilled=None):
+    return SelectivePrefill(decoder, plan, policy, on_prefilled).run()
 
 
-def generated(decoder, plan, policy, **options):
+def generate(decoder, plan, policy, **options):
     ids = torch.tensor([plan.token_ids])
-    with SelectivePrefill(decoder, plan, policy) as prefill:
-        options = {"max_new_tokens": 3, "attention_mask": torch.ones_like(ids), **options}
-        return decoder.model.generate(ids, past_key_values=prefill.cache, **options)
+    options = {"max_new_tokens": 3, "attention_mask": torch.ones_like(ids), **options}
+    return SelectivePrefill(decoder, plan, policy).generate(ids, **options)
+
+
+def fail(*_, **__):
+    raise ZeroDivisionError
 
 
 @every_policy
 def test_the_model_is_as_it_was_after_success(borrowed, policy):
-    prefilled(*borrowed, policy)
-    generated(*borrowed, policy)
+    run(*borrowed, policy)
+    generate(*borrowed, policy)
 
 
 @every_policy
 @pytest.mark.parametrize("layer", [0, 1, zoo.LAYERS - 1])
-@pytest.mark.parametrize("run", [prefilled, generated])
-def test_the_model_is_as_it_was_after_a_failure_in_a_layer(borrowed, policy, layer, run):
-    decoder, plan = borrowed
-
-    def fail(*_):
-        raise ZeroDivisionError
-
-    handle = decoder.layers[layer].mlp.register_forward_pre_hook(fail)
+@pytest.mark.parametrize("job", [run, generate])
+def test_the_model_is_as_it_was_after_a_failure_in_a_layer(borrowed, policy, layer, job):
+    handle = borrowed[0].layers[layer].mlp.register_forward_pre_hook(fail)
     try:
         with pytest.raises(ZeroDivisionError):
-            run(decoder, plan, policy)
+            job(*borrowed, policy)
     finally:
         handle.remove()
+    job(*borrowed, policy)
 
 
 @every_policy
 def test_the_model_is_as_it_was_after_a_failure_while_decoding(borrowed, policy):
-    def fail(ids, scores, **_):
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        generated(*borrowed, policy, stopping_criteria=[fail])
+        generate(*borrowed, policy, stopping_criteria=[fail])
 
 
-def test_the_model_is_as_it_was_after_a_failing_policy(borrowed):
-    class Failing(Policy):
-        name = "failing"
-        check_layers = frozenset({1})
-
-        def select(self, plan):
-            return plan.inexact
-
-        def narrow(self, plan, rows, fresh, stored):
-            raise ZeroDivisionError
-
+@pytest.mark.parametrize("method", ["select", "narrow"])
+def test_the_model_is_as_it_was_after_a_failing_policy(borrowed, method):
+    failing = type("Failing", (CacheBlend,), {method: fail})
     with pytest.raises(ZeroDivisionError):
-        prefilled(*borrowed, Failing())
+        run(*borrowed, failing())
+
+
+def test_a_check_layer_beyond_the_model_is_refused_and_not_a_full_prefill_in_silence(borrowed):
+    with pytest.raises(PolicyError, match=rf"layer.*99.*{zoo.LAYERS} layers"):
+        run(*borrowed, CacheBlend(layer=99))
 
 
 def test_the_model_is_as_it_was_after_a_failing_callback(borrowed):
-    decoder, plan = borrowed
-
-    def fail(cache):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), SelectivePrefill(decoder, plan, Link(), fail) as prefill:
-        decoder.prefill(torch.tensor([IDS]), prefill.cache)
+    with pytest.raises(ZeroDivisionError):
+        run(*borrowed, Link(), fail)
 
 
-def test_the_model_is_as_it_was_after_a_context_without_a_forward(borrowed):
-    with SelectivePrefill(*borrowed, Link()) as prefill:
-        assert state(borrowed[0].model)[0]
+def test_the_model_is_as_it_was_when_nothing_is_run(borrowed):
+    prefill = SelectivePrefill(*borrowed, Link())
+    assert hooks_of(prefill.model)
     assert not prefill.cache.prefilled
 
 
 @every_policy
-def test_no_hook_is_left_to_run_while_tokens_are_decoded(borrowed, policy):
-    """Hooks of layers and the attention in place of SDPA end with the first forward, not with the context."""
+def test_the_model_is_as_it_was_in_the_midst_of_a_prefill(borrowed, policy):
     decoder, plan = borrowed
-    with SelectivePrefill(decoder, plan, policy) as prefill:
-        before = state(decoder.model)
-        decoder.prefill(torch.tensor([IDS]), prefill.cache)
-        assert state(decoder.model) == before
-        assert is_free(decoder.lock)
+    before, seen = state(decoder.model), []
+    mlp = decoder.layers[-1].mlp
+    handle = mlp.register_forward_hook(lambda *_: seen.append(state(decoder.model)))
+    try:
+        run(decoder, plan, policy)
+    finally:
+        handle.remove()
+    hooks, *rest = seen[0]
+    assert set(hooks) == {(f"model.layers.{zoo.LAYERS - 1}.mlp", "_forward_hooks")}
+    assert rest == list(before[1:])
+
+
+@every_policy
+def test_no_hook_is_left_to_run_while_tokens_are_decoded(borrowed, policy):
+    prefill = SelectivePrefill(*borrowed, policy)
+    assert hooks_of(prefill.model)
+    prefill.run()
+    assert hooks_of(prefill.model) == {}
+
+
+def test_a_hook_of_the_users_own_on_the_model_still_runs(borrowed):
+    decoder, plan = borrowed
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda *_: seen.append(1))
+        for module in (decoder.model, decoder.layers[0], decoder.attentions[0])
+    ]
+    try:
+        run(decoder, plan, Link())
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == 3
 
 
 @every_policy
@@ -148,31 +158,65 @@ def test_the_callback_sees_the_whole_prompt_before_windows_are_trimmed(policy):
         assert cache.prefilled
         seen.extend(layer_kv(cache, index)[0].shape[2] for index in range(zoo.LAYERS))
 
-    with SelectivePrefill(decoder, h.chunk_plan(decoder.model, IDS), policy, keep) as prefill:
-        decoder.prefill(torch.tensor([IDS]), prefill.cache)
+    run(decoder, h.chunk_plan(decoder.model, IDS), policy, keep)
     assert seen == [len(IDS)] * zoo.LAYERS
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (2, h.TOKENS), (1, h.TOKENS + 1), (1, 1)])
-def test_an_input_that_is_not_the_plans_is_refused(borrowed, shape):
-    decoder, plan = borrowed
-    with SelectivePrefill(decoder, plan, Link()) as prefill:
-        with pytest.raises(PromptError, match=rf"shape \({shape[0]}, {shape[1]}\).*one sequence of 90 tokens"):
-            decoder.model(input_ids=torch.full(shape, 5), past_key_values=prefill.cache)
-        assert is_free(decoder.lock)
+@every_policy
+def test_the_kv_of_a_request_are_freed_with_it(policy):
+    decoder = h.decoder("gemma3")
+    plan = h.chunk_plan(decoder.model, IDS)
+    gc.collect()
+    gc.disable()
+    try:
+        prefill = SelectivePrefill(decoder, plan, policy)
+        prefill.run()
+        kept = weakref.ref(prefill.cache)
+        del prefill
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_stored_kv_are_let_go_of_once_the_prompt_is_prefilled():
+    decoder = h.decoder("llama")
+    plan = h.chunk_plan(decoder.model, IDS)
+    prefill = SelectivePrefill(decoder, plan, Link())
+    stored = weakref.ref(plan.segments[1].kv)
+    prefill.run()
+    del plan
+    assert stored() is None
+    assert len(prefill.cache.plan) == len(IDS)
+
+
+@pytest.mark.parametrize(
+    "input_ids", [[IDS[:5]], [IDS, IDS], [(5, *IDS[1:])], [IDS[:1]]], ids=["short", "two", "other", "one token"]
+)
+def test_an_input_that_is_not_the_plans_is_refused(borrowed, input_ids):
+    prefill = SelectivePrefill(*borrowed, Link())
+    shape = (len(input_ids), len(input_ids[0]))
+    with pytest.raises(PromptError, match=rf"shape \({shape[0]}, {shape[1]}\).*one sequence of 90 tokens"):
+        prefill.model(input_ids=torch.tensor(input_ids), past_key_values=prefill.cache)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
 def test_a_mode_of_generate_with_several_sequences_is_refused(borrowed, options):
     with pytest.raises(PromptError, match=r"prefill the cache first and pass it on"):
-        generated(*borrowed, Link(), **options)
+        generate(*borrowed, Link(), **options)
 
 
-def test_input_ids_may_be_given_by_position(borrowed):
-    decoder, plan = borrowed
-    with SelectivePrefill(decoder, plan, Prefix()) as prefill, torch.no_grad():
-        logits = decoder.model(torch.tensor([IDS]), past_key_values=prefill.cache).logits
-    torch.testing.assert_close(logits[0, -1], h.own_prefill(decoder.model, IDS)[0][-1], atol=1e-4, rtol=0)
+@every_policy
+def test_tokens_to_verify_may_stand_behind_the_prompt(policy):
+    """Assisted generation puts its candidates there."""
+    decoder = h.decoder("llama")
+    candidates = (7, 8, 9)
+    plan = h.right_plan(IDS, h.own_prefill(decoder.model, IDS)[1])
+    prefill = SelectivePrefill(decoder, plan, policy)
+    with torch.no_grad():
+        logits = prefill.model(input_ids=torch.tensor([(*IDS, *candidates)]), past_key_values=prefill.cache).logits[0]
+    expected, _ = h.own_prefill(decoder.model, (*IDS, *candidates))
+    torch.testing.assert_close(logits[-4:], expected[-4:], atol=1e-4, rtol=0)
+    assert prefill.cache.get_seq_length() == len(IDS) + 3
 
 
 def own(model):
@@ -180,20 +224,10 @@ def own(model):
 
 
 @every_policy
-def test_a_forward_with_another_cache_passes_untouched(borrowed, policy):
-    decoder, plan = borrowed
-    expected = own(decoder.model)
-    with SelectivePrefill(decoder, plan, policy) as prefill:
-        assert torch.equal(own(decoder.model), expected)
-        decoder.prefill(torch.tensor([IDS]), prefill.cache)
-        assert torch.equal(own(decoder.model), expected)
-
-
-@every_policy
 @pytest.mark.parametrize("layer", [0, 1, zoo.LAYERS - 1])
 def test_a_forward_of_another_thread_in_the_midst_of_a_prefill_passes_untouched(borrowed, policy, layer):
     decoder, plan = borrowed
-    expected, logits = own(decoder.model), prefilled(decoder, plan, policy)
+    expected, logits = own(decoder.model), run(decoder, plan, policy)
     results = []
 
     def run_another(*_):
@@ -203,41 +237,52 @@ def test_a_forward_of_another_thread_in_the_midst_of_a_prefill_passes_untouched(
 
     handle = decoder.layers[layer].mlp.register_forward_hook(run_another)
     try:
-        assert torch.equal(prefilled(decoder, plan, policy), logits)
+        assert torch.equal(run(decoder, plan, policy), logits)
     finally:
         handle.remove()
-    torch.testing.assert_close(results[0], expected, atol=1e-4, rtol=0)
+    assert torch.equal(results[0], expected)
+
+
+@every_policy
+def test_a_forward_of_the_shadow_with_another_cache_passes_untouched(borrowed, policy):
+    decoder, plan = borrowed
+    expected = own(decoder.model)
+    prefill = SelectivePrefill(decoder, plan, policy)
+    torch.testing.assert_close(own(prefill.model), expected, atol=1e-4, rtol=0)
+    assert torch.equal(prefill.run(), run(decoder, plan, policy))
+    torch.testing.assert_close(own(prefill.model), expected, atol=1e-4, rtol=0)
 
 
 def test_prefills_of_several_threads_do_not_meet():
     decoder = h.decoder("llama")
     plans = [h.chunk_plan(decoder.model, h.random_ids(seed=seed)) for seed in range(4)]
-    jobs = [(decoder, plan, policy) for plan in plans for policy in EVERY]
-    expected = [prefilled(*job) for job in jobs]
+    jobs = [(decoder, plan, policy) for plan in plans for policy in EVERY] * 2
+    expected = [run(*job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda job: prefilled(*job), jobs))
+        results = list(pool.map(lambda job: run(*job), jobs))
     for result, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(result, wanted, atol=1e-4, rtol=0)
-    assert state(decoder.model) == ({}, "sdpa")
 
 
 def test_two_check_layers_cut_the_rows_twice():
-    class Twice(CacheBlend):
+    class Twice(Policy):
         name = "twice"
         check_layers = frozenset({1, 3})
 
+        def select(self, plan):
+            return plan.inexact
+
         def narrow(self, plan, rows, fresh, stored):
             seen.append(rows.tolist())
-            return torch.arange(0, len(rows), 2) if len(seen) == 1 else torch.arange(len(rows) // 2, len(rows))
+            return torch.arange(1, len(rows), 2) if len(seen) == 1 else torch.arange(len(rows) // 2, len(rows))
 
     seen = []
     decoder = h.decoder("gemma3")
-    plan = Plan.of(IDS, [Segment(0, h.alone(decoder.model, IDS), 0, h.TOKENS)])
-    prefill = h.Selective(decoder, plan, Twice())
-    assert seen == [list(range(90)), list(range(0, 90, 2))]
-    assert prefill.rows.tolist() == list(range(44, 90, 2))
-    frozen = [layer.clone() for layer in h.alone(decoder.model, IDS).layers]
-    logits, reference = h.own_prefill(decoder.model, IDS, cache=h.FrozenCache(frozen, prefill.rows_at))
+    frozen = h.alone(decoder.model, IDS)
+    prefill = h.Selective(decoder, Plan.of(IDS, [Segment(0, frozen, 0, h.TOKENS)]), Twice())
+    assert seen == [list(range(90)), list(range(1, 90, 2))]
+    assert prefill.rows.tolist() == list(range(45, 90, 2))
+    logits, reference = h.own_prefill(decoder.model, IDS, cache=h.FrozenCache(frozen.layers, prefill.rows_at))
     torch.testing.assert_close(prefill.logits, logits[prefill.rows], atol=1e-4, rtol=0)
     for layer, wanted in zip(prefill.layers, h.layers_of(reference), strict=True):
         torch.testing.assert_close(layer, wanted, atol=1e-4, rtol=0)
@@ -250,4 +295,10 @@ def test_the_shortest_prompts(length):
     plan = Plan.of(ids, [Segment(0, h.alone(decoder.model, ids), 0, length)])
     expected, _ = h.own_prefill(decoder.model, ids)
     for policy in EVERY:
-        torch.testing.assert_close(prefilled(decoder, plan, policy), expected[-1:], atol=1e-4, rtol=0)
+        torch.testing.assert_close(run(decoder, plan, policy), expected[-1], atol=1e-4, rtol=0)
+
+
+def test_nothing_stored_is_a_plain_prefill():
+    decoder = h.decoder("llama")
+    for policy in (*EVERY, Prefix()):
+        torch.testing.assert_close(run(decoder, Plan.of(IDS), policy), own(decoder.model)[-1], atol=1e-4, rtol=0)

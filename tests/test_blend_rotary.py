@@ -23,7 +23,7 @@ def rotaries(name):
     """Every different rotary of a model, with its layer type."""
     decoder = Decoder(zoo.build(name, zoo.FAMILIES[name].attentions[0]))
     types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * zoo.LAYERS
-    return {rotary: kind for rotary, kind in zip(decoder.rotaries, types, strict=True)}
+    return dict(zip(decoder.rotaries, types, strict=True))
 
 
 @torch.no_grad()

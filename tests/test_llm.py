@@ -344,6 +344,16 @@ def test_max_length_counts():
     assert len(llm.generate(QUESTION, TEXTS, max_length=length + 5).token_ids) == 5
 
 
+def test_prompt_and_answer_may_fill_the_context():
+    llm = wrapped()
+    length = prompt_ids(llm).shape[1]
+    stop = [StopAfter(length + 1)]
+    room = 512 - length
+    assert llm.generate(QUESTION, TEXTS, max_new_tokens=room, stopping_criteria=stop).token_ids
+    with pytest.raises(chunkcache.ContextLengthError, match=f"{length} tokens and {room + 1} new ones"):
+        llm.generate(QUESTION, TEXTS, max_new_tokens=room + 1, stopping_criteria=stop)
+
+
 def test_beams_of_the_models_own_config_count():
     model = own_model()
     llm = wrapped(model)

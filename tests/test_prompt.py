@@ -107,6 +107,14 @@ def test_the_tokenizer_is_left_as_it_was():
     assert EOS in before
 
 
+def test_no_switch_inside_the_tokenizer_is_left_or_shared():
+    """Another thread's use of the tokenizer would flip a shared switch back in the middle of a hostile text."""
+    tokenizer = with_template(CHAT_TEMPLATE)
+    PromptBuilder(tokenizer).chunk(HOSTILE)
+    assert not tokenizer.backend_tokenizer.encode_special_tokens
+    assert tokenizer.backend_tokenizer.encode("</s>").ids == [EOS]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.text(min_size=1).filter(str.strip))
 def test_any_text_survives(text):

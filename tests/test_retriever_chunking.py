@@ -80,9 +80,7 @@ def test_white_space_alone_has_no_chunks():
     assert split(document(""), tiny_tokenizer()) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["The ferry sails twice a day in spring. " * 20, "海上的渡船每天都開。" * 20]
-)
+@pytest.mark.parametrize("text", ["The ferry sails twice a day in spring. " * 20, "海上的渡船每天都開。" * 20])
 def test_an_overlap_repeats_the_end_of_the_chunk_before(text):
     overlap = 12
     chunks = split(document(text), tiny_tokenizer(), size=60, overlap=overlap)
@@ -95,9 +93,7 @@ def test_an_overlap_repeats_the_end_of_the_chunk_before(text):
 
 
 def test_a_long_text_is_counted_without_a_warning(caplog):
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer().backend_tokenizer, model_max_length=8
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, model_max_length=8)
     split(document("word " * 100), tokenizer, size=64)
     assert caplog.text == ""
 

@@ -53,6 +53,15 @@ LONGROPE = {
     "long_factor": [2.0 + i for i in range(8)],
 }
 DYNAMIC_NTK = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+COMPRESSED = {  # keys and values of different sizes, rotated in their last dimensions only
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": LAYERS,
+}
 GRANITE = {
     "attention_multiplier": 0.25,
     "embedding_multiplier": 2.0,
@@ -101,9 +110,7 @@ FAMILIES = {
     "smollm3": Family("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0]}),
     "gpt-neox": Family("GPTNeoXConfig"),
     "qwen3-moe": Family("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
-    "gpt-oss": Family(
-        "GptOssConfig", {"num_local_experts": 4, **EXPERTS, **ALTERNATING}, attentions=("eager",)
-    ),
+    "gpt-oss": Family("GptOssConfig", {"num_local_experts": 4, **EXPERTS, **ALTERNATING}, attentions=("eager",)),
 }
 SERVED = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
 
@@ -119,11 +126,7 @@ REFUSED = {
         "Llama4TextConfig",
         {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW},
     ),
-    "deepseek-v3": Family(  # compressed keys and values, of different sizes
-        "DeepseekV3Config",
-        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
-        | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
-    ),
+    "deepseek-v3": Family("DeepseekV3Config", COMPRESSED),
 }
 
 
