@@ -29,7 +29,7 @@ class Query(Policy):
 
     name = "query"
     ratio: float = 0.05
-    k: int = 0
+    k: int = 8
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:

@@ -107,10 +107,9 @@ class Rotary:
         cos, sin = self._cos_sin(1)
         turned = self._turned_basis(torch.zeros_like(cos), torch.ones_like(sin)).round().cpu()
         rotary_dim = int((turned.diagonal() == 0).sum())
-        for first, second in (
-            (slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)),
-            (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)),
-        ):
+        halves = slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+        neighbours = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+        for first, second in (halves, halves[::-1], neighbours, neighbours[::-1]):
             expected = torch.eye(self._basis)
             expected[:rotary_dim, :rotary_dim] = 0
             expected[first, second] = torch.eye(rotary_dim // 2)

@@ -40,7 +40,7 @@ class SelfCheck:
     Attributes:
         logits_error: of the next-token logits, selective prefill against the model's own.
         cache_error: of keys and values, likewise; the worst layer.
-        rotation_error: of re-rotated keys against keys computed in place; the worst layer.
+        rotation_error: of re-rotated keys, and of values, against those computed in place; the worst layer.
         layers_without_rope: number of layers whose keys do not depend on the position.
         tolerance: what each error must stay under in the model's dtype.
     """
@@ -108,17 +108,18 @@ def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
             "dimensions (latent attention, MLA); chunkcache stores keys and values of one size"
         )
     _, there = _own_prefill(decoder, ids, DELTA)
-    worst = 0.0
+    errors: list[float] = []
     for index, rotary in enumerate(decoder.rotaries):
-        keys, wanted = layer_kv(here, index)[0][0], layer_kv(there, index)[0][0]
+        (keys, values), (wanted, values_there) = layer_kv(here, index), layer_kv(there, index)
+        keys, wanted = keys[0], wanted[0]
         moved = torch.empty_like(keys)
         if rotary is not None:
             rotary.shift(keys, DELTA, moved)
         with_rope, without = _error(moved, wanted), _error(keys, wanted)
         if without < with_rope:
             decoder.rotaries[index] = None
-        worst = max(worst, min(with_rope, without))
-    return worst
+        errors += [min(with_rope, without), _error(values, values_there)]
+    return _worst(errors)
 
 
 def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
@@ -139,9 +140,22 @@ def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
     for policy, stored in trials:
         token_ids = ids[0].tolist()
         segment = Segment(4, ChunkKV.of(token_ids, 0, stored), 4, TOKENS - 8)
-        fused_logits = SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare).run()
+        try:
+            fused_logits = SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare).run()
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise SelfCheckError(
+                f"{type(decoder.model).__name__} fails when only some rows are computed "
+                f"({type(error).__name__}: {error}); its KV cannot be reused"
+            ) from error
         logits_errors.append(_error(fused_logits, logits))
-    return max(logits_errors), max(cache_errors)
+    return _worst(logits_errors), _worst(cache_errors)
+
+
+def _worst(errors: list[float]) -> float:
+    """Return the largest error, and NaN if one of them is."""
+    return float(torch.tensor(errors).max())
 
 
 def _error(value: Tensor, reference: Tensor) -> float:

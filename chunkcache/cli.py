@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: only a comma
     from chunkcache.store import Store
 
 EXAMPLES = Path(__file__).with_name("examples")
-COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15")
+COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "query")
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -130,7 +130,7 @@ def ask(
 @click.option("--seed", default=0, show_default=True, help="Which questions are drawn.")
 @model_options
 @retrieval_options
-@click.option("--policy", default="link:k=8", show_default=True, help="The policy that answers.")
+@click.option("--policy", default="query", show_default=True, help="The policy that answers.")
 @json_option
 def demo(
     docs: Path | None,
@@ -168,7 +168,7 @@ def demo(
     cases = [
         Case(row["question"], tuple(hit.chunk.text for hit in hits)) for row, hits in zip(asked, found, strict=True)
     ]
-    comparison = _compare(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, str(chosen)))), llm.store)
+    comparison = _compare(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, policy))), llm.store)
     if as_json:
         click.echo(json.dumps({"answers": answers, "comparison": comparison.as_dict()}, indent=2))
     else:

@@ -111,7 +111,7 @@ def compare(
         on_precompute: called with (chunks done, chunks in all).
         on_prompt: called with (prompts done, prompts in all).
     """
-    names = [FULL, *(str(parse_policy(p)) for p in policies if parse_policy(p).name != FULL)]
+    names = list(dict.fromkeys([FULL, *(str(parse_policy(policy)) for policy in policies)]))
     runners = _runners(model, tokenizer, names, store)
     reusing = {id(llm): llm for name, llm in runners.items() if _reuses_chunks(parse_policy(name))}
     texts = list(dict.fromkeys(chunk for case in cases for chunk in case.chunks))

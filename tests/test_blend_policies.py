@@ -139,10 +139,10 @@ ATTENTION = [9.0, 9.0, 9.0, 0.1, 0.9, 0.2, 0.3, 9.0, 0.8, 0.1, 9.0, 9.0]
 @pytest.mark.parametrize(
     ("policy", "selected"),
     [
-        (Query(ratio=0.0), []),
-        (Query(ratio=0.01), [4]),
-        (Query(ratio=0.5), [4, 6, 8]),
-        (Query(ratio=1.0), CHOICE),
+        (Query(ratio=0.0, k=0), []),
+        (Query(ratio=0.01, k=0), [4]),
+        (Query(ratio=0.5, k=0), [4, 6, 8]),
+        (Query(ratio=1.0, k=0), CHOICE),
         (Query(ratio=0.2, k=1), [3, 4, 8]),
         (Query(ratio=0.0, k=2), [3, 4, 8, 9]),
     ],

@@ -25,6 +25,10 @@ EVERY = [kind() for kind in POLICIES.values()]
 every_policy = pytest.mark.parametrize("policy", EVERY, ids=list(POLICIES))
 
 
+def assert_same(value, expected):
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
+
+
 def hooks_of(model):
     return {
         (name, attribute): list(value)
@@ -199,6 +203,14 @@ def test_an_input_that_is_not_the_plans_is_refused(borrowed, input_ids):
         prefill.model(input_ids=torch.tensor(input_ids), past_key_values=prefill.cache)
 
 
+def test_input_ids_may_be_given_by_position(borrowed):
+    decoder, plan = borrowed
+    prefill = SelectivePrefill(decoder, plan, Link())
+    with torch.no_grad():
+        logits = prefill.model(torch.tensor([IDS]), past_key_values=prefill.cache).logits
+    assert_same(logits[0, -1], run(decoder, plan, Link()))
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
 def test_a_mode_of_generate_with_several_sequences_is_refused(borrowed, options):
     with pytest.raises(PromptError, match=r"prefill the cache first and pass it on"):
@@ -215,7 +227,7 @@ def test_tokens_to_verify_may_stand_behind_the_prompt(policy):
     with torch.no_grad():
         logits = prefill.model(input_ids=torch.tensor([(*IDS, *candidates)]), past_key_values=prefill.cache).logits[0]
     expected, _ = h.own_prefill(decoder.model, (*IDS, *candidates))
-    torch.testing.assert_close(logits[-4:], expected[-4:], atol=1e-4, rtol=0)
+    assert_same(logits[-4:], expected[-4:])
     assert prefill.cache.get_seq_length() == len(IDS) + 3
 
 
@@ -237,10 +249,10 @@ def test_a_forward_of_another_thread_in_the_midst_of_a_prefill_passes_untouched(
 
     handle = decoder.layers[layer].mlp.register_forward_hook(run_another)
     try:
-        assert torch.equal(run(decoder, plan, policy), logits)
+        assert_same(run(decoder, plan, policy), logits)
     finally:
         handle.remove()
-    assert torch.equal(results[0], expected)
+    assert_same(results[0], expected)
 
 
 @every_policy
@@ -248,9 +260,9 @@ def test_a_forward_of_the_shadow_with_another_cache_passes_untouched(borrowed, p
     decoder, plan = borrowed
     expected = own(decoder.model)
     prefill = SelectivePrefill(decoder, plan, policy)
-    torch.testing.assert_close(own(prefill.model), expected, atol=1e-4, rtol=0)
-    assert torch.equal(prefill.run(), run(decoder, plan, policy))
-    torch.testing.assert_close(own(prefill.model), expected, atol=1e-4, rtol=0)
+    assert_same(own(prefill.model), expected)
+    assert_same(prefill.run(), run(decoder, plan, policy))
+    assert_same(own(prefill.model), expected)
 
 
 def test_prefills_of_several_threads_do_not_meet():
@@ -261,7 +273,7 @@ def test_prefills_of_several_threads_do_not_meet():
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda job: run(*job), jobs))
     for result, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, wanted, atol=1e-4, rtol=0)
+        assert_same(result, wanted)
 
 
 def test_two_check_layers_cut_the_rows_twice():
@@ -283,9 +295,9 @@ def test_two_check_layers_cut_the_rows_twice():
     assert seen == [list(range(90)), list(range(1, 90, 2))]
     assert prefill.rows.tolist() == list(range(45, 90, 2))
     logits, reference = h.own_prefill(decoder.model, IDS, cache=h.FrozenCache(frozen.layers, prefill.rows_at))
-    torch.testing.assert_close(prefill.logits, logits[prefill.rows], atol=1e-4, rtol=0)
+    assert_same(prefill.logits, logits[prefill.rows])
     for layer, wanted in zip(prefill.layers, h.layers_of(reference), strict=True):
-        torch.testing.assert_close(layer, wanted, atol=1e-4, rtol=0)
+        assert_same(layer, wanted)
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -295,10 +307,10 @@ def test_the_shortest_prompts(length):
     plan = Plan.of(ids, [Segment(0, h.alone(decoder.model, ids), 0, length)])
     expected, _ = h.own_prefill(decoder.model, ids)
     for policy in EVERY:
-        torch.testing.assert_close(run(decoder, plan, policy), expected[-1], atol=1e-4, rtol=0)
+        assert_same(run(decoder, plan, policy), expected[-1])
 
 
 def test_nothing_stored_is_a_plain_prefill():
     decoder = h.decoder("llama")
     for policy in (*EVERY, Prefix()):
-        torch.testing.assert_close(run(decoder, Plan.of(IDS), policy), own(decoder.model)[-1], atol=1e-4, rtol=0)
+        assert_same(run(decoder, Plan.of(IDS), policy), own(decoder.model)[-1])

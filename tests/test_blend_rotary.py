@@ -31,7 +31,8 @@ def rotated(rotary, keys, position):
     """`keys` `[kv_heads, tokens, head_dim]` as the model itself rotates them, the first one for `position`."""
     where = torch.arange(position, position + keys.shape[1])[None]
     cos, sin = rotary._embedding(keys[None], where, **rotary._arguments)
-    return rotary._apply(keys[None], keys[None], cos, sin)[1][0]
+    taken, rest = keys[None].split((rotary._basis, rotary._head_dim - rotary._basis), dim=-1)
+    return torch.cat((rotary._apply(taken, taken, cos, sin)[1], rest), dim=-1)[0]
 
 
 def shifted(rotary, keys, delta):
@@ -74,7 +75,7 @@ def test_layer_types_with_different_thetas_turn_by_different_angles():
     assert not torch.allclose(*by_type.values())
 
 
-@pytest.mark.parametrize(("name", "rotary_dim"), [("llama", 16), ("glm4", 8), ("gpt-neox", 4)])
+@pytest.mark.parametrize(("name", "rotary_dim"), [("llama", 16), ("glm4", 8), ("phi", 8), ("gpt-neox", 4)])
 def test_dimensions_that_are_not_rotary_are_copied_as_they_are(name, rotary_dim):
     rotary = next(iter(rotaries(name)))
     keys = torch.randn(2, 3, 16)
@@ -136,6 +137,20 @@ def crosswise(q, k, cos, sin, unsqueeze_dim=1):
     """Pair dimension i with dimension 15 - i, as no model does."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
+
+
+def clockwise(q, k, cos, sin, unsqueeze_dim=1):
+    """Pair two halves and turn them the other way round, as NanoChat does."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    q_turned, k_turned = (torch.cat((x[..., 8:], -x[..., :8]), dim=-1) for x in (q, k))
+    return q * cos + q_turned * sin, k * cos + k_turned * sin
+
+
+def test_pairs_may_turn_the_other_way_round():
+    rotary = Rotary(Angles(), clockwise, 16, "full_attention")
+    keys = torch.randn(2, 5, 16)
+    moved = shifted(rotary, rotated(rotary, keys, 3), 4)
+    torch.testing.assert_close(moved, rotated(rotary, keys, 7))
 
 
 def nothing(q, k, cos, sin, unsqueeze_dim=1):

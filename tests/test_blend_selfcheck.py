@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from chunkcache.blend import Decoder, SelfCheck, cache, prefill, self_check
 from chunkcache.blend.rotary import Rotary
-from chunkcache.errors import SelfCheckError
+from chunkcache.blend.selfcheck import TOKENS
+from chunkcache.errors import SelfCheckError, UnsupportedModelError
 
 
 @pytest.mark.parametrize(("name", "attention"), [pytest.param(*served, id="-".join(served)) for served in zoo.SERVED])
@@ -117,12 +118,40 @@ def test_weights_that_are_not_numbers_fail():
         self_check(Decoder(model))
 
 
-@pytest.mark.parametrize("config", ["PhiConfig", "StableLmConfig", "PersimmonConfig"])
-def test_a_model_whose_attention_itself_cuts_off_the_dimensions_it_rotates_passes(config):
-    options = {"partial_rotary_factor": 0.5, **zoo.BASE}
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**options)).eval()
-    zoo.randomise(model)
-    assert self_check(Decoder(model)).passed
+def test_values_that_depend_on_the_position_are_noticed():
+    """Latent attention caches its rotated part as values; here both parts happen to have one size."""
+    model = zoo.new("deepseek-v3", "eager", kv_lora_rank=8, qk_rope_head_dim=8)
+    with pytest.raises(UnsupportedModelError, match=r"DeepseekV3ForCausalLM"):
+        self_check(Decoder(model))
+
+
+def test_a_result_that_is_not_a_number_is_noticed_in_whichever_trial_it_comes(monkeypatch):
+    probe = cache.FusedCache.probe
+
+    def spoiled(self, layer, layer_idx, args, kwargs):
+        found = probe(self, layer, layer_idx, args, kwargs)
+        self.assemble(layer_idx, found[0][:1]).fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(cache.FusedCache, "probe", spoiled)
+    assert fails(Decoder(zoo.build("llama")), "logits")
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyError, TypeError])
+def test_a_layer_that_fails_on_scattered_rows_is_refused_by_name(failure):
+    model = zoo.new("llama")
+
+    def need_the_whole_prompt(module, args):
+        if args[0].shape[1] != TOKENS:
+            raise failure("rows")
+
+    model.model.layers[2].mlp.register_forward_pre_hook(need_the_whole_prompt)
+    with pytest.raises(SelfCheckError, match=rf"LlamaForCausalLM.*{failure.__name__}.*rows"):
+        self_check(Decoder(model))
+
+
+def test_a_model_of_one_layer_passes():
+    assert self_check(Decoder(zoo.new("llama", num_hidden_layers=1))).passed
 
 
 def test_a_vocabulary_of_any_size_will_do():
@@ -135,4 +164,4 @@ def test_the_model_is_left_as_it_was():
     self_check(Decoder(model))
     assert model.config._attn_implementation == "sdpa"
     assert not any(layer._forward_pre_hooks for layer in model.model.layers)
-    assert torch.equal(h.own_prefill(model, range(4, 30))[0], expected)
+    torch.testing.assert_close(h.own_prefill(model, range(4, 30))[0], expected)

@@ -33,8 +33,12 @@ def logits(model):
     return h.own_prefill(model, IDS)[0]
 
 
+def assert_same(value, expected):
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
+
+
 def test_it_computes_the_same(model, shadow):
-    assert torch.equal(logits(shadow), logits(model))
+    assert_same(logits(shadow), logits(model))
 
 
 def test_it_shares_every_weight_and_buffer(model, shadow):
@@ -89,11 +93,11 @@ def test_its_config_is_its_own(model):
     assert shadow.config._attn_implementation == "eager"
     assert shadow.get_submodule(ATTENTION).config is shadow.config is shadow.model.config
     assert model.config._attn_implementation == model.get_submodule(ATTENTION).config._attn_implementation == "sdpa"
-    torch.testing.assert_close(logits(shadow), logits(model), atol=1e-4, rtol=0)
+    assert_same(logits(shadow), logits(model))
 
 
 def test_a_shadow_of_a_shadow(model, shadow):
-    assert torch.equal(logits(shadow_of(shadow, [ATTENTION], None)), logits(model))
+    assert_same(logits(shadow_of(shadow, [ATTENTION], None)), logits(model))
 
 
 def test_a_forward_replaced_by_accelerate_runs_on_the_shadows_own_modules(model):

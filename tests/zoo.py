@@ -96,6 +96,7 @@ FAMILIES = {
         "Gemma3TextConfig",
         {"head_dim": 16, "query_pre_attn_scalar": 16, "rope_parameters": TWO_ROPES, **ALTERNATING},
     ),
+    "phi": Family("PhiConfig"),
     "phi3": Family("Phi3Config"),
     "phi3-longrope": Family(
         "Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": MAX_POSITIONS // 2}
@@ -106,6 +107,7 @@ FAMILIES = {
     "glm4": Family("Glm4Config", {"head_dim": 16}),
     "cohere": Family("CohereConfig", {"logit_scale": 1.0, "use_qk_norm": True}),
     "cohere2": Family("Cohere2Config", {"logit_scale": 1.0, **ALTERNATING}),
+    "stablelm": Family("StableLmConfig"),
     "starcoder2": Family("Starcoder2Config", {"sliding_window": WINDOW}),
     "smollm3": Family("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0]}),
     "gpt-neox": Family("GPTNeoXConfig"),
