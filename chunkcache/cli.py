@@ -44,8 +44,8 @@ model_options = _options(
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
 )  # fmt: skip
 retrieval_options = _options(
-    click.option("--top-k", default=5, show_default=True, type=click.IntRange(1), help="Chunks per prompt."),
-    click.option("--chunk-tokens", default=512, show_default=True, type=click.IntRange(32),
+    click.option("--top-k", default=4, show_default=True, type=click.IntRange(1), help="Chunks per prompt."),
+    click.option("--chunk-tokens", default=256, show_default=True, type=click.IntRange(32),
                  help="Length of a chunk at most."),
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
@@ -307,27 +307,40 @@ def _compare(
 
 def _show(comparison: Comparison) -> None:
     meta = comparison.meta
-    columns = ["policy", "TTFT s", "TTFT/full", "p90", "assembly/full", "recomputed", "KL first", "KL mean",
-               "agreement", "peak/KV"]  # fmt: skip
-    rows = [
+    summaries = comparison.summaries()
+    out.print(
+        f"{meta['prompts']} prompts, {meta['dtype']}, {meta['device']}, {meta['threads']} threads, "
+        f"torch {meta['torch']}, transformers {meta['transformers']}"
+    )
+    speed = [
         [
             s.policy,
             f"{s.ttft_s:.3f}",
             f"{s.ttft_ratio:.3f}",
             f"{s.ttft_ratio_p90:.3f}",
             f"{s.assemble_ratio:.4f}",
+            "n/a" if s.peak_ratio is None else f"{s.peak_ratio:.2f}",
+        ]
+        for s in summaries
+    ]
+    out.print(table("time to first token (medians)", ["policy", "s", "of full", "p90", "assembly", "peak/KV"], speed))
+    fidelity = [
+        [
+            s.policy,
             f"{s.recomputed_share:.1%}",
             f"{abs(s.kl_first):.4f}",
             f"{abs(s.kl_mean):.4f}",
             f"{s.agreement:.1%}",
-            "n/a" if s.peak_ratio is None else f"{s.peak_ratio:.2f}",
         ]
-        for s in comparison.summaries()
+        for s in summaries
     ]
-    title = (
-        f"{meta['prompts']} prompts, {meta['dtype']}, {meta['device']}, {meta['threads']} threads; medians, KL means"
+    out.print(
+        table(
+            "fidelity to full prefill (means; KL in nats)",
+            ["policy", "recomputed", "KL first", "KL mean", "agreement"],
+            fidelity,
+        )
     )
-    out.print(table(title, columns, rows))
 
 
 def main() -> None:

@@ -9,10 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test d
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 torch.set_num_threads(1)  # tiny models are slower on several threads
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -149,7 +149,8 @@ ATTENTION = [9.0, 9.0, 9.0, 0.1, 0.9, 0.2, 0.3, 9.0, 0.8, 0.1, 9.0, 9.0]
     ids=str,
 )
 def test_query_selects_the_share_that_the_question_looks_at_most_and_the_first_of_each_chunk(policy, selected):
-    seen = torch.tensor([ATTENTION, [0.0] * 12])  # of two layers
+    first = torch.rand(12)
+    seen = torch.stack((first, 2 * torch.tensor(ATTENTION) - first))  # two layers, which only their mean tells apart
     assert policy.select_seen(PLAN, seen).tolist() == selected
 
 

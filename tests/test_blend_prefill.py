@@ -279,7 +279,7 @@ def test_prefills_of_several_threads_do_not_meet():
 def test_two_check_layers_cut_the_rows_twice():
     class Twice(Policy):
         name = "twice"
-        check_layers = frozenset({1, 3})
+        check_layers = frozenset({1, 2})
 
         def select(self, plan):
             return plan.inexact

@@ -151,7 +151,7 @@ class AgainstModel(RuleBasedStateMachine):
 
 
 TestAgainstModel = AgainstModel.TestCase
-TestAgainstModel.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAgainstModel.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def test_a_budget_of_no_bytes_is_refused_by_every_entry():

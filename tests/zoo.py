@@ -111,6 +111,7 @@ FAMILIES = {
     "starcoder2": Family("Starcoder2Config", {"sliding_window": WINDOW}),
     "smollm3": Family("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0]}),
     "gpt-neox": Family("GPTNeoXConfig"),
+    "nanochat": Family("NanoChatConfig"),
     "qwen3-moe": Family("Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
     "gpt-oss": Family("GptOssConfig", {"num_local_experts": 4, **EXPERTS, **ALTERNATING}, attentions=("eager",)),
 }
