@@ -164,7 +164,9 @@ def demo(
     for row, hits in zip(asked, found, strict=True):
         answers.append(_answer(llm, row["question"], hits, None, 48, quiet=as_json))
         if not as_json:
-            err.print(f"  [dim]expected: {escape(' / '.join(row.get('answers', ())))}[/]\n")
+            full = llm.generate(row["question"], [hit.chunk.text for hit in hits], policy="full", max_new_tokens=48)
+            err.print(f"  [dim]full prefill, first token after {full.ttft_s:.2f} s: {escape(full.text)}[/]")
+            err.print(f"  [dim]expected: {escape(' / '.join(row['answers']))}[/]\n")
     cases = [
         Case(row["question"], tuple(hit.chunk.text for hit in hits)) for row, hits in zip(asked, found, strict=True)
     ]
@@ -347,7 +349,7 @@ def main() -> None:
     """Run the command line, turning errors into one line and an exit code."""
     verbose = bool({"-v", "--verbose"} & set(sys.argv[1:]))
     try:
-        sys.exit(cli.main(standalone_mode=False))
+        sys.exit(cli.main(prog_name="chunkcache", standalone_mode=False))
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -1,0 +1,123 @@
+"""The command line as a user meets it: what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from helpers_llm import chat_tokenizer, tiny_model
+
+import chunkcache
+from chunkcache import cli
+
+PAGES = {
+    "bridge.md": "# Bridge\n\nThe bridge was opened in 1931.",
+    "ferry.txt": "The ferry sails when the sea is calm.",
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def docs(tmp_path):
+    for name, text in PAGES.items():
+        (tmp_path / name).write_text(text)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line; returns exit code, stdout and stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["chunkcache", *args])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_version(run):
+    assert run("--version") == (0, f"chunkcache, version {chunkcache.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["frob"], "No such command 'frob'"),
+        (["ask", "--docs", "/nowhere", "x"], "no document at '/nowhere'"),
+        (["ask", "--docs", ".", "--policy", "nope", "x"], "no policy is called 'nope'"),
+        (["ask", "--docs", ".", "--store", "nope://", "x"], "no store has the URL 'nope://'"),
+        (["ask", "--docs", ".", " "], "the question is empty"),
+        (["ask", "--docs", "."], "Missing argument"),
+        (["check-model", "./nowhere/at/all"], "No model can be loaded from './nowhere/at/all'"),
+        (["bench", "policies", "/nowhere"], "/nowhere cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, args, reason):
+    code, out, err = run(*args)
+    assert code == 2
+    assert out == ""
+    [line] = err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert reason in line
+
+
+def test_a_failure_is_exit_code_1(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("broken\nin two lines")
+
+    monkeypatch.setattr(cli, "_load", fail)
+    assert run("check-model", "x") == (1, "", "error: RuntimeError: broken in two lines\n")
+
+
+def test_check_model_shows_the_figures(run, model_folder):
+    code, out, _ = run("check-model", model_folder, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["passed"] is True
+    assert facts["class"] == "LlamaForCausalLM"
+    assert run("check-model", model_folder)[1].startswith("supported")
+
+
+def test_ask_answers_with_sources_as_json(run, model_folder, docs):
+    args = ["ask", "--docs", docs, "--model", model_folder, "--max-new-tokens", "4", "--top-k", "2"]
+    code, out, _ = run(*args, "--json", "When was the bridge opened?", "When does the ferry sail?")
+    answers = json.loads(out)["answers"]
+    assert code == 0
+    assert [answer["sources"][0]["document"] for answer in answers] == ["bridge.md", "ferry.txt"]
+    assert all(answer["stats"]["hits"] == 2 for answer in answers)
+
+
+def test_ask_prints_only_the_answer_to_stdout(run, model_folder, docs):
+    args = ["ask", "--docs", docs, "--model", model_folder, "--max-new-tokens", "4", "--top-k", "2"]
+    question = "When was the bridge opened?"
+    _, out, err = run(*args, question)
+    assert json.loads(run(*args, "--json", question)[1])["answers"][0]["answer"] == out.strip()
+    assert question in err
+    assert "first token after" in err
+
+
+def test_demo_and_bench_compare_policies(run, model_folder, docs, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "When was the bridge opened?", "answers": ["1931"]}))
+    code, out, err = run("demo", "--docs", docs, "--questions", str(questions), "--model", model_folder)
+    assert code == 0
+    assert "expected: 1931" in err
+    assert all(policy in out for policy in ("full", "prefix", "reuse", "link:k=8", "query"))
+    data, report = tmp_path / "data.json", tmp_path / "report.json"
+    data.write_text(
+        json.dumps([{"question": "q", "answers": ["a"], "ctxs": [{"title": "", "text": t} for t in PAGES.values()]}])
+    )
+    args = ["bench", "policies", str(data), "--chunks", "2", "--model", model_folder, "--policy", "link:k=1"]
+    assert run(*args, "--json", str(report))[0] == 0
+    assert {row["policy"] for row in json.loads(report.read_text())["rows"]} == {"full", "link:k=1"}
