@@ -127,7 +127,7 @@ def ask(
     help="JSON Lines with question and answers; the packaged ones by default.",
 )
 @click.option("--count", default=4, show_default=True, type=click.IntRange(1), help="Questions to ask.")
-@click.option("--seed", default=0, show_default=True, help="Which questions are drawn.")
+@click.option("--seed", default=1, show_default=True, help="Which questions are drawn.")
 @model_options
 @retrieval_options
 @click.option("--policy", default="query", show_default=True, help="The policy that answers.")
