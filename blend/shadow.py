@@ -1,8 +1,8 @@
 """A shadow of a model: what one request may hook and configure while the model itself is never touched.
 
 A shadow shares every weight, buffer and leaf module with its model. Only the modules on the way to what will be
-hooked are shallow copies, with hooks of their own and a config of their own. It is made in a fraction of a
-millisecond, lives as long as one request, and makes requests of several threads independent of one another.
+hooked are shallow copies, with hooks of their own and a config of their own. It copies no
+tensor, lives as long as one request, and makes requests of several threads independent of one another.
 """
 
 from __future__ import annotations

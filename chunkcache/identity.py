@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkcache.errors import TokenizerMismatchError
 
-SAMPLES = 256  # values hashed of each weight tensor, evenly spread: a full hash of 16 GB would take a minute
+SAMPLES = (
+    256  # values hashed of each weight tensor, evenly spread: a full hash would read every byte of a large model
+)
 
 _NOT_IDENTITY = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype")
 

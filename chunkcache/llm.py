@@ -157,7 +157,7 @@ class CachedLLM:
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = parse_policy(policy) if policy is not None else self.policy
+        chosen = self._chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
         return self._generate(prompt, chosen, started, with_length(options, max_new_tokens))
 
@@ -176,7 +176,7 @@ class CachedLLM:
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = parse_policy(policy) if policy is not None else self.policy
+        chosen = self._chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
         criteria = options.pop("stopping_criteria", None) or []
 
@@ -195,7 +195,7 @@ class CachedLLM:
     ) -> Prefilled:
         """Prefill the prompt and return the next token's logits with the cache of the whole prompt."""
         started = time.perf_counter()
-        chosen = parse_policy(policy) if policy is not None else self.policy
+        chosen = self._chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
         plan, stats = self._plan(prompt, chosen, started)
         logits, cache = self._prefill(prompt, plan, chosen, stats)
@@ -215,7 +215,7 @@ class CachedLLM:
         costs one decoding step more than `llm.generate`.
         """
         started = time.perf_counter()
-        chosen = parse_policy(policy) if policy is not None else self.policy
+        chosen = self._chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
         plan, stats = self._plan(prompt, chosen, started)
         return self._finished_inputs(prompt, plan, chosen, stats)
@@ -246,6 +246,9 @@ class CachedLLM:
         self.detach()
 
     # --- inside
+
+    def _chosen(self, policy: str | Policy | None) -> Policy:
+        return self.policy if policy is None else parse_policy(policy)
 
     def _plan(self, prompt: Prompt, policy: Policy, started: float, room: int = 1) -> tuple[Plan, RequestStats]:
         """Look up what is stored of `prompt`, compute what a policy needs and is missing."""

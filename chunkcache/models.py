@@ -4,7 +4,7 @@ A name is an alias, a folder written by `save_pretrained`, a `.gguf` file, or a 
 order; `./name` reaches a folder that shares its name with an alias. Remote code is never run.
 
 A GGUF file is converted once, to `models/<stem>-<digest>` in the cache folder, and from then on loads like
-any other folder. The digest covers the file's whole content (0.1 s for 100 MB), so that one conversion serves
+any other folder. The digest covers the file's whole content, so that one conversion serves
 every copy of a file, and an edited file never meets its old conversion. Weights are saved in float32: they
 come out of their blocks as such, and a narrower type would round them a second time.
 
