@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from chunkcache.blend.cache import FusedCache, layer_kv
 from chunkcache.blend.cacheblend import CacheBlend
+from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
@@ -27,6 +28,7 @@ POLICIES: dict[str, type[Policy]] = {
         Reuse,
         Link,
         CacheBlend,
+        CacheCraft,
         Query,
     )
 }

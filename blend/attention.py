@@ -7,9 +7,7 @@ through SDPA in blocks that skip the keys no row of the block can see, with grou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from transformers.masking_utils import sdpa_mask
 from chunkcache.errors import UnsupportedModelError
 
 NAME = "chunkcache_rows"
-_LAST_ROWS: ContextVar[int] = ContextVar("chunkcache_last_rows", default=0)
 BLOCK_ROWS = 64  # small enough to skip keys that no row of a block sees, large enough to keep the cores busy
 
 
@@ -63,8 +60,7 @@ def rows_attention(
             mask (of a decoding step, say) and goes to transformers' SDPA untouched.
 
     Returns:
-        `[1, rows, heads, head_dim]`, and the attention weights `[1, heads, n, length]` of the last n rows where
-        `weights_of_last` asks for them, else None: no others are ever materialised.
+        `[1, rows, heads, head_dim]` and None: weights are materialised only for a `Watch`, and only its rows'.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -74,19 +70,23 @@ def rows_attention(
         raise UnsupportedModelError(
             f"SDPA cannot serve attention with {', '.join(extras)}; load the model with attn_implementation='eager'"
         )
-    last = _LAST_ROWS.get()
-    if last:
-        rest = slice(0, query.shape[2] - last)
-        output, weights = _weighted(query[:, :, -last:], key, value, attention_mask[:, :, -last:], scaling)
-        if rest.stop:
-            others = _in_blocks(query[:, :, rest], key, value, attention_mask[:, :, rest], scaling)
-            output = torch.cat((others, output), dim=1)
-        return output, weights
-    if query.device.type != "cpu":
-        mask = dense_mask(attention_mask, key.shape[2])
-        output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-        return output, None
-    return _in_blocks(query, key, value, attention_mask, scaling), None
+    watch: Watch | None = module.__dict__.get("chunkcache_watch")
+    unseen = query.shape[2] - (watch.last if watch else 0)
+    parts = []
+    if unseen:
+        rows, intervals = query[:, :, :unseen], attention_mask[:, :, :unseen]
+        if query.device.type == "cpu":
+            parts.append(_in_blocks(rows, key, value, intervals, scaling))
+        else:
+            mask = dense_mask(intervals, key.shape[2])
+            parts.append(sdpa_attention_forward(module, rows, key, value, mask, dropout, scaling, **kwargs)[0])
+    if watch is not None:
+        for start in range(unseen, query.shape[2], watch.block):
+            block = slice(start, start + watch.block)
+            part, weights = _weighted(query[:, :, block], key, value, attention_mask[:, :, block], scaling)
+            watch.see(weights[0], start - unseen)
+            parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None) -> Tensor:
@@ -123,14 +123,35 @@ def _weighted(
     return output.view(batch, heads, rows, -1).transpose(1, 2), weights
 
 
-@contextmanager
-def weights_of_last(rows: int) -> Iterator[None]:
-    """Let `rows_attention` return the weights of the last `rows` rows in this thread while the context lasts."""
-    token = _LAST_ROWS.set(rows)
-    try:
-        yield
-    finally:
-        _LAST_ROWS.reset(token)
+class Watch:
+    """Looks at the attention weights of the last rows at one attention module, while it is registered.
+
+    Args:
+        module: an attention module of a shadow, free to be written to.
+        last: how many of the last rows to look at.
+        see: called with their weights `[heads, n, length]` and the index of the first of the n among these rows.
+        block: most rows whose weights are materialised at once; all by default. The model's own eager attention
+            gives them all in any case.
+    """
+
+    def __init__(
+        self, module: nn.Module, last: int, see: Callable[[Tensor, int], None], block: int | None = None
+    ) -> None:
+        self.last = last
+        self.see = see
+        self.block = block or last
+        self._module: Any = module
+        self._handle = module.register_forward_hook(self._after)
+        self._module.chunkcache_watch = self
+
+    def remove(self) -> None:
+        """Stop looking."""
+        self._handle.remove()
+        self._module.__dict__.pop("chunkcache_watch", None)
+
+    def _after(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        if output[1] is not None:  # eager attention; `rows_attention` has shown its weights already
+            self.see(output[1][0, :, -self.last :], 0)
 
 
 AttentionInterface.register(NAME, rows_attention)

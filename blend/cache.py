@@ -46,6 +46,7 @@ class FusedCache(DynamicCache):
         rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
         assemble_s: seconds spent loading and re-rotating stored KV (host time).
         computed: token-layers computed.
+        scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
     """
 
@@ -55,6 +56,7 @@ class FusedCache(DynamicCache):
         self.prefilled = False
         self.assemble_s = 0.0
         self.computed = 0
+        self.scouted = 0
         self._rotaries = rotaries
         self.go_on_with(torch.empty(0, dtype=torch.int64))
         self._probing = False
@@ -85,6 +87,7 @@ class FusedCache(DynamicCache):
         both = self.assemble(layer_idx, key_states)
         self._scatter(both, key_states, value_states)
         if self.scouting:
+            self.scouted += key_states.shape[2]
             return both[:1], both[1:]
         self._assembled.pop(layer_idx)
         self.computed += key_states.shape[2]

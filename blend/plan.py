@@ -46,13 +46,24 @@ class Plan:
     """One prompt and its reusable segments, in order and without overlap.
 
     The last token is never part of a segment: its logits are what the prefill is for.
+
+    Attributes:
+        token_ids: the prompt.
+        segments: what is reused where.
+        chunks: first and last + 1 position of each chunk, reused or not; where they are not known, the segments'.
     """
 
     token_ids: tuple[int, ...]
     segments: tuple[Segment, ...] = ()
+    chunks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], segments: Sequence[Segment] = ()) -> Plan:
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        segments: Sequence[Segment] = (),
+        chunks: Sequence[tuple[int, int]] | None = None,
+    ) -> Plan:
         """Build a plan, cutting what would reach into the last token.
 
         Raises:
@@ -70,10 +81,16 @@ class Plan:
                 raise ValueError(f"the segment at position {segment.start} does not fit the prompt")
             kept.append(Segment(segment.start, segment.kv, segment.first, length, segment.exact))
             end = kept[-1].end
-        return cls(ids, tuple(kept))
+        spans = [(s.start, s.end) for s in kept] if chunks is None else chunks
+        return cls(ids, tuple(kept), tuple((start, min(end, len(ids) - 1)) for start, end in spans))
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        """Position right after the last segment and chunk, where the question starts; 0 without any."""
+        return max((*(s.end for s in self.segments[-1:]), *(end for _, end in self.chunks[-1:])), default=0)
 
     @cached_property
     def fresh(self) -> Tensor:

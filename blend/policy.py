@@ -1,21 +1,48 @@
 """The interface of a policy, and the strings that name one.
 
-A policy decides which reused tokens are recomputed, and from which layer on. It is one frozen dataclass in
-one file; its fields are its options. `link:k=8` is parsed from nothing but those fields.
+A policy decides which reused tokens are recomputed, and up to which layer. It is one frozen dataclass in one
+file; its fields are its options. `link:k=8` is parsed from nothing but those fields.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
 from chunkcache.errors import PolicyError
+from chunkcache.kv import Context
+
+Share = float | Literal["auto"]  # a share of the chunk tokens, or found out per request
+Schedule = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a policy can look at before a layer, to choose which rows go on.
+
+    Attributes:
+        plan: what is reused.
+        layer: the layer that comes next.
+        layers: how many the model has.
+        rows: sorted positions `[rows]` computed up to here.
+        attention: what each token got from the question in the layers watched so far, `[tokens]` each, as
+            pooled by the policy's `pool`.
+        kv: computes this layer's keys and values of `rows`, and returns them with the reused ones in their
+            place, each `[2, kv_heads, rows, head_dim]` (unspecified where nothing is reused).
+    """
+
+    plan: Plan
+    layer: int
+    layers: int
+    rows: Tensor
+    attention: Sequence[Tensor]
+    kv: Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +53,13 @@ class Policy(ABC):
         name: what it is called in a policy string.
         reuses: False if nothing stored is used at all.
         remembers: True if chunks are stored as they came out in their context, for exact reuse later.
+        contextual: True if chunks have versions of several contexts, and `overhead` says which to use.
     """
 
     name: ClassVar[str]
     reuses: ClassVar[bool] = True
     remembers: ClassVar[bool] = False
+    contextual: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, plan: Plan) -> Tensor:
@@ -53,28 +82,37 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has scout layers but no select_seen()")
 
-    @property
-    def check_layers(self) -> frozenset[int]:
-        """Layers before which `narrow` is asked; empty for a policy that decides before layer 0."""
-        return frozenset()
+    def check_layers(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, before which `narrow` is asked; empty for a policy that decides before layer 0."""
+        return ()
 
-    def narrow(self, plan: Plan, rows: Tensor, fresh: Tensor, stored: Tensor) -> Tensor:
-        """At a check layer, choose which rows go on; the layers above recompute only these.
+    def watch_layers(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, whose question attention `narrow` wants to have seen."""
+        return ()
 
-        Args:
-            plan: what is reused.
-            rows: sorted positions `[rows]` computed up to here.
-            fresh: `[2, kv_heads, rows, head_dim]`, keys and values just computed for `rows` at this layer.
-            stored: the reused ones in their place, same shape (unspecified where nothing is reused).
+    def overhead(self, context: Context | None, before: Sequence[str]) -> float:
+        """Return the share of a stored chunk to recompute behind the chunks `before`; None was computed alone."""
+        raise NotImplementedError(f"{type(self).__name__} is contextual but has no overhead()")
+
+    def narrow(self, check: Check) -> Tensor | None:
+        """Before a check layer, choose which rows go on; this layer and those above recompute only these.
 
         Returns:
-            Sorted indices `[n]` into `rows`, with all rows that are not in `plan.inexact` among them.
+            sorted indices `[n]` into `check.rows`, with all rows that are not in `plan.inexact` among them;
+            None if all go on.
         """
         raise NotImplementedError(f"{type(self).__name__} has check layers but no narrow()")
 
     def __str__(self) -> str:
-        options = ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        options = ",".join(f"{name}={_text(value)}" for name, value in values if value not in ((), None))
         return f"{self.name}:{options}" if options else self.name
+
+
+def check_share(name: str, value: Share, hint: str = "") -> None:
+    """Raise PolicyError unless `value` is a share, 0 to 1, or "auto"."""
+    if value != "auto" and not 0 <= value <= 1:
+        raise PolicyError(f"{name}={value} is not between 0 and 1{hint}")
 
 
 def parse_policy(text: str | Policy, policies: Mapping[str, type[Policy]]) -> Policy:
@@ -91,21 +129,43 @@ def parse_policy(text: str | Policy, policies: Mapping[str, type[Policy]]) -> Po
     policy = policies[name]
     known = {field.name: field for field in fields(policy)}
     options: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*\w+\s*=)", tail) if tail else []:
+    for part in re.split(r",(?=\s*[a-z_]+\s*=)", tail) if tail else []:
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if option not in known:
-            takes = ", ".join(f"{field}={known[field].default}" for field in known) or "no options"
+            takes = ", ".join(f"{field}={_text(known[field].default)}" for field in known) or "no options"
             raise PolicyError(f"policy {name!r} has no option {option!r}; it takes {takes} (in {text!r})")
         if not equals or option in options:
-            fault = "is given twice" if equals else f"needs a value, as in {option}={known[option].default}"
+            fault = "is given twice" if equals else f"needs a value, as in {option}={_text(known[option].default)}"
             raise PolicyError(f"option {option!r} {fault} (in policy {text!r})")
         options[option] = _convert(known[option], value, text)
     return policy(**options)
 
 
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _share(value: str) -> Share:
+    return "auto" if value == "auto" else float(value)
+
+
+def _schedule(value: str) -> Schedule:
+    return tuple(float(part) for part in value.split(","))
+
+
+_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "int"),
+    "float": (float, "float"),
+    "float | None": (float, "float"),
+    "str": (str, "str"),
+    "Share": (_share, "float, nor auto"),
+    "Schedule": (_schedule, "list of floats"),
+}  # by annotation, which a dataclass keeps as text
+
+
 def _convert(field: Field[Any], value: str, text: str) -> Any:
-    kind: Any = type(field.default)
+    convert, kind = _KINDS[str(field.type)]
     try:
-        return kind(value)
+        return convert(value)
     except ValueError:
-        raise PolicyError(f"{field.name}={value!r} is not a valid {kind.__name__} (in policy {text!r})") from None
+        raise PolicyError(f"{field.name}={value!r} is not a valid {kind} (in policy {text!r})") from None

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
-from chunkcache.blend.policy import Policy
+from chunkcache.blend.policy import Check, Policy
+from chunkcache.blend.record import Recorder
 from chunkcache.blend.scout import scout
 from chunkcache.errors import PolicyError, PromptError
+from chunkcache.kv import Context
+
+
+OnPrefilled = Callable[[FusedCache, dict[int, Context]], None]
 
 
 class SelectivePrefill:
@@ -30,7 +36,8 @@ class SelectivePrefill:
         decoder: the model.
         plan: what is reused where.
         policy: what is recomputed.
-        on_prefilled: called with the cache when it is complete, before sliding-window layers are trimmed.
+        on_prefilled: called with the cache when it is complete, before sliding-window layers are trimmed, and with
+            what each chunk that was computed whole looked at, by its start, if the policy is contextual.
 
     Attributes:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
@@ -45,9 +52,10 @@ class SelectivePrefill:
         decoder: Decoder,
         plan: Plan,
         policy: Policy,
-        on_prefilled: Callable[[FusedCache], None] | None = None,
+        on_prefilled: OnPrefilled | None = None,
     ) -> None:
-        deepest, count = max(policy.check_layers, default=0), len(decoder.layers)
+        count = len(decoder.layers)
+        deepest = max((*policy.check_layers(count), *policy.watch_layers(count)), default=0)
         if deepest >= count:
             raise PolicyError(
                 f"policy {policy} checks layer {deepest}, but the model has {count} layers, 0 to {count - 1}"
@@ -55,6 +63,8 @@ class SelectivePrefill:
         self._decoder = decoder.shadow()
         self._policy = policy
         self._on_prefilled = on_prefilled
+        self._recorder: Recorder | None = None
+        self._handles: list[RemovableHandle | Watch] = []
         self.model: Any = self._decoder.model
         self.cache = FusedCache(decoder.config, plan, decoder.rotaries)
         self._before_handle = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -83,10 +93,12 @@ class SelectivePrefill:
             selected = policy.select(plan)
         rows = torch.cat((plan.fresh, selected)).sort().values
         self.cache.go_on_with(rows)
-        handles = [self.model.register_forward_hook(self._after)]
-        if policy.check_layers:
-            handles += _Narrowing(decoder, policy, self.cache).hook()
-        self._handles = handles
+        self._handles = [self.model.register_forward_hook(self._after)]
+        if policy.contextual:
+            self._recorder = Recorder(decoder, plan, rows)
+        narrows = len(plan.inexact) > 0 and policy.check_layers(len(decoder.layers))
+        if narrows and not (self._recorder and self._recorder.spans):  # a record needs its rows in every layer
+            self._handles += _Narrowing(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
         cut = {
             "input_ids": input_ids.index_select(1, on_device),
@@ -99,9 +111,13 @@ class SelectivePrefill:
         """The cache is an ordinary one, and the shadow does what the model would, from here on."""
         for handle in self._handles:
             handle.remove()
+        contexts = {}
+        if self._recorder is not None:
+            self._recorder.remove()
+            contexts = self._recorder.contexts()
         self.cache.prefilled = True
         if self._on_prefilled is not None:
-            self._on_prefilled(self.cache)
+            self._on_prefilled(self.cache, contexts)
         self.cache.trim()
         self.cache.plan = Plan(self.cache.plan.token_ids)  # lets go of the stored KV
 
@@ -114,7 +130,7 @@ def _extended(plan: Plan, input_ids: Tensor) -> Plan:
             f"the model was given input of shape {tuple(input_ids.shape)} where the plan has one sequence of "
             f"{len(plan)} tokens; prefill the cache first and pass it on to this mode of generate()"
         )
-    return plan if len(ids) == len(plan) else Plan.of(ids, plan.segments)
+    return plan if len(ids) == len(plan) else Plan.of(ids, plan.segments, plan.chunks)
 
 
 class _Narrowing:
@@ -124,33 +140,47 @@ class _Narrowing:
         self._decoder = decoder
         self._policy = policy
         self._cache = cache
+        self._checks = frozenset(policy.check_layers(len(decoder.layers)))
+        self._attention: list[Tensor] = []
         self._kept: Tensor | None = None  # indices into the rows that the model started with
         self._masks: Any = None
 
-    def hook(self) -> list[RemovableHandle]:
-        """Register on every layer from the first check layer on."""
-        return [
+    def hook(self) -> list[RemovableHandle | Watch]:
+        """Register on every layer from the first check layer on, and where the question is watched."""
+        handles: list[RemovableHandle | Watch] = [
             layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
             for index, layer in enumerate(self._decoder.layers)
-            if index >= min(self._policy.check_layers)
+            if index >= min(self._checks)
         ]
+        question = len(self._cache.plan) - self._cache.plan.end
+        for index in self._policy.watch_layers(len(self._decoder.layers)):
+            handles.append(Watch(self._decoder.attentions[index], question, self._see))
+        return handles
+
+    def _see(self, weights: Tensor, first: int) -> None:
+        self._attention.append(self._policy.pool(weights.float()))
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._kept is not None:  # the model's own loop still passes what fits the rows it started with
             kwargs = self._cut(index, kwargs, self._kept)
-        if index in self._policy.check_layers:
-            fresh, stored = self._cache.probe(layer, index, args, kwargs)
-            keep = self._policy.narrow(self._cache.plan, self._cache.rows_on(fresh.device), fresh, stored)
-            self._kept = keep if self._kept is None else self._kept[keep]
-            self._cache.go_on_with(self._cache.rows[keep.cpu()])
-            self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
-            kwargs = self._cut(index, kwargs, keep)
-            if "hidden_states" in kwargs:
-                kwargs["hidden_states"] = kwargs["hidden_states"].index_select(1, keep)
-            else:
-                args = (args[0].index_select(1, keep), *args[1:])
+        if index in self._checks:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            kv = partial(self._cache.probe, layer, index, args, kwargs)
+            rows = self._cache.rows_on(hidden.device)
+            check = Check(self._cache.plan, index, len(self._decoder.layers), rows, self._attention, kv)
+            keep = self._policy.narrow(check)
+            if keep is not None:
+                self._kept = keep if self._kept is None else self._kept[keep]
+                self._cache.go_on_with(self._cache.rows[keep.cpu()])
+                self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
+                kwargs = self._cut(index, kwargs, keep)
+                hidden = hidden.index_select(1, keep)
+                if "hidden_states" in kwargs:
+                    kwargs["hidden_states"] = hidden
+                else:
+                    args = (hidden, *args[1:])
         return args, kwargs
 
     def _cut(self, index: int, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]:

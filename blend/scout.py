@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from chunkcache.blend.attention import weights_of_last
+from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
@@ -35,11 +34,11 @@ def scout(
         layers: where to look, in rising order.
         pool: reduces the weights of one layer `[heads, question rows, tokens]` to `[tokens]`.
     """
-    question = len(plan) - plan.segments[-1].end
+    question = len(plan) - plan.end
     seen: list[Tensor] = []
 
-    def note(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        seen.append(pool(output[1][0, :, -question:].float()))
+    def see(weights: Tensor, first: int) -> None:
+        seen.append(pool(weights.float()))
         if len(seen) == len(layers):
             raise _Seen
 
@@ -50,8 +49,7 @@ def scout(
     with ExitStack() as stack:
         stack.callback(setattr, cache, "scouting", False)
         for layer in layers:
-            stack.callback(decoder.attentions[layer].register_forward_hook(note).remove)
-        stack.enter_context(weights_of_last(question))
+            stack.callback(Watch(decoder.attentions[layer], question, see).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_Seen))
         decoder.model.base_model(

@@ -46,6 +46,34 @@ class ChunkKey:
         return self.digest[:12]
 
 
+def chunk_name(token_ids: Sequence[int]) -> str:
+    """Return a short name that tells chunks apart by their token ids, and reveals none of them."""
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What the tokens of a chunk looked at when it was computed behind other chunks (Cache-Craft's metadata).
+
+    Attention is a mean over heads and layers.
+
+    Attributes:
+        chunks: names of the chunks before it, in order.
+        inter: attention to each of these, summed over all pairs of tokens.
+        intra: attention within the chunk, each token's to itself left out, summed over pairs.
+        a: inter per token pair, summed over the chunks.
+        b: intra per squared length.
+        outside: `[tokens]` what each token gave to all chunks before.
+    """
+
+    chunks: tuple[str, ...]
+    inter: tuple[float, ...]
+    intra: float
+    a: float
+    b: float
+    outside: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class ChunkKV:
     """Keys and values of one chunk.
@@ -56,18 +84,26 @@ class ChunkKV:
         layers: one `[2, kv_heads, tokens, head_dim]` block per layer, keys first. A tier may give any
             sequence that loads a layer when it is indexed, so that layers stream while the model computes.
         nbytes: size of all layers together.
+        context: what it looked at, if that was recorded.
     """
 
     token_ids: tuple[int, ...]
     position: int
     layers: Sequence[torch.Tensor]
     nbytes: int
+    context: Context | None = None
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], position: int, layers: Sequence[torch.Tensor]) -> ChunkKV:
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        position: int,
+        layers: Sequence[torch.Tensor],
+        context: Context | None = None,
+    ) -> ChunkKV:
         """Build a chunk KV from layers that are in memory."""
         nbytes = sum(layer.numel() * layer.element_size() for layer in layers)
-        return cls(tuple(token_ids), position, tuple(layers), nbytes)
+        return cls(tuple(token_ids), position, tuple(layers), nbytes, context)
 
     def __len__(self) -> int:
         return len(self.token_ids)

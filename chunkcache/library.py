@@ -13,13 +13,15 @@ from transformers import DynamicCache
 
 from chunkcache.blend import Decoder, FusedCache, layer_kv
 from chunkcache.errors import ContextLengthError
-from chunkcache.kv import ChunkKey, ChunkKV
+from chunkcache.kv import ChunkKey, ChunkKV, Context
 from chunkcache.matching import Finder, Known
 from chunkcache.store import Store
+from chunkcache.variants import Variants
 
 TokenIds = tuple[int, ...]
 Progress = Callable[[int, int], None]
 
+_REPAIRED = "\0repaired"  # keeps versions computed behind repaired KV apart from exact ones
 BATCH_TOKENS = 4096  # tokens of one precompute batch, padding included
 
 
@@ -41,6 +43,7 @@ class ChunkLibrary:
         self._store = store
         self._fingerprint = fingerprint
         self._salt = salt
+        self._variants = Variants()
         self.finder = Finder()
 
     def get(self, context: TokenIds, token_ids: TokenIds) -> ChunkKV | None:
@@ -100,13 +103,36 @@ class ChunkLibrary:
                 on_progress(len(computed), len(chunks))
         return computed
 
+    def best(self, prefix: TokenIds, chunk: TokenIds, overhead: Callable[[Context | None], float]) -> ChunkKV | None:
+        """Return the stored version of `chunk` that needs least recomputing, or None if all of it would have to be.
+
+        Args:
+            prefix: what the version stands behind that was computed alone.
+            chunk: its token ids.
+            overhead: what a version needs, by what it looked at; None is the one computed alone.
+        """
+        alone = overhead(None) if self.holds(prefix, chunk) else 1.0
+        variant, least = self._variants.pick(chunk, overhead)
+        while variant is not None and least <= alone and least < 1:
+            kv = self._store.get(variant.key, chunk)
+            if kv is not None:
+                self._store.credit(variant.key, self._variants.use(variant, least))
+                return kv
+            self._variants.forget(chunk, variant.key)
+            variant, least = self._variants.pick(chunk, overhead)
+        return self.get(prefix, chunk) if alone < 1 else None
+
+    def remember_version(self, cache: FusedCache, token_ids: TokenIds, start: int, end: int, context: Context) -> None:
+        """Store tokens `start` to `end` of a prompt as one more version of that chunk, computed behind repaired KV."""
+        kv = _cut(cache, token_ids, start, end, context)
+        key = ChunkKey.of(self._fingerprint, token_ids[:start], kv.token_ids, self._salt + _REPAIRED)
+        if self._store.put(key, kv):
+            for gone in self._variants.add(kv.token_ids, key, context):
+                self._store.delete(gone)
+
     def remember(self, cache: FusedCache, token_ids: TokenIds, start: int, end: int) -> None:
         """Store the KV of tokens `start` to `end` of a prompt as they came out in their context."""
-        layers = [
-            torch.cat([part[:, :, start:end] for part in layer_kv(cache, index)])
-            for index in range(len(cache.layers))
-        ]
-        self.put(token_ids[:start], ChunkKV.of(token_ids[start:end], start, layers))
+        self.put(token_ids[:start], _cut(cache, token_ids, start, end))
 
     def _key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
         return ChunkKey.of(self._fingerprint, context, token_ids, self._salt)
@@ -139,6 +165,13 @@ class ChunkLibrary:
                 for index in range(len(cache.layers))
             ]
             yield ChunkKV.of(ids, start, layers)
+
+
+def _cut(cache: FusedCache, token_ids: TokenIds, start: int, end: int, context: Context | None = None) -> ChunkKV:
+    layers = [
+        torch.cat([part[:, :, start:end] for part in layer_kv(cache, index)]) for index in range(len(cache.layers))
+    ]
+    return ChunkKV.of(token_ids[start:end], start, layers, context)
 
 
 def _batches(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from chunkcache.generation import (
     with_length,
 )
 from chunkcache.identity import check_tokenizer, fingerprint
-from chunkcache.kv import ChunkKV
+from chunkcache.kv import ChunkKV, Context, chunk_name
 from chunkcache.library import ChunkLibrary, Progress
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
@@ -268,24 +269,28 @@ class CachedLLM:
                 segments.append(Segment(0, kv, 0, len(kv), exact=True))
             segments += self._chunk_segments(prompt, policy, stats)
             stats.lookup_s = time.perf_counter() - now - stats.compute_s
-        return Plan.of(ids, segments), stats
+        ends = list(accumulate(map(len, prompt.chunks), initial=len(prompt.prefix)))
+        return Plan.of(ids, segments, list(pairwise(ends))), stats
 
     def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
         """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
         found: list[tuple[tuple[int, ...], ChunkKV | None, bool]] = []
         context, exact = prompt.prefix, True
-        for chunk in prompt.chunks:
+        names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
+        for index, chunk in enumerate(prompt.chunks):
             kv = self._library.get(context, chunk) if exact and self._library.holds(context, chunk) else None
             exact = kv is not None
             if exact:
                 context = (*context, *chunk)
+            elif policy.contextual:
+                kv = self._library.best(prompt.prefix, chunk, partial(policy.overhead, before=names[:index]))
             elif not policy.remembers:
                 kv = self._library.get(prompt.prefix, chunk)
             found.append((chunk, kv, exact))
         missing = [chunk for chunk, kv, _ in found if kv is None]
         stats.hits, stats.misses = len(found) - len(missing), len(missing)
         computed = {}
-        if missing and not policy.remembers:
+        if missing and not (policy.remembers or policy.contextual):
             before = time.perf_counter()
             computed = self._library.compute(prompt.prefix, list(dict.fromkeys(missing)))
             stats.compute_s = time.perf_counter() - before
@@ -308,7 +313,7 @@ class CachedLLM:
 
     def _finished_inputs(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> dict[str, Any]:
         input_ids = self._input_ids(plan)
-        _, cache = self._prefill(prompt, Plan.of(plan.token_ids[:-1], plan.segments), policy, stats)
+        _, cache = self._prefill(prompt, Plan.of(plan.token_ids[:-1], plan.segments, plan.chunks), policy, stats)
         stats.tokens = len(plan)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
 
@@ -339,16 +344,21 @@ class CachedLLM:
 
     def _selective(self, prompt: Prompt, plan: Plan, policy: Policy) -> SelectivePrefill:
         """Return this request's prefill, which stores chunks in their context if the policy wants it."""
-        remember = partial(self._remember, prompt, plan) if policy.remembers else None
-        return SelectivePrefill(self._decoder, plan, policy, remember)
+        keep = self._remember if policy.remembers else self._remember_versions if policy.contextual else None
+        return SelectivePrefill(self._decoder, plan, policy, keep and partial(keep, prompt, plan))
 
-    def _remember(self, prompt: Prompt, plan: Plan, cache: FusedCache) -> None:
-        start = len(prompt.prefix)
+    def _remember(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
         exact = {segment.start for segment in plan.segments if segment.exact}
-        for chunk in prompt.chunks:
+        for start, end in plan.chunks:
             if start not in exact:
-                self._library.remember(cache, plan.token_ids, start, start + len(chunk))
-            start += len(chunk)
+                self._library.remember(cache, plan.token_ids, start, end)
+
+    def _remember_versions(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
+        for start, end in plan.chunks:
+            if start == len(prompt.prefix) and start in contexts:
+                self._library.remember(cache, plan.token_ids, start, end)
+            elif start in contexts:
+                self._library.remember_version(cache, plan.token_ids, start, end, contexts[start])
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self._decoder.device)

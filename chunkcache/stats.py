@@ -27,7 +27,7 @@ class RequestStats:
         misses: chunks that were computed for this request because the store did not hold them.
         reused_tokens: tokens that stored KV was put in place for.
         exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
-        recomputed_share: token-layers computed, as a share of all token-layers of the prompt.
+        recomputed_share: token-layers computed, a scout's included, as a share of all token-layers of the prompt.
         fallbacks: 1 if the request was served by the model's own full prefill instead, else 0.
         tokenize_s: texts to token ids.
         lookup_s: reading the store.
@@ -60,7 +60,7 @@ class RequestStats:
         self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)
         self.assemble_s = cache.assemble_s
         if cache.prefilled:
-            self.recomputed_share = cache.computed / (len(cache.plan) * len(cache.layers))
+            self.recomputed_share = (cache.computed + cache.scouted) / (len(cache.plan) * len(cache.layers))
         else:
             self.fallbacks = 1
             _warn_once("the model put the fused cache aside and prefilled the whole prompt itself")

@@ -57,6 +57,7 @@ class Store(ABC):
     def __init__(self, max_bytes: int | None = None) -> None:
         self._lock = threading.RLock()
         self._stats = StoreStats(max_bytes=max_bytes)
+        self._worth: dict[ChunkKey, float] = {}
 
     def get(self, key: ChunkKey, token_ids: Sequence[int]) -> ChunkKV | None:
         """Return the chunk KV under `key` if it holds exactly `token_ids`, else None (a counted miss)."""
@@ -102,6 +103,12 @@ class Store(ABC):
 
     def prefetch(self, keys: Iterable[ChunkKey]) -> None:  # noqa: B027 - a tier may have nothing to do
         """Start bringing `keys` nearer to the model; returns at once. A tier with nothing nearer ignores it."""
+
+    def credit(self, key: ChunkKey, worth: float) -> None:
+        """Add to the worth of an entry that is held: what its use saved. A tier that evicts by worth keeps it longer."""
+        with self._lock:
+            if key in self._keys():
+                self._worth[key] = self._worth.get(key, 0.0) + worth
 
     def __contains__(self, key: ChunkKey) -> bool:
         with self._lock:

@@ -1,25 +1,35 @@
-"""The memory tier: chunk KV in this process's RAM, least recently used out first."""
+"""The memory tier: chunk KV in this process's RAM."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import replace
 
+from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV
 from chunkcache.store.base import Store
 
 
 class MemoryStore(Store):
-    """Chunk KV in RAM within a byte budget, LRU eviction.
+    """Chunk KV in RAM within a byte budget.
 
     An entry that a request is reading stays alive until the request lets go of it, also when it is evicted.
 
     Args:
         max_bytes: byte budget; None keeps everything.
+        evict: `lru`, the least recently used goes first; or `worth`, the one with the least credit (`credit`), and
+            the least recently used of equals.
+
+    Raises:
+        StoreURLError: `evict` is neither.
     """
 
-    def __init__(self, max_bytes: int | None = None) -> None:
+    def __init__(self, max_bytes: int | None = None, evict: str = "lru") -> None:
         super().__init__(max_bytes)
+        if evict not in ("lru", "worth"):
+            raise StoreURLError(f"evict={evict!r} is neither 'lru' nor 'worth'")
+        self._by_worth = evict == "worth"
         self._entries: OrderedDict[ChunkKey, ChunkKV] = OrderedDict()
         self._held = 0
 
@@ -33,11 +43,10 @@ class MemoryStore(Store):
         self._remove(key)
         if self._stats.max_bytes is not None:
             while self._held + kv.nbytes > self._stats.max_bytes:
-                _, evicted = self._entries.popitem(last=False)
-                self._held -= evicted.nbytes
+                self._remove(self._first_out())
                 self._stats.evictions += 1
         layers = [layer.to("cpu") for layer in kv.layers]
-        self._entries[key] = ChunkKV(kv.token_ids, kv.position, layers, kv.nbytes)
+        self._entries[key] = replace(kv, layers=layers)
         self._held += kv.nbytes
 
     def _remove(self, key: ChunkKey) -> bool:
@@ -45,7 +54,13 @@ class MemoryStore(Store):
         if kv is None:
             return False
         self._held -= kv.nbytes
+        self._worth.pop(key, None)
         return True
+
+    def _first_out(self) -> ChunkKey:
+        if self._by_worth:
+            return min(self._entries, key=lambda key: self._worth.get(key, 0.0))
+        return next(iter(self._entries))
 
     def _keys(self) -> Collection[ChunkKey]:
         return self._entries.keys()

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from chunkcache.errors import StoreURLError
@@ -44,8 +45,8 @@ def open_store(url: str, tiers: Mapping[str, type[Store]]) -> Store:
     if parts.netloc or parts.path or parts.fragment:
         raise StoreURLError(f"{parts.scheme}:// takes only options, as in {parts.scheme}://?max_bytes=2GiB: {url!r}")
     tier = tiers[parts.scheme]
-    allowed = list(inspect.signature(tier).parameters)
-    options: dict[str, int] = {}
+    allowed = inspect.signature(tier).parameters
+    options: dict[str, Any] = {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in allowed:
             raise StoreURLError(
@@ -53,5 +54,5 @@ def open_store(url: str, tiers: Mapping[str, type[Store]]) -> Store:
             )
         if name in options:
             raise StoreURLError(f"{name} is given twice in {url!r}; give it once")
-        options[name] = parse_bytes(value)
+        options[name] = value if isinstance(allowed[name].default, str) else parse_bytes(value)
     return tier(**options)

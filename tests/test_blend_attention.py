@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from chunkcache.blend.attention import (
     BLOCK_ROWS,
+    Watch,
     additive_mask,
     dense_mask,
     rows_attention,
     visible_intervals,
-    weights_of_last,
 )
 from chunkcache.errors import UnsupportedModelError
 
@@ -55,8 +54,8 @@ def by_hand(query, key, value, rows, window, scaling):
     return output
 
 
-def attend(query, key, value, rows, window=None, scaling=0.4, **kwargs):
-    module = Attention(query.shape[1] // key.shape[1])
+def attend(query, key, value, rows, window=None, scaling=0.4, module=None, **kwargs):
+    module = module or Attention(query.shape[1] // key.shape[1])
     intervals = visible_intervals(torch.tensor(rows), window)
     return rows_attention(module, query, key, value, intervals, scaling=scaling, **kwargs)
 
@@ -159,33 +158,43 @@ def weights_by_hand(query, key, rows, window, scaling):
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-@pytest.mark.parametrize("last", [1, 5, 90])
+class Module(torch.nn.Module):
+    """An attention module as a watch wants one."""
+
+    num_key_value_groups = 2
+
+    def forward(self, *call):
+        return attend(*call, module=self)
+
+
+def watched(last, block, *call):
+    """The output, the weights `[heads, last, length]` that a watch saw, and the blocks it saw them in."""
+    seen, module = [], Module()
+    watch = Watch(module, last, lambda weights, first: seen.append((first, weights)), block)
+    output, _ = module(*call)
+    watch.remove()
+    assert vars(module).keys() == vars(Module()).keys()
+    module(*call)  # unseen
+    return output, torch.cat([weights for _, weights in seen], dim=1), [first for first, _ in seen]
+
+
+@pytest.mark.parametrize(("last", "block", "firsts"), [(1, None, [0]), (5, 2, [0, 2, 4]), (90, None, [0]), (90, 64, [0, 64])])
 @pytest.mark.parametrize("window", [None, 8])
-def test_weights_of_the_last_rows_are_given_where_they_are_asked_for(last, window):
+def test_a_watch_sees_the_weights_of_the_last_rows(last, block, firsts, window):
     rows = list(range(10, 100))
     query, key, value = tensors(90, 100)
-    with weights_of_last(last):
-        output, weights = attend(query, key, value, rows, window)
+    output, weights, seen_at = watched(last, block, query, key, value, rows, window)
     expected = by_hand(query, key, value, rows, window, 0.4).float()
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
-    expected = weights_by_hand(query, key, rows, window, 0.4)[:, :, -last:].float()
+    expected = weights_by_hand(query, key, rows, window, 0.4)[0, :, -last:].float()
     torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
+    assert seen_at == firsts
 
 
-def test_weights_are_given_in_bfloat16_too():
+def test_a_watch_sees_weights_in_bfloat16_too():
     rows = list(range(20))
     query, key, value = tensors(20, 20, dtype=torch.bfloat16)
-    with weights_of_last(4):
-        output, weights = attend(query, key, value, rows)
+    output, weights, _ = watched(4, None, query, key, value, rows)
     assert output.dtype == weights.dtype == torch.bfloat16
     expected = by_hand(query, key, value, rows, None, 0.4)
     torch.testing.assert_close(output.double(), expected, atol=0.03, rtol=0)
-
-
-def test_weights_are_asked_for_by_one_thread_and_one_context():
-    call = (*tensors(3, 9), [2, 4, 8])
-    with weights_of_last(2), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(attend, *call).result()[1] is None
-    with pytest.raises(ZeroDivisionError), weights_of_last(2):
-        raise ZeroDivisionError
-    assert attend(*call)[1] is None

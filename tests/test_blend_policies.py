@@ -13,6 +13,7 @@ from chunkcache.blend import POLICIES, Plan, Segment
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
+from chunkcache.blend.policy import Check
 from chunkcache.blend.prefix import Prefix
 from chunkcache.blend.query import Query
 from chunkcache.blend.reuse import Reuse
@@ -67,9 +68,13 @@ def test_only_full_reuses_nothing_and_only_prefix_remembers():
     assert [policy.name for policy in EVERY if policy.remembers] == ["prefix"]
 
 
-def test_only_cacheblend_looks_again_and_at_its_layer():
-    assert [policy.name for policy in EVERY if policy.check_layers] == ["cacheblend"]
-    assert CacheBlend(layer=3).check_layers == {3}
+def test_only_cacheblend_and_cachecraft_look_again():
+    assert [policy.name for policy in EVERY if policy.check_layers(30)] == ["cacheblend", "cachecraft"]
+    assert CacheBlend(layer=3).check_layers(30) == [3]
+
+
+def narrow(policy, plan, rows, fresh, stored, layer=1, layers=30):
+    return policy.narrow(Check(plan, layer, layers, rows, [], lambda: (fresh, stored)))
 
 
 def narrowed(ratio, deviations, keys=0.0):
@@ -79,7 +84,7 @@ def narrowed(ratio, deviations, keys=0.0):
     fresh = stored.clone()
     fresh[0] += keys
     fresh[1, 1, :, 2] += torch.tensor(deviations)
-    return rows[CacheBlend(ratio=ratio).narrow(PLAN, rows, fresh, stored)].tolist()
+    return rows[narrow(CacheBlend(ratio=ratio), PLAN, rows, fresh, stored)].tolist()
 
 
 #             3    4    5    6    7    8    9   10   11
@@ -113,7 +118,7 @@ def test_cacheblend_sums_over_heads_and_dimensions():
     fresh = stored.clone()
     fresh[1, 0, 1, 0] = 3.0  # row 4: 9 in one place
     fresh[1, :, 3, :] = 1.1  # row 6: 1.21 in eight places
-    assert rows[CacheBlend(ratio=0.1).narrow(PLAN, rows, fresh, stored)].tolist() == [6, 7, 10, 11]
+    assert rows[narrow(CacheBlend(ratio=0.1), PLAN, rows, fresh, stored)].tolist() == [6, 7, 10, 11]
 
 
 def test_cacheblend_compares_in_float32():
@@ -121,7 +126,7 @@ def test_cacheblend_compares_in_float32():
     stored = torch.zeros(2, 1, 9, 1, dtype=torch.float16)
     fresh = stored.clone()
     fresh[1, 0, :, 0] = torch.tensor([300.0, 400, 500, 600, 0, 700, 800, 0, 0])  # squares beyond float16
-    assert rows[CacheBlend(ratio=0.3).narrow(PLAN, rows, fresh, stored)].tolist() == [7, 8, 9, 10, 11]
+    assert rows[narrow(CacheBlend(ratio=0.3), PLAN, rows, fresh, stored)].tolist() == [7, 8, 9, 10, 11]
 
 
 def test_cacheblend_minds_neither_garbage_nor_nothing_where_nothing_is_reused():
@@ -129,7 +134,7 @@ def test_cacheblend_minds_neither_garbage_nor_nothing_where_nothing_is_reused():
     garbage[4] = garbage[7] = torch.nan
     assert narrowed(0.5, garbage) == [4, 6, 7, 8, 10, 11]
     plan, rows, fresh = Plan.of(IDS), torch.arange(12), torch.randn(2, 1, 12, 4)
-    assert CacheBlend().narrow(plan, rows, fresh, fresh).tolist() == list(range(12))
+    assert narrow(CacheBlend(), plan, rows, fresh, fresh).tolist() == list(range(12))
 
 
 #            0    1    2    3    4    5    6    7    8    9   10   11

@@ -15,10 +15,20 @@ from chunkcache.blend import POLICIES, Plan, Policy, parse_policy
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
+from chunkcache.blend.policy import Check
 from chunkcache.blend.policy import parse_policy as parse_among
 from chunkcache.errors import InputError, PolicyError
 
-OPTIONS = {"k": st.integers(0, 10**6), "ratio": st.floats(0, 1), "layer": st.integers(1, 200)}
+OPTIONS = {
+    "k": st.integers(0, 10**6),
+    "ratio": st.floats(0, 1),
+    "layer": st.integers(1, 200),
+    "score": st.sampled_from(["k", "v", "kv"]),
+    "gradual": st.just(()),
+    "alpha": st.just("auto") | st.floats(0, 5),
+    "focus": st.floats(0, 1),
+    "stable": st.integers(1, 5),
+}
 
 every_kind = pytest.mark.parametrize("kind", POLICIES.values(), ids=POLICIES)
 
@@ -74,7 +84,7 @@ def test_a_policy_is_returned_as_it_is():
 def test_the_string_names_every_option():
     assert str(Full()) == "full"
     assert str(Link()) == "link:k=8"
-    assert str(CacheBlend()) == "cacheblend:ratio=0.15,layer=1"
+    assert str(CacheBlend()) == "cacheblend:ratio=0.15,layer=1,score=v"
 
 
 @pytest.mark.parametrize(
@@ -132,9 +142,9 @@ def test_a_value_may_hold_commas():
 
 
 def test_a_policy_without_check_layers_is_never_asked_to_narrow():
-    assert Listed().check_layers == frozenset()
+    assert list(Listed().check_layers(30)) == list(Listed().watch_layers(30)) == []
     with pytest.raises(NotImplementedError, match=r"Listed has check layers but no narrow\(\)"):
-        Listed().narrow(Plan.of([1, 2]), torch.tensor([0]), torch.empty(0), torch.empty(0))
+        Listed().narrow(Check(Plan.of([1, 2]), 1, 2, torch.tensor([0]), [], list))
 
 
 def test_an_infinite_ratio_is_refused():

@@ -158,7 +158,7 @@ def test_a_hook_of_the_users_own_on_the_model_still_runs(borrowed):
 def test_the_callback_sees_the_whole_prompt_before_windows_are_trimmed(policy):
     decoder, seen = h.decoder("gemma3"), []
 
-    def keep(cache):
+    def keep(cache, contexts):
         assert cache.prefilled
         seen.extend(layer_kv(cache, index)[0].shape[2] for index in range(zoo.LAYERS))
 
@@ -279,12 +279,14 @@ def test_prefills_of_several_threads_do_not_meet():
 def test_two_check_layers_cut_the_rows_twice():
     class Twice(Policy):
         name = "twice"
-        check_layers = frozenset({1, 2})
+        def check_layers(self, layers):
+            return [1, 2]
 
         def select(self, plan):
             return plan.inexact
 
-        def narrow(self, plan, rows, fresh, stored):
+        def narrow(self, check):
+            rows = check.rows
             seen.append(rows.tolist())
             return torch.arange(1, len(rows), 2) if len(seen) == 1 else torch.arange(len(rows) // 2, len(rows))
 

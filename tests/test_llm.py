@@ -623,7 +623,9 @@ def test_a_forward_of_another_thread_may_fall_into_a_prefill(policy, layer, atte
     model = own_model(attention=attention)
     llm = wrapped(model, policy=policy)
     llm.precompute(TEXTS)
-    expected = wrapped(model, policy=policy).prefill(QUESTION, TEXTS).logits
+    another = wrapped(model, policy=policy)
+    another.precompute(TEXTS)
+    expected = another.prefill(QUESTION, TEXTS).logits
     ids, cache, other, before = torch.arange(10, 40)[None], DynamicCache(), [], snapshot(model)
     main = threading.current_thread()
 

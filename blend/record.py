@@ -1,0 +1,80 @@
+"""Records what freshly computed chunks look at, for Cache-Craft's context impact (arXiv 2502.15734, section 3.2).
+
+Attention weights exist for a block of rows at a time and are summed by chunk at once, layer after layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chunkcache.blend.attention import BLOCK_ROWS, Watch
+from chunkcache.blend.decoder import Decoder
+from chunkcache.blend.plan import Plan
+from chunkcache.kv import Context, chunk_name
+
+
+class Recorder:
+    """Watches one selective prefill.
+
+    Args:
+        decoder: a decoder over the shadow that runs the prefill.
+        plan: what is reused. Chunks of the plan that no segment covers are recorded.
+        rows: sorted positions `[rows]` that are computed, the recorded chunks among them, in all layers.
+    """
+
+    def __init__(self, decoder: Decoder, plan: Plan, rows: Tensor) -> None:
+        covered = {segment.start for segment in plan.segments}
+        self._plan = plan
+        self.spans = [span for span in plan.chunks if span[0] not in covered]
+        self._watches: list[Watch] = []
+        if not self.spans:
+            return
+        rows = rows[rows >= self.spans[0][0]]
+        onto = torch.zeros(len(plan), len(plan.chunks))
+        for index, (start, end) in enumerate(plan.chunks):
+            onto[start:end, index] = 1
+        self._rows = rows
+        self._on_device = rows.to(decoder.device)
+        self._onto = onto.to(decoder.device)
+        self._seen = torch.zeros(len(rows), len(plan.chunks), device=decoder.device)
+        self._own = torch.zeros(len(rows), device=decoder.device)
+        self._layers = len(decoder.layers)
+        self._watches = [Watch(module, len(rows), self._see, BLOCK_ROWS) for module in decoder.attentions]
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for watch in self._watches:
+            watch.remove()
+
+    def contexts(self) -> dict[int, Context]:
+        """Return what each recorded chunk looked at, by its start."""
+        names = [chunk_name(self._plan.token_ids[start:end]) for start, end in self._plan.chunks]
+        return {start: self._context(start, end, names) for start, end in self.spans}
+
+    def _see(self, weights: Tensor, first: int) -> None:
+        mean = weights.float().mean(0)
+        block = slice(first, first + len(mean))
+        onto = self._onto.to(mean.device)  # a layer may live on another device than the first
+        self._seen[block] += (mean @ onto).to(self._seen.device)
+        own = mean.gather(1, self._on_device[block].to(mean.device)[:, None])[:, 0]
+        self._own[block] += own.to(self._own.device)
+
+    def _context(self, start: int, end: int, names: Sequence[str]) -> Context:
+        index = self._plan.chunks.index((start, end))
+        inside = (self._rows >= start) & (self._rows < end)
+        seen = self._seen.cpu()[inside] / self._layers
+        own = self._own.cpu()[inside] / self._layers
+        lengths = [after - before for before, after in self._plan.chunks]
+        inter = seen[:, :index].sum(0).tolist()
+        intra = float((seen[:, index] - own).sum())
+        return Context(
+            chunks=tuple(names[:index]),
+            inter=tuple(inter),
+            intra=intra,
+            a=sum(total / (end - start) / length for total, length in zip(inter, lengths, strict=False)),
+            b=intra / (end - start) ** 2,
+            outside=seen[:, :index].sum(1),
+        )
