@@ -82,7 +82,7 @@ class Plan:
             kept.append(Segment(segment.start, segment.kv, segment.first, length, segment.exact))
             end = kept[-1].end
         spans = [(s.start, s.end) for s in kept] if chunks is None else chunks
-        return cls(ids, tuple(kept), tuple((start, min(end, len(ids) - 1)) for start, end in spans))
+        return cls(ids, tuple(kept), tuple(spans))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -90,7 +90,8 @@ class Plan:
     @property
     def end(self) -> int:
         """Position right after the last segment and chunk, where the question starts; 0 without any."""
-        return max((*(s.end for s in self.segments[-1:]), *(end for _, end in self.chunks[-1:])), default=0)
+        last = max((*(s.end for s in self.segments[-1:]), *(end for _, end in self.chunks[-1:])), default=0)
+        return min(last, len(self) - 1)
 
     @cached_property
     def fresh(self) -> Tensor:

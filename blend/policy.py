@@ -65,6 +65,10 @@ class Policy(ABC):
     def select(self, plan: Plan) -> Tensor:
         """Return the sorted positions `[n]` out of `plan.inexact` that are recomputed from layer 0 on."""
 
+    def lead_in(self) -> int:
+        """Return how many tokens of lead-in the chunks were computed behind that this policy reuses."""
+        return 0
+
     def scout_layers(self, layers: int) -> Sequence[int]:
         """Layers, of `layers`, whose question attention `select_seen` wants; empty for a policy that wants none."""
         return ()

@@ -37,7 +37,8 @@ class SelectivePrefill:
         plan: what is reused where.
         policy: what is recomputed.
         on_prefilled: called with the cache when it is complete, before sliding-window layers are trimmed, and with
-            what each chunk that was computed whole looked at, by its start, if the policy is contextual.
+            what each chunk that was computed whole looked at, by its start, if that is recorded.
+        record: whether it is.
 
     Attributes:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
@@ -53,6 +54,7 @@ class SelectivePrefill:
         plan: Plan,
         policy: Policy,
         on_prefilled: OnPrefilled | None = None,
+        record: bool = False,
     ) -> None:
         count = len(decoder.layers)
         deepest = max((*policy.check_layers(count), *policy.watch_layers(count)), default=0)
@@ -63,6 +65,7 @@ class SelectivePrefill:
         self._decoder = decoder.shadow()
         self._policy = policy
         self._on_prefilled = on_prefilled
+        self._record = record
         self._recorder: Recorder | None = None
         self._handles: list[RemovableHandle | Watch] = []
         self.model: Any = self._decoder.model
@@ -94,7 +97,7 @@ class SelectivePrefill:
         rows = torch.cat((plan.fresh, selected)).sort().values
         self.cache.go_on_with(rows)
         self._handles = [self.model.register_forward_hook(self._after)]
-        if policy.contextual:
+        if self._record:
             self._recorder = Recorder(decoder, plan, rows)
         narrows = len(plan.inexact) > 0 and policy.check_layers(len(decoder.layers))
         if narrows and not (self._recorder and self._recorder.spans):  # a record needs its rows in every layer

@@ -29,13 +29,18 @@ class Query(Policy):
 
     name = "query"
     ratio: float = 0.05
-    k: int = 8
+    k: int = 0
+    lead: int = 512
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
             raise PolicyError(f"ratio={self.ratio} is not between 0 and 1")
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
+
+    def lead_in(self) -> int:
+        """Return `lead`."""
+        return self.lead
 
     def scout_layers(self, layers: int) -> Sequence[int]:
         """Return all layers but the last third."""

@@ -33,13 +33,14 @@ class Recorder:
         if not self.spans:
             return
         rows = rows[rows >= self.spans[0][0]]
-        onto = torch.zeros(len(plan), len(plan.chunks))
+        onto = torch.zeros(len(plan), len(plan.chunks) + 1)
         for index, (start, end) in enumerate(plan.chunks):
             onto[start:end, index] = 1
+        onto[1 : plan.chunks[0][0], -1] = 1  # the prefix, but for the first token: every token looks there
         self._rows = rows
         self._on_device = rows.to(decoder.device)
         self._onto = onto.to(decoder.device)
-        self._seen = torch.zeros(len(rows), len(plan.chunks), device=decoder.device)
+        self._seen = torch.zeros(len(rows), onto.shape[1], device=decoder.device)
         self._own = torch.zeros(len(rows), device=decoder.device)
         self._layers = len(decoder.layers)
         self._watches = [Watch(module, len(rows), self._see, BLOCK_ROWS) for module in decoder.attentions]
@@ -76,5 +77,5 @@ class Recorder:
             intra=intra,
             a=sum(total / (end - start) / length for total, length in zip(inter, lengths, strict=False)),
             b=intra / (end - start) ** 2,
-            outside=seen[:, :index].sum(1),
+            outside=seen[:, :index].sum(1) if index else seen[:, -1],
         )

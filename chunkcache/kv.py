@@ -63,7 +63,8 @@ class Context:
         intra: attention within the chunk, each token's to itself left out, summed over pairs.
         a: inter per token pair, summed over the chunks.
         b: intra per squared length.
-        outside: `[tokens]` what each token gave to all chunks before.
+        outside: `[tokens]` what each token gave to all chunks before; to the prefix, but for its first token, if
+            there were none. (Nearly all tokens look at the first token, whatever they mean.)
     """
 
     chunks: tuple[str, ...]

@@ -6,12 +6,13 @@ stored. So no chunk believes that it starts the text, and the first chunk of a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from transformers import DynamicCache
 
-from chunkcache.blend import Decoder, FusedCache, layer_kv
+from chunkcache.blend import Decoder, FusedCache, Plan, Segment, SelectivePrefill, layer_kv
+from chunkcache.blend.reuse import Reuse
 from chunkcache.errors import ContextLengthError
 from chunkcache.kv import ChunkKey, ChunkKV, Context
 from chunkcache.matching import Finder, Known
@@ -76,31 +77,33 @@ class ChunkLibrary:
         return kv
 
     def compute(
-        self, prefix: TokenIds, chunks: Sequence[TokenIds], on_progress: Progress | None = None
+        self, chunks: Mapping[TokenIds, TokenIds], on_progress: Progress | None = None, record: bool = False
     ) -> dict[TokenIds, ChunkKV]:
-        """Prefill `chunks` behind `prefix` in batches of like length, and store them.
+        """Prefill chunks in batches of like length, and store them.
 
         Args:
-            prefix: token ids that the chunks will stand behind.
-            chunks: token ids of each chunk, without repeats.
+            chunks: token ids of each chunk, and those that it stands behind.
             on_progress: called with (chunks done, chunks in all) after every batch.
+            record: whether to record what their tokens look at, for which they are computed one by one.
 
         Returns:
             The KV of each chunk, also of those that the store refused.
 
         Raises:
-            ContextLengthError: prefix and chunk together are longer than the model's context.
+            ContextLengthError: a chunk and what it stands behind are longer than the model's context.
         """
-        for token_ids in chunks:
-            self._check_length(len(prefix), len(token_ids))
-        context = self.prefix(prefix) if prefix else None
+        for token_ids, behind in chunks.items():
+            self._check_length(len(behind), len(token_ids))
         computed: dict[TokenIds, ChunkKV] = {}
-        for batch in _batches(sorted(chunks, key=len)):
-            for kv in self._encode(context, batch):
-                self.put(prefix, kv)
-                computed[kv.token_ids] = kv
-            if on_progress is not None:
-                on_progress(len(computed), len(chunks))
+        encode = self._encode_recorded if record else self._encode
+        for behind in dict.fromkeys(chunks.values()):
+            context = self.prefix(behind) if behind else None
+            for batch in _batches(sorted((ids for ids in chunks if chunks[ids] == behind), key=len)):
+                for kv in encode(context, batch):
+                    self.put(behind, kv)
+                    computed[kv.token_ids] = kv
+                if on_progress is not None:
+                    on_progress(len(computed), len(chunks))
         return computed
 
     def best(self, prefix: TokenIds, chunk: TokenIds, overhead: Callable[[Context | None], float]) -> ChunkKV | None:
@@ -144,6 +147,21 @@ class ChunkLibrary:
                 f"a chunk of {chunk} tokens behind a prefix of {prefix} does not fit the model's context of {limit} "
                 "tokens; split it into smaller chunks"
             )
+
+    def _encode_recorded(self, context: ChunkKV | None, batch: Sequence[TokenIds]) -> Iterator[ChunkKV]:
+        """Prefill sequences one by one on a shadow of the model, where their attention can be watched."""
+        segments = [] if context is None else [Segment(0, context, 0, len(context), exact=True)]
+        before = () if context is None else context.token_ids
+        computed: list[ChunkKV] = []
+
+        def keep(cache: FusedCache, contexts: dict[int, Context]) -> None:
+            start, end = len(before), len(cache.plan)
+            computed.append(_cut(cache, cache.plan.token_ids, start, end, contexts[start]))
+
+        for ids in batch:
+            plan = Plan.of((*before, *ids), segments, [(len(before), len(before) + len(ids))])
+            SelectivePrefill(self._decoder, plan, Reuse(), keep, record=True).run()
+            yield computed.pop()
 
     @torch.no_grad()
     def _encode(self, context: ChunkKV | None, batch: Sequence[TokenIds]) -> Iterator[ChunkKV]:

@@ -7,7 +7,7 @@ the model's own `generate()`. The model is never modified; after every call it i
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -25,6 +25,7 @@ from transformers import (
 
 from chunkcache.attach import Attachment
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, parse_policy, self_check
+from chunkcache.conversation import Conversation
 from chunkcache.errors import ContextLengthError, PromptError
 from chunkcache.generation import (
     FirstTokenClock,
@@ -37,7 +38,7 @@ from chunkcache.generation import (
 )
 from chunkcache.identity import check_tokenizer, fingerprint
 from chunkcache.kv import ChunkKV, Context, chunk_name
-from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.library import ChunkLibrary, Progress, TokenIds
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
 from chunkcache.store import Store, open_store
@@ -72,6 +73,9 @@ class Precomputed:
     computed_tokens: int
 
 
+OnAnswer = Callable[[Prompt, Generation, Cache], None]
+
+
 class CachedLLM:
     """A model, its tokenizer and a store of chunk KV; made by `wrap`.
 
@@ -92,6 +96,7 @@ class CachedLLM:
         policy: str | Policy = DEFAULT_POLICY,
         salt: str = "",
         instruction: str = INSTRUCTION,
+        lead_in: str | None = None,
     ) -> None:
         self.policy = parse_policy(policy)
         self.store = open_store(store) if isinstance(store, str) else store
@@ -99,7 +104,7 @@ class CachedLLM:
         check_tokenizer(model, tokenizer)
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.prompts = PromptBuilder(tokenizer, instruction)
+        self.prompts = PromptBuilder(tokenizer, instruction, lead_in)
         self.self_check = self_check(self._decoder)
         self._library = ChunkLibrary(self._decoder, self.store, fingerprint(model, tokenizer), salt)
         self._attachment = Attachment(self._decoder, self._library, self.policy)
@@ -107,7 +112,11 @@ class CachedLLM:
     # --- ahead of the request
 
     def precompute(
-        self, texts: Sequence[str], system: str | None = None, on_progress: Progress | None = None
+        self,
+        texts: Sequence[str],
+        system: str | None = None,
+        on_progress: Progress | None = None,
+        policy: str | Policy | None = None,
     ) -> Precomputed:
         """Compute and store the KV of `texts` behind the prefix of `system`; what is stored already is left.
 
@@ -115,19 +124,23 @@ class CachedLLM:
             texts: the chunks.
             system: the system prompt that requests will use.
             on_progress: called with (chunks done, chunks to do) after every batch.
+            policy: the policy that requests will use; None for the wrapper's. It says which lead-in stands before
+                a chunk while it is computed, and whether what its tokens look at is recorded.
 
         Raises:
+            PolicyError: the policy is unknown.
             PromptError: a text is empty.
             ContextLengthError: a text is longer than the model's context.
         """
         if isinstance(texts, str):
             raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
+        chosen = self.chosen(policy)
         prefix = self.prompts.prefix(system)
-        chunks = list(dict.fromkeys(self.prompts.chunk(text) for text in texts))
-        missing = [chunk for chunk in chunks if not self._library.holds(prefix, chunk)]
-        for chunk in chunks:
-            self._library.know(prefix, chunk)
-        self._library.compute(prefix, missing, on_progress)
+        chunks = {chunk: self._behind(prefix, chunk, chosen) for chunk in map(self.prompts.chunk, texts)}
+        missing = {chunk: behind for chunk, behind in chunks.items() if not self._library.holds(behind, chunk)}
+        for chunk, behind in chunks.items():
+            self._library.know(behind, chunk)
+        self._library.compute(missing, on_progress, record=chosen.contextual)
         return Precomputed(len(chunks), len(missing), sum(map(len, missing)))
 
     # --- the request
@@ -158,9 +171,9 @@ class CachedLLM:
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = self._chosen(policy)
+        chosen = self.chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
-        return self._generate(prompt, chosen, started, with_length(options, max_new_tokens))
+        return self.answer(prompt, chosen, started, with_length(options, max_new_tokens))
 
     def stream(
         self,
@@ -177,15 +190,9 @@ class CachedLLM:
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = self._chosen(policy)
+        chosen = self.chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
-        criteria = options.pop("stopping_criteria", None) or []
-
-        def run(streamer: Any, stop: StoppingCriteria) -> Generation:
-            more = {**options, "streamer": streamer, "stopping_criteria": [*criteria, stop]}
-            return self._generate(prompt, chosen, started, with_length(more, max_new_tokens))
-
-        return TextStream(self.tokenizer, run)
+        return self.answer_in_pieces(prompt, chosen, started, with_length(options, max_new_tokens))
 
     def prefill(
         self,
@@ -196,12 +203,8 @@ class CachedLLM:
     ) -> Prefilled:
         """Prefill the prompt and return the next token's logits with the cache of the whole prompt."""
         started = time.perf_counter()
-        chosen = self._chosen(policy)
-        prompt = self.prompts.build(question, chunks, system)
-        plan, stats = self._plan(prompt, chosen, started)
-        logits, cache = self._prefill(prompt, plan, chosen, stats)
-        stats.ttft_s = time.perf_counter() - started
-        return Prefilled(logits, cache, self._input_ids(plan), stats)
+        chosen = self.chosen(policy)
+        return self.prefill_prompt(self.prompts.build(question, chunks, system), chosen, started)
 
     def inputs(
         self,
@@ -216,10 +219,14 @@ class CachedLLM:
         costs one decoding step more than `llm.generate`.
         """
         started = time.perf_counter()
-        chosen = self._chosen(policy)
+        chosen = self.chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
         plan, stats = self._plan(prompt, chosen, started)
         return self._finished_inputs(prompt, plan, chosen, stats)
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """Return a new conversation, in which each question goes on from the KV of those before it."""
+        return Conversation(self, system)
 
     # --- the true drop-in
 
@@ -246,10 +253,83 @@ class CachedLLM:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    # --- inside
+    # --- the same for a prompt that is built already
 
-    def _chosen(self, policy: str | Policy | None) -> Policy:
+    def chosen(self, policy: str | Policy | None) -> Policy:
+        """Return the policy of a call: the wrapper's if it names none."""
         return self.policy if policy is None else parse_policy(policy)
+
+    def prefill_prompt(self, prompt: Prompt, policy: Policy, started: float) -> Prefilled:
+        """Prefill `prompt`; `started` is when the request came, by `time.perf_counter`."""
+        plan, stats = self._plan(prompt, policy, started)
+        logits, cache = self._prefill(prompt, plan, policy, stats)
+        stats.ttft_s = time.perf_counter() - started
+        return Prefilled(logits, cache, self._input_ids(plan), stats)
+
+    def answer_in_pieces(
+        self,
+        prompt: Prompt,
+        policy: Policy,
+        started: float,
+        options: dict[str, Any],
+        on_done: OnAnswer | None = None,
+    ) -> TextStream:
+        """Answer `prompt` in another thread; see `answer`."""
+        criteria = options.pop("stopping_criteria", None) or []
+
+        def run(streamer: Any, stop: StoppingCriteria) -> Generation:
+            more = {**options, "streamer": streamer, "stopping_criteria": [*criteria, stop]}
+            return self.answer(prompt, policy, started, more, on_done)
+
+        return TextStream(self.tokenizer, run)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        policy: Policy,
+        started: float,
+        options: dict[str, Any],
+        on_done: OnAnswer | None = None,
+    ) -> Generation:
+        """Prefill `prompt` and decode with the model's own `generate()`.
+
+        Args:
+            prompt: the prompt.
+            policy: what is recomputed.
+            started: when the request came, by `time.perf_counter`.
+            options: keywords for `generate()`.
+            on_done: called with the prompt, the answer and the cache of both.
+        """
+        plan, stats = self._plan(prompt, policy, started, setting(self.model, options, "max_new_tokens") or 1)
+        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
+        clock = FirstTokenClock()
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
+        if setting(self.model, options, "pad_token_id") is None:
+            options["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        before = time.perf_counter()
+        if needs_finished_cache(self.model, options):
+            inputs = self._finished_inputs(prompt, plan, policy, stats)
+            cache = inputs["past_key_values"]
+            cache.batch_repeat_interleave(setting(self.model, options, "num_beams") or 1)
+            output = self.model.generate(**inputs, **options)
+        else:
+            input_ids = self._input_ids(plan)
+            prefill = self._selective(prompt, plan, policy)
+            output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+            cache = prefill.cache
+            stats.take(plan, cache)
+        first_token_at = clock.first_token_at or time.perf_counter()
+        stats.prefill_s = first_token_at - before
+        stats.ttft_s = first_token_at - started
+        sequence = output if isinstance(output, Tensor) else output.sequences
+        token_ids = sequence[0, len(plan) :].tolist()
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        generation = Generation(text.strip(), token_ids, stats.ttft_s, stats, output)
+        if on_done is not None:
+            on_done(prompt, generation, cache)
+        return generation
+
+    # --- inside
 
     def _plan(self, prompt: Prompt, policy: Policy, started: float, room: int = 1) -> tuple[Plan, RequestStats]:
         """Look up what is stored of `prompt`, compute what a policy needs and is missing."""
@@ -265,15 +345,23 @@ class CachedLLM:
         segments: list[Segment] = []
         if policy.reuses:
             if prompt.prefix:
-                kv = self._library.prefix(prompt.prefix)
+                kv = prompt.head or self._library.prefix(prompt.prefix)
                 segments.append(Segment(0, kv, 0, len(kv), exact=True))
             segments += self._chunk_segments(prompt, policy, stats)
             stats.lookup_s = time.perf_counter() - now - stats.compute_s
         ends = list(accumulate(map(len, prompt.chunks), initial=len(prompt.prefix)))
         return Plan.of(ids, segments, list(pairwise(ends))), stats
 
+    def _behind(self, prefix: TokenIds, chunk: TokenIds, policy: Policy) -> TokenIds:
+        """Return what `chunk` is computed behind: prefix and lead-in, or the prefix where both leave no room."""
+        lead_in = self.prompts.lead_in(policy.lead_in())
+        fits = len(prefix) + len(lead_in) + len(chunk) < self._decoder.max_tokens
+        return (*prefix, *lead_in) if fits else prefix
+
     def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
         """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
+        opening = prompt.prefix if prompt.behind is None else prompt.behind
+        behind = {chunk: self._behind(opening, chunk, policy) for chunk in prompt.chunks}
         found: list[tuple[tuple[int, ...], ChunkKV | None, bool]] = []
         context, exact = prompt.prefix, True
         names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
@@ -283,23 +371,23 @@ class CachedLLM:
             if exact:
                 context = (*context, *chunk)
             elif policy.contextual:
-                kv = self._library.best(prompt.prefix, chunk, partial(policy.overhead, before=names[:index]))
+                kv = self._library.best(behind[chunk], chunk, partial(policy.overhead, before=names[:index]))
             elif not policy.remembers:
-                kv = self._library.get(prompt.prefix, chunk)
+                kv = self._library.get(behind[chunk], chunk)
             found.append((chunk, kv, exact))
         missing = [chunk for chunk, kv, _ in found if kv is None]
         stats.hits, stats.misses = len(found) - len(missing), len(missing)
         computed = {}
         if missing and not (policy.remembers or policy.contextual):
             before = time.perf_counter()
-            computed = self._library.compute(prompt.prefix, list(dict.fromkeys(missing)))
+            computed = self._library.compute({chunk: behind[chunk] for chunk in missing})
             stats.compute_s = time.perf_counter() - before
         segments = []
         start = len(prompt.prefix)
         for chunk, kv, exact in found:
             kv = kv or computed.get(chunk)
             if kv is not None:
-                segments.append(Segment(start, kv, 0, len(kv), exact or start == len(prompt.prefix)))
+                segments.append(Segment(start, kv, 0, len(kv), exact or start == kv.position == len(prompt.prefix)))
             start += len(chunk)
         return segments
 
@@ -317,35 +405,14 @@ class CachedLLM:
         stats.tokens = len(plan)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
 
-    def _generate(self, prompt: Prompt, policy: Policy, started: float, options: dict[str, Any]) -> Generation:
-        plan, stats = self._plan(prompt, policy, started, setting(self.model, options, "max_new_tokens") or 1)
-        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
-        clock = FirstTokenClock()
-        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
-        if setting(self.model, options, "pad_token_id") is None:
-            options["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        before = time.perf_counter()
-        if needs_finished_cache(self.model, options):
-            inputs = self._finished_inputs(prompt, plan, policy, stats)
-            inputs["past_key_values"].batch_repeat_interleave(setting(self.model, options, "num_beams") or 1)
-            output = self.model.generate(**inputs, **options)
-        else:
-            input_ids = self._input_ids(plan)
-            prefill = self._selective(prompt, plan, policy)
-            output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
-            stats.take(plan, prefill.cache)
-        first_token_at = clock.first_token_at or time.perf_counter()
-        stats.prefill_s = first_token_at - before
-        stats.ttft_s = first_token_at - started
-        sequence = output if isinstance(output, Tensor) else output.sequences
-        token_ids = sequence[0, len(plan) :].tolist()
-        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-        return Generation(text.strip(), token_ids, stats.ttft_s, stats, output)
-
     def _selective(self, prompt: Prompt, plan: Plan, policy: Policy) -> SelectivePrefill:
         """Return this request's prefill, which stores chunks in their context if the policy wants it."""
-        keep = self._remember if policy.remembers else self._remember_versions if policy.contextual else None
-        return SelectivePrefill(self._decoder, plan, policy, keep and partial(keep, prompt, plan))
+        keep: Any = None
+        if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
+            keep = self._remember if policy.remembers else self._remember_versions if policy.contextual else None
+        return SelectivePrefill(
+            self._decoder, plan, policy, keep and partial(keep, prompt, plan), record=policy.contextual
+        )
 
     def _remember(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
         exact = {segment.start for segment in plan.segments if segment.exact}
@@ -371,6 +438,7 @@ def wrap(
     policy: str | Policy = DEFAULT_POLICY,
     salt: str = "",
     instruction: str = INSTRUCTION,
+    lead_in: str | None = None,
 ) -> CachedLLM:
     """Wrap a decoder model so that the KV of retrieved chunks are reused.
 
@@ -381,10 +449,12 @@ def wrap(
         policy: which reused tokens are recomputed, such as `link:k=8`; see `chunkcache.blend.POLICIES`.
         salt: goes into every key; requests with another salt never see these chunk KV.
         instruction: stands before the chunks in every prompt.
+        lead_in: text that stands before a chunk while it is computed ahead, and in no prompt; None for a packaged
+            one. Passages of the kind that a request has before the chunk are best.
 
     Raises:
         UnsupportedModelError: the model cannot be served right, or fails its self-check.
         TokenizerMismatchError: the tokenizer is not the model's.
         PolicyError, StoreURLError: policy or store are not known.
     """
-    return CachedLLM(model, tokenizer, store, policy, salt, instruction)
+    return CachedLLM(model, tokenizer, store, policy, salt, instruction, lead_in)

@@ -12,27 +12,41 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from chunkcache.errors import PromptError
+from chunkcache.kv import ChunkKV
 
 INSTRUCTION = "Answer the question from the passages below."
 SEPARATOR = "\n\n"
+_LEAD_IN = Path(__file__).with_name("lead_in.txt")
 _CHUNKS = "[[the passages stand here]]"
 _QUESTION = "[[the question stands here]]"
+_ANSWER = "[[the answer stands here]]"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of one prompt in its three parts: prefix, chunks, question."""
+    """Token ids of one prompt in its three parts: prefix, chunks, question.
+
+    Attributes:
+        prefix: all that stands before the chunks.
+        chunks: each chunk.
+        question: all that stands behind them.
+        head: KV of the first tokens of the prefix, if they are those of a conversation that goes on.
+        behind: what the chunks were computed behind, if it is not the prefix.
+    """
 
     prefix: tuple[int, ...]
     chunks: tuple[tuple[int, ...], ...]
     question: tuple[int, ...]
+    head: ChunkKV | None = None
+    behind: tuple[int, ...] | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -46,13 +60,18 @@ class PromptBuilder:
     Args:
         tokenizer: its chat template is used when it has one, plain text otherwise.
         instruction: stands before the chunks in every prompt, part of the prefix.
+        lead_in: stands before a chunk while it is computed ahead, for policies that want it; no part of any prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION, lead_in: str | None = None
+    ) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)  # reading special tokens or not is a switch inside it
         self._instruction = instruction
+        self._lead_in = _LEAD_IN.read_text(encoding="utf-8") if lead_in is None else lead_in
         self._lock = threading.Lock()
         self._frame = lru_cache(maxsize=64)(self._render_frame)
+        self._between = lru_cache(maxsize=64)(self._render_between)
 
     def build(self, question: str, chunks: Sequence[str], system: str | None = None) -> Prompt:
         """Return the prompt for `question` over `chunks`.
@@ -80,6 +99,27 @@ class PromptBuilder:
         """Return the token ids that stand before the first chunk."""
         return self._frame(system)[0]
 
+    def between_turns(self, system: str | None, said: tuple[int, ...]) -> tuple[int, ...]:
+        """Return what stands between the end of an answer and the chunks of the next turn.
+
+        Args:
+            system: the system prompt.
+            said: the conversation so far; if the answer ends with an end-of-turn token, that is not repeated.
+
+        Raises:
+            PromptError: the chat template has no place for a second question.
+        """
+        ids = self._between(system)
+        return ids[1:] if said[-1:] == ids[:1] else ids
+
+    def lead_in(self, tokens: int) -> tuple[int, ...]:
+        """Return the last `tokens` token ids of the lead-in, or all if it has no more."""
+        return self._lead_in_ids[-tokens:] if tokens else ()
+
+    @cached_property
+    def _lead_in_ids(self) -> tuple[int, ...]:
+        return self.chunk(self._lead_in) if self._lead_in.strip() else ()
+
     def chunk(self, text: str) -> tuple[int, ...]:
         """Return the token ids of one chunk, its separator included.
 
@@ -96,15 +136,7 @@ class PromptBuilder:
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}Question: {_QUESTION}"
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": system}] if system else []
-            try:
-                rendered: Any = tokenizer.apply_chat_template(
-                    [*messages, {"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
-                )
-            except TemplateError as error:
-                raise PromptError(
-                    f"the tokenizer's chat template refuses these messages ({error}); "
-                    "leave out system=, or put its text into instruction="
-                ) from error
+            rendered: Any = self._render([*messages, {"role": "user", "content": body}])
             start: tuple[int, ...] = ()
         else:
             rendered = f"{system}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"
@@ -117,6 +149,34 @@ class PromptBuilder:
                 "place in it; set tokenizer.chat_template to one that does, or to None for plain text"
             )
         return (*start, *self._encode(before, trusted=True)), label, self._encode(after, trusted=True)
+
+    def _render_between(self, system: str | None) -> tuple[int, ...]:
+        body = f"{self._instruction}{SEPARATOR}{_CHUNKS}"
+        if not self._tokenizer.chat_template:
+            return self._encode(f"{SEPARATOR}{body}".partition(_CHUNKS)[0], trusted=True)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [
+            {"role": "user", "content": _QUESTION},
+            {"role": "assistant", "content": _ANSWER},
+            {"role": "user", "content": body},
+        ]
+        rendered: Any = self._render(messages)
+        _, answer_mark, rest = rendered.partition(_ANSWER)
+        between, chunks_mark, _ = rest.partition(_CHUNKS)
+        if not (answer_mark and chunks_mark):
+            raise PromptError(
+                "the tokenizer's chat template keeps no place for a second question; ask it in a new conversation"
+            )
+        return self._encode(between, trusted=True)
+
+    def _render(self, messages: list[dict[str, str]]) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise PromptError(
+                f"the tokenizer's chat template refuses these messages ({error}); "
+                "leave out system=, or put its text into instruction="
+            ) from error
 
     def _leading_special_tokens(self) -> tuple[int, ...]:
         """Return what the tokenizer puts before any plain text, such as BOS."""

@@ -40,7 +40,7 @@ def assert_same(kv: ChunkKV, layers) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chunks_in_one_batch_are_what_the_model_computes(name):
-    computed = new_library(name).compute(PREFIX, CHUNKS)
+    computed = new_library(name).compute(dict.fromkeys(CHUNKS, PREFIX))
     for chunk in CHUNKS:
         assert computed[chunk].position == len(PREFIX)
         assert_same(computed[chunk], own_kv(name, (*PREFIX, *chunk), len(PREFIX)))
@@ -48,27 +48,27 @@ def test_chunks_in_one_batch_are_what_the_model_computes(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_by_one_is_the_same(name):
-    together, alone = new_library(name).compute(PREFIX, CHUNKS), new_library(name)
+    together, alone = new_library(name).compute(dict.fromkeys(CHUNKS, PREFIX)), new_library(name)
     for chunk in CHUNKS:
-        assert_same(alone.compute(PREFIX, [chunk])[chunk], together[chunk].layers)
+        assert_same(alone.compute(dict.fromkeys([chunk], PREFIX))[chunk], together[chunk].layers)
 
 
 def test_without_a_prefix():
-    computed = new_library().compute((), CHUNKS)
+    computed = new_library().compute(dict.fromkeys(CHUNKS, ()))
     assert computed[CHUNKS[1]].position == 0
     assert_same(computed[CHUNKS[1]], own_kv("llama", CHUNKS[1], 0))
 
 
 def test_what_is_stored_is_no_view_of_the_batch():
     library = new_library()
-    for kv in library.compute(PREFIX, CHUNKS).values():
+    for kv in library.compute(dict.fromkeys(CHUNKS, PREFIX)).values():
         assert all(layer.numel() == layer.untyped_storage().nbytes() / 4 for layer in kv.layers)
 
 
 def test_computed_chunks_are_stored():
     library = new_library()
     assert library.get(PREFIX, CHUNKS[0]) is None
-    computed = library.compute(PREFIX, CHUNKS)
+    computed = library.compute(dict.fromkeys(CHUNKS, PREFIX))
     assert all(library.holds(PREFIX, chunk) for chunk in CHUNKS)
     assert_same(library.get(PREFIX, CHUNKS[0]), computed[CHUNKS[0]].layers)
 
@@ -84,7 +84,7 @@ def test_the_prefix_is_stored_once():
 def test_context_and_salt_are_part_of_the_key():
     decoder, store = Decoder(tiny_model()), MemoryStore()
     ours, theirs = (ChunkLibrary(decoder, store, "fingerprint", salt) for salt in ("a", "b"))
-    ours.compute(PREFIX, CHUNKS)
+    ours.compute(dict.fromkeys(CHUNKS, PREFIX))
     assert not ours.holds(PREFIX[:-1], CHUNKS[0])
     assert not theirs.holds(PREFIX, CHUNKS[0])
     assert not ChunkLibrary(decoder, store, "other model", "a").holds(PREFIX, CHUNKS[0])
@@ -93,7 +93,7 @@ def test_context_and_salt_are_part_of_the_key():
 def test_progress_counts_every_batch(monkeypatch):
     monkeypatch.setattr(library_module, "BATCH_TOKENS", 62)
     seen = []
-    new_library().compute(PREFIX, CHUNKS, on_progress=lambda *counts: seen.append(counts))
+    new_library().compute(dict.fromkeys(CHUNKS, PREFIX), on_progress=lambda *counts: seen.append(counts))
     assert seen == [(2, 4), (4, 4)]
 
 
@@ -107,19 +107,19 @@ def test_batches_keep_within_their_budget(limit, sizes, monkeypatch):
 
 
 def test_nothing_to_compute():
-    assert new_library().compute(PREFIX, []) == {}
+    assert new_library().compute(dict.fromkeys([], PREFIX)) == {}
 
 
 def test_a_chunk_that_cannot_fit_is_refused_before_any_work():
     library = new_library()
     with pytest.raises(ContextLengthError, match=r"500 tokens behind a prefix of 12 .* context of 512"):
-        library.compute(PREFIX, [CHUNKS[0], (7,) * 500])
+        library.compute({CHUNKS[0]: PREFIX, (7,) * 500: PREFIX})
     assert not library.holds(PREFIX, CHUNKS[0])
 
 
 def test_computed_chunks_can_be_found_in_a_prompt():
     library = new_library()
-    library.compute(PREFIX, CHUNKS)
+    library.compute(dict.fromkeys(CHUNKS, PREFIX))
     (match,) = library.finder.find((1, 2, *CHUNKS[1], 3))
     assert (match.start, match.length, match.known.context) == (2, 31, PREFIX)
     assert library.find(match.known).token_ids == CHUNKS[1]
@@ -127,7 +127,7 @@ def test_computed_chunks_can_be_found_in_a_prompt():
 
 def test_a_found_chunk_may_have_gone():
     library = new_library()
-    library.compute(PREFIX, CHUNKS)
+    library.compute(dict.fromkeys(CHUNKS, PREFIX))
     (match,) = library.finder.find(CHUNKS[1])
     library._store.clear()
     assert library.find(match.known) is None
