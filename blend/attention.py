@@ -70,7 +70,7 @@ def rows_attention(
         raise UnsupportedModelError(
             f"SDPA cannot serve attention with {', '.join(extras)}; load the model with attn_implementation='eager'"
         )
-    watch: Watch | None = module.__dict__.get("chunkcache_watch")
+    watch: Watch | None = vars(module).get("chunkcache_watch")
     unseen = query.shape[2] - (watch.last if watch else 0)
     parts = []
     if unseen:
@@ -142,7 +142,7 @@ class Watch:
         self.block = block or last
         self._module: Any = module
         self._handle = module.register_forward_hook(self._after)
-        self._module.chunkcache_watch = self
+        self._module.__dict__["chunkcache_watch"] = self
 
     def remove(self) -> None:
         """Stop looking."""

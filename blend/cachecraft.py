@@ -129,7 +129,8 @@ class CacheCraft(Policy):
     def narrow(self, check: Check) -> Tensor | None:
         """Keep the tokens of the chunks in focus, once the focus stands still."""
         step = max(1, check.layers // 8)
-        looks = [torch.stack(check.attention[: check.layer - back * step]).sum(0) for back in range(self.stable)]
+        seen = torch.stack(list(check.attention)).cumsum(0)
+        looks = [seen[check.layer - back * step - 1] for back in range(self.stable)]
         by_chunk = [torch.stack([look[start:end].sum() for start, end in check.plan.chunks]) for look in looks]
         sets = torch.stack([focused(attention, self.focus) for attention in by_chunk])
         if not bool((sets == sets[0]).all()):

@@ -69,6 +69,14 @@ class Policy(ABC):
         """Return how many tokens of lead-in the chunks were computed behind that this policy reuses."""
         return 0
 
+    def guarded(self) -> float | None:
+        """Return the bound of the fidelity guard, KL of the first token in nats; None without a guard."""
+        return None
+
+    def ladder(self) -> Sequence[Policy]:
+        """Return the steps of a guarded prefill: policies with the same scout layers that select more and more."""
+        return [self]
+
     def scout_layers(self, layers: int) -> Sequence[int]:
         """Layers, of `layers`, whose question attention `select_seen` wants; empty for a policy that wants none."""
         return ()

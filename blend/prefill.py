@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
+from chunkcache.blend.guard import Guarded, GuardModel, settle
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Check, Policy
 from chunkcache.blend.record import Recorder
 from chunkcache.blend.scout import scout
-from chunkcache.errors import PolicyError, PromptError
+from chunkcache.errors import CalibrationError, PolicyError, PromptError
 from chunkcache.kv import Context
-
 
 OnPrefilled = Callable[[FusedCache, dict[int, Context]], None]
 
@@ -39,10 +39,12 @@ class SelectivePrefill:
         on_prefilled: called with the cache when it is complete, before sliding-window layers are trimmed, and with
             what each chunk that was computed whole looked at, by its start, if that is recorded.
         record: whether it is.
+        guard: predicts the error of a policy that is guarded.
 
     Attributes:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
+        guarded: what the guard did, after the prefill of a guarded policy.
 
     Raises:
         PolicyError: the policy has a check layer that the model has not.
@@ -55,6 +57,7 @@ class SelectivePrefill:
         policy: Policy,
         on_prefilled: OnPrefilled | None = None,
         record: bool = False,
+        guard: GuardModel | None = None,
     ) -> None:
         count = len(decoder.layers)
         deepest = max((*policy.check_layers(count), *policy.watch_layers(count)), default=0)
@@ -66,6 +69,8 @@ class SelectivePrefill:
         self._policy = policy
         self._on_prefilled = on_prefilled
         self._record = record
+        self._guard = guard
+        self.guarded: Guarded | None = None
         self._recorder: Recorder | None = None
         self._handles: list[RemovableHandle | Watch] = []
         self.model: Any = self._decoder.model
@@ -89,12 +94,7 @@ class SelectivePrefill:
         input_ids = args[0] if args else kwargs["input_ids"]
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
-        layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
-        if layers:
-            selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
-        else:
-            selected = policy.select(plan)
-        rows = torch.cat((plan.fresh, selected)).sort().values
+        rows = self._rows(plan)
         self.cache.go_on_with(rows)
         self._handles = [self.model.register_forward_hook(self._after)]
         if self._record:
@@ -109,6 +109,22 @@ class SelectivePrefill:
             "attention_mask": decoder.masks(on_device, len(plan)),
         }
         return (), {**kwargs, **cut}
+
+    def _rows(self, plan: Plan) -> Tensor:
+        """Return the sorted positions that the forward computes."""
+        policy, decoder = self._policy, self._decoder
+        bound = policy.guarded()
+        layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
+        if layers and bound is not None:
+            if self._guard is None:
+                raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
+            rows, self.guarded = settle(decoder, plan, self.cache, policy.ladder(), bound, self._guard)
+            return rows
+        if layers:
+            selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
+        else:
+            selected = policy.select(plan)
+        return torch.cat((plan.fresh, selected)).sort().values
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The cache is an ordinary one, and the shadow does what the model would, from here on."""

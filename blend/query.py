@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from chunkcache.blend.link import Link
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
 from chunkcache.errors import PolicyError
+
+LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,36 @@ class Query(Policy):
     """
 
     name = "query"
-    ratio: float = 0.05
+    ratio: float = 0.03
     k: int = 0
-    lead: int = 512
+    lead: int = 1024
+    guard: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
             raise PolicyError(f"ratio={self.ratio} is not between 0 and 1")
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
+        if self.lead < 0:
+            raise PolicyError(f"lead={self.lead} is negative; it is a number of tokens, 0 for no lead-in")
+        if self.guard is not None and not self.guard > 0:
+            raise PolicyError(f"guard={self.guard} is not above 0; it bounds the KL of the first token, in nats")
+
+    def guarded(self) -> float | None:
+        """Return `guard`."""
+        return self.guard
+
+    def ladder(self) -> Sequence[Query]:
+        """Return this policy, and others that recompute 15 % and 40 % where that is more."""
+        return [replace(self, ratio=ratio) for ratio in (self.ratio, *(r for r in LADDER if r > self.ratio))]
 
     def lead_in(self) -> int:
         """Return `lead`."""
         return self.lead
 
     def scout_layers(self, layers: int) -> Sequence[int]:
-        """Return all layers but the last third."""
-        return range(math.ceil(layers * 2 / 3))
+        """Return the layers from the middle to two thirds of the way up; none if nothing is to be selected."""
+        return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3))) if self.ratio else ()
 
     def select(self, plan: Plan) -> Tensor:
         """Return what `link` would: there is nothing to look at."""

@@ -16,7 +16,9 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chunkcache.conversation import Conversation
     from chunkcache.errors import (
+        CalibrationError,
         ChunkCacheError,
         ContextLengthError,
         DocumentError,
@@ -39,8 +41,10 @@ __version__ = _version("chunkcache")
 
 __all__ = [
     "CachedLLM",
+    "CalibrationError",
     "ChunkCacheError",
     "ContextLengthError",
+    "Conversation",
     "DocumentError",
     "Generation",
     "InputError",
@@ -63,6 +67,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "conversation": ("Conversation",),
     "generation": ("Generation", "TextStream"),
     "llm": ("CachedLLM", "Precomputed", "Prefilled", "wrap"),
     "models": ("load_model",),

@@ -16,6 +16,7 @@ from chunkcache.blend import Decoder, Plan, Policy, Segment, SelectivePrefill
 from chunkcache.generation import is_assisted, needs_finished_cache, setting
 from chunkcache.library import ChunkLibrary
 from chunkcache.stats import RequestStats
+from chunkcache.tuning import Tuning
 
 
 class Attachment:
@@ -25,9 +26,10 @@ class Attachment:
         last_stats: what the last call did; a call that went straight through counts as a fallback.
     """
 
-    def __init__(self, decoder: Decoder, library: ChunkLibrary, policy: Policy) -> None:
+    def __init__(self, decoder: Decoder, library: ChunkLibrary, tuning: Tuning, policy: Policy) -> None:
         self._decoder = decoder
         self._library = library
+        self._tuning = tuning
         self._policy = policy
         self._attached = False
         self._shadowed: Any = None  # another instance-level generate, if there was one
@@ -71,9 +73,12 @@ class Attachment:
             return own(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
-        prefill = SelectivePrefill(self._decoder, plan, self._policy)
+        policy = self._tuning.settle(self._policy)
+        prefill = SelectivePrefill(
+            self._decoder, plan, policy, guard=self._tuning.guard if policy.guarded() else None
+        )
         output = prefill.generate(input_ids, *args[1:], **kwargs)
-        stats.take(plan, prefill.cache)
+        stats.take(plan, prefill)
         return output
 
     def _single_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -10,6 +10,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: only a comma
     from chunkcache.store import Store
 
 EXAMPLES = Path(__file__).with_name("examples")
-COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "query")
+COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -65,7 +66,7 @@ def cli(verbose: bool) -> None:
 @click.option("--docs", required=True, type=click.Path(path_type=Path), help="Folder or file of documents.")
 @model_options
 @retrieval_options
-@click.option("--policy", default="link:k=8", show_default=True, help="Which reused tokens are recomputed.")
+@click.option("--policy", default="query", show_default=True, help="Which reused tokens are recomputed.")
 @click.option("--store", default="memory://?max_bytes=2GiB", show_default=True, help="URL of the chunk KV store.")
 @click.option("--system", help="System prompt; the chat template's own by default.")
 @click.option(
@@ -207,6 +208,61 @@ def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) 
     out.print(table("supported: selective prefill agrees with the model's own", ["figure", "value"], rows))
 
 
+@cli.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--chunks", default=5, show_default=True, type=click.IntRange(2), help="Chunks per prompt.")
+@click.option("--prompts", default=40, show_default=True, type=click.IntRange(10), help="Prompts to run.")
+@click.option(
+    "--skip",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Prompts to leave out first, to be measured on later.",
+)
+@click.option(
+    "--target",
+    default="cacheblend:ratio=0.15",
+    show_default=True,
+    help="Policy whose fidelity cachecraft has to reach.",
+)
+@click.option("--guarded", default="query", show_default=True, help="Query policy whose guard is fitted.")
+@model_options
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; by default in the cache folder.")
+@json_option
+def calibrate(
+    data: Path,
+    chunks: int,
+    prompts: int,
+    skip: int,
+    target: str,
+    guarded: str,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Find what cachecraft:alpha=auto and query:guard=X need to know of a model, on prompts of DATA."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.eval import load_cases
+    from chunkcache.eval.calibrate import calibrate as run
+
+    for policy in (target, guarded):
+        parse_policy(policy)
+    cases = load_cases(data, chunks, skip + prompts)[skip:]
+    if len(cases) < 10:
+        raise DocumentError(f"{data} leaves {len(cases)} prompts after --skip {skip}; a calibration needs 10 or more")
+    model, tokenizer = _load(model_name, device, dtype)
+    with progress("calibrating") as on_step:
+        found = run(model, tokenizer, cases, target, guarded, on_step)
+    path = found.save(out)
+    if as_json:
+        click.echo(json.dumps({"file": str(path), **asdict(found)}, indent=2))
+    else:
+        _show_calibration(found.report, found.alpha)
+        err.print(f"[dim]written to {escape(str(path))}[/]")
+
+
 @cli.group()
 def bench() -> None:
     """Measure speed and fidelity."""
@@ -303,8 +359,30 @@ def _compare(
 ) -> Comparison:
     from chunkcache.eval import compare
 
-    with progress("precomputing chunks") as on_precompute, progress("comparing policies") as on_prompt:
-        return compare(model, tokenizer, cases, policies, store, on_precompute, on_prompt)
+    with progress("comparing policies") as on_prompt:
+        return compare(model, tokenizer, cases, policies, store, on_prompt)
+
+
+def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
+    craft = report["cachecraft"]
+    rows = [
+        [f"{r['alpha']}", f"{r['kl_first']:.4f}", f"{r['kl_mean']:.4f}", f"{r['recomputed_share']:.1%}"]
+        for r in craft["tried"]
+    ]
+    rows.append([craft["target"], f"{craft['target_kl_first']:.4f}", f"{craft['target_kl_mean']:.4f}", ""])
+    found = f"alpha = {alpha}" if craft["met"] else f"target not reached; alpha = {alpha}"
+    out.print(table(f"cachecraft: {found}", ["alpha", "KL first", "KL mean", "recomputed"], rows))
+    rows = [
+        [f"{r['bound']}", f"{r['broken']:.1%}", f"{r['full']:.1%}", f"{r['passes']:.2f}", f"{r['kl_first']:.4f}"]
+        for r in report["guard"]
+    ]
+    out.print(
+        table(
+            f"guard of {report['guarded']} (cross-validated over {report['prompts']} prompts)",
+            ["bound", "broken", "full prefill", "passes", "KL first"],
+            rows,
+        )
+    )
 
 
 def _show(comparison: Comparison) -> None:
@@ -333,13 +411,15 @@ def _show(comparison: Comparison) -> None:
             f"{abs(s.kl_first):.4f}",
             f"{abs(s.kl_mean):.4f}",
             f"{s.agreement:.1%}",
+            "n/a" if s.f1 is None else f"{s.f1:.3f}",
+            "n/a" if s.rouge_l is None else f"{s.rouge_l:.3f}",
         ]
         for s in summaries
     ]
     out.print(
         table(
-            "fidelity to full prefill (means; KL in nats)",
-            ["policy", "recomputed", "KL first", "KL mean", "agreement"],
+            "fidelity to full prefill (means; KL in nats) and quality of the answers",
+            ["policy", "recomputed", "KL first", "KL mean", "agreement", "F1", "ROUGE-L"],
             fidelity,
         )
     )

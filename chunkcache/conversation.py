@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StoppingCriteria
+from transformers import Cache
 
 from chunkcache.blend import Policy, layer_kv
 from chunkcache.errors import PromptError

@@ -8,7 +8,8 @@ ChunkCacheError
 │   ├── StoreURLError            an unknown store or store option
 │   ├── TokenizerMismatchError   a tokenizer that is not the model's
 │   ├── ModelNotFoundError       a model name, folder or file that cannot be loaded
-│   └── DocumentError            a document folder or file that cannot be used
+│   ├── DocumentError            a document folder or file that cannot be used
+│   └── CalibrationError         a policy needs a calibration that is missing, damaged or another model's
 └── UnsupportedModelError        this model cannot be served right; the message says why
     └── SelfCheckError           the model looked right, but its self-check did not agree
 
@@ -52,6 +53,10 @@ class ModelNotFoundError(InputError):
 
 class DocumentError(InputError):
     """A document folder or file is missing, empty or unreadable."""
+
+
+class CalibrationError(InputError):
+    """A policy needs a calibration of this model, and there is none that can be used."""
 
 
 class UnsupportedModelError(ChunkCacheError):

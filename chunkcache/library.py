@@ -55,6 +55,11 @@ class ChunkLibrary:
         """Return whether the store has an entry for it, without counting a hit or a miss."""
         return self._key(context, token_ids) in self._store
 
+    def holds_recorded(self, context: TokenIds, token_ids: TokenIds) -> bool:
+        """Return whether the store has an entry for it that says what its tokens looked at."""
+        kv = self.get(context, token_ids) if self.holds(context, token_ids) else None
+        return kv is not None and kv.context is not None
+
     def know(self, context: TokenIds, token_ids: TokenIds) -> None:
         """Make a chunk findable, whoever stored it."""
         self.finder.add(Known(self._key(context, token_ids), token_ids, context))
@@ -125,8 +130,10 @@ class ChunkLibrary:
             variant, least = self._variants.pick(chunk, overhead)
         return self.get(prefix, chunk) if alone < 1 else None
 
-    def remember_version(self, cache: FusedCache, token_ids: TokenIds, start: int, end: int, context: Context) -> None:
-        """Store tokens `start` to `end` of a prompt as one more version of that chunk, computed behind repaired KV."""
+    def remember_version(
+        self, cache: FusedCache, token_ids: TokenIds, start: int, end: int, context: Context
+    ) -> None:
+        """Store tokens `start` to `end` of a prompt as one more version of a chunk, computed behind repaired KV."""
         kv = _cut(cache, token_ids, start, end, context)
         key = ChunkKey.of(self._fingerprint, token_ids[:start], kv.token_ids, self._salt + _REPAIRED)
         if self._store.put(key, kv):

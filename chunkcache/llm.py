@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from transformers import (
 
 from chunkcache.attach import Attachment
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, parse_policy, self_check
+from chunkcache.blend.guard import Rung, climb
+from chunkcache.calibration import Calibration
 from chunkcache.conversation import Conversation
 from chunkcache.errors import ContextLengthError, PromptError
 from chunkcache.generation import (
@@ -42,9 +45,10 @@ from chunkcache.library import ChunkLibrary, Progress, TokenIds
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
 from chunkcache.store import Store, open_store
+from chunkcache.tuning import Tuning
 
 DEFAULT_STORE = "memory://?max_bytes=2GiB"
-DEFAULT_POLICY = "link:k=8"
+DEFAULT_POLICY = "query"
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class CachedLLM:
         policy: the policy used when a call names none.
         prompts: builds prompts from texts.
         self_check: the figures of the check that ran when the model was wrapped.
+        fingerprint: identity of model and tokenizer.
+        tuning: what was measured for this model: its calibration, and the loading controller.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class CachedLLM:
         salt: str = "",
         instruction: str = INSTRUCTION,
         lead_in: str | None = None,
+        calibration: Calibration | str | Path | None = None,
     ) -> None:
         self.policy = parse_policy(policy)
         self.store = open_store(store) if isinstance(store, str) else store
@@ -106,8 +113,11 @@ class CachedLLM:
         self.tokenizer = tokenizer
         self.prompts = PromptBuilder(tokenizer, instruction, lead_in)
         self.self_check = self_check(self._decoder)
-        self._library = ChunkLibrary(self._decoder, self.store, fingerprint(model, tokenizer), salt)
-        self._attachment = Attachment(self._decoder, self._library, self.policy)
+        self.fingerprint = fingerprint(model, tokenizer)
+        self.tuning = Tuning(self.fingerprint, calibration, len(self._decoder.layers))
+        self.tuning.settle(self.policy)
+        self._library = ChunkLibrary(self._decoder, self.store, self.fingerprint, salt)
+        self._attachment = Attachment(self._decoder, self._library, self.tuning, self.policy)
 
     # --- ahead of the request
 
@@ -137,7 +147,8 @@ class CachedLLM:
         chosen = self.chosen(policy)
         prefix = self.prompts.prefix(system)
         chunks = {chunk: self._behind(prefix, chunk, chosen) for chunk in map(self.prompts.chunk, texts)}
-        missing = {chunk: behind for chunk, behind in chunks.items() if not self._library.holds(behind, chunk)}
+        ready = self._library.holds_recorded if chosen.contextual else self._library.holds
+        missing = {chunk: behind for chunk, behind in chunks.items() if not ready(behind, chunk)}
         for chunk, behind in chunks.items():
             self._library.know(behind, chunk)
         self._library.compute(missing, on_progress, record=chosen.contextual)
@@ -256,8 +267,8 @@ class CachedLLM:
     # --- the same for a prompt that is built already
 
     def chosen(self, policy: str | Policy | None) -> Policy:
-        """Return the policy of a call: the wrapper's if it names none."""
-        return self.policy if policy is None else parse_policy(policy)
+        """Return the policy of a call, the wrapper's if it names none, with nothing left open."""
+        return self.tuning.settle(self.policy if policy is None else parse_policy(policy))
 
     def prefill_prompt(self, prompt: Prompt, policy: Policy, started: float) -> Prefilled:
         """Prefill `prompt`; `started` is when the request came, by `time.perf_counter`."""
@@ -265,6 +276,13 @@ class CachedLLM:
         logits, cache = self._prefill(prompt, plan, policy, stats)
         stats.ttft_s = time.perf_counter() - started
         return Prefilled(logits, cache, self._input_ids(plan), stats)
+
+    def climb(self, question: str, chunks: Sequence[str], policy: Policy) -> list[Rung]:
+        """Return every step that a fidelity guard over `policy` could stop at, for its calibration."""
+        plan, _ = self._plan(self.prompts.build(question, chunks), policy, time.perf_counter())
+        decoder = self._decoder.shadow()
+        cache = FusedCache(decoder.config, plan, decoder.rotaries)
+        return list(climb(decoder, plan, cache, policy.ladder()))
 
     def answer_in_pieces(
         self,
@@ -317,7 +335,7 @@ class CachedLLM:
             prefill = self._selective(prompt, plan, policy)
             output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
             cache = prefill.cache
-            stats.take(plan, cache)
+            stats.take(plan, prefill)
         first_token_at = clock.first_token_at or time.perf_counter()
         stats.prefill_s = first_token_at - before
         stats.ttft_s = first_token_at - started
@@ -396,7 +414,8 @@ class CachedLLM:
         prefill = self._selective(prompt, plan, policy)
         logits = prefill.run()
         stats.prefill_s = time.perf_counter() - before
-        stats.take(plan, prefill.cache)
+        stats.take(plan, prefill)
+        self.tuning.observe(stats)
         return logits, prefill.cache
 
     def _finished_inputs(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> dict[str, Any]:
@@ -411,7 +430,12 @@ class CachedLLM:
         if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
             keep = self._remember if policy.remembers else self._remember_versions if policy.contextual else None
         return SelectivePrefill(
-            self._decoder, plan, policy, keep and partial(keep, prompt, plan), record=policy.contextual
+            self._decoder,
+            plan,
+            policy,
+            keep and partial(keep, prompt, plan),
+            record=policy.contextual,
+            guard=self.tuning.guard if policy.guarded() is not None else None,
         )
 
     def _remember(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
@@ -439,6 +463,7 @@ def wrap(
     salt: str = "",
     instruction: str = INSTRUCTION,
     lead_in: str | None = None,
+    calibration: Calibration | str | Path | None = None,
 ) -> CachedLLM:
     """Wrap a decoder model so that the KV of retrieved chunks are reused.
 
@@ -451,10 +476,12 @@ def wrap(
         instruction: stands before the chunks in every prompt.
         lead_in: text that stands before a chunk while it is computed ahead, and in no prompt; None for a packaged
             one. Passages of the kind that a request has before the chunk are best.
+        calibration: what `chunkcache calibrate` found, or its file; None looks for it in the cache folder.
 
     Raises:
         UnsupportedModelError: the model cannot be served right, or fails its self-check.
         TokenizerMismatchError: the tokenizer is not the model's.
         PolicyError, StoreURLError: policy or store are not known.
+        CalibrationError: the policy needs a calibration, and there is none or it is damaged.
     """
-    return CachedLLM(model, tokenizer, store, policy, salt, instruction, lead_in)
+    return CachedLLM(model, tokenizer, store, policy, salt, instruction, lead_in, calibration)

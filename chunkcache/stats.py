@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from chunkcache.blend import FusedCache, Plan
+from chunkcache.blend import Plan, SelectivePrefill
 
 logger = logging.getLogger("chunkcache")
 _warn_once = lru_cache(maxsize=None)(logger.warning)
@@ -28,6 +28,9 @@ class RequestStats:
         reused_tokens: tokens that stored KV was put in place for.
         exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
         recomputed_share: token-layers computed, a scout's included, as a share of all token-layers of the prompt.
+        guard_passes: partial recomputations that the fidelity guard tried; 0 without a guard.
+        guard_predicted: KL of the first token that it predicts at most, in nats; 0 after full prefill.
+        guard_full: whether it fell back to full prefill.
         fallbacks: 1 if the request was served by the model's own full prefill instead, else 0.
         tokenize_s: texts to token ids.
         lookup_s: reading the store.
@@ -45,6 +48,9 @@ class RequestStats:
     reused_tokens: int = 0
     exact_tokens: int = 0
     recomputed_share: float = 1.0
+    guard_passes: int = 0
+    guard_predicted: float = 0.0
+    guard_full: bool = False
     fallbacks: int = 0
     tokenize_s: float = 0.0
     lookup_s: float = 0.0
@@ -53,8 +59,13 @@ class RequestStats:
     assemble_s: float = 0.0
     ttft_s: float = 0.0
 
-    def take(self, plan: Plan, cache: FusedCache) -> None:
-        """Take over what a selective prefill of `plan` into `cache` did."""
+    def take(self, plan: Plan, prefill: SelectivePrefill) -> None:
+        """Take over what a selective prefill of `plan` did."""
+        cache = prefill.cache
+        if prefill.guarded is not None:
+            self.guard_passes = prefill.guarded.passes
+            self.guard_predicted = prefill.guarded.predicted
+            self.guard_full = prefill.guarded.full
         self.tokens = len(plan)
         self.reused_tokens = sum(segment.length for segment in plan.segments)
         self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)

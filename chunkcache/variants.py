@@ -39,9 +39,7 @@ class Variants:
         self._of: OrderedDict[tuple[int, ...], list[Variant]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def pick(
-        self, token_ids: tuple[int, ...], overhead: Callable[[Context], float]
-    ) -> tuple[Variant | None, float]:
+    def pick(self, token_ids: tuple[int, ...], overhead: Callable[[Context], float]) -> tuple[Variant | None, float]:
         """Return the version of least `overhead` and that overhead; None and 1 if there is no version."""
         with self._lock:
             versions = self._of.get(token_ids, [])

@@ -6,6 +6,7 @@ prompt in turn, in an order that rotates from prompt to prompt, so that a drift 
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -19,14 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Policy, layer_kv, parse_policy
+from chunkcache.eval.answers import f1, rouge_l
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.llm import CachedLLM, Prefilled
 from chunkcache.store import Store
 
 ANSWER_TOKENS = 16  # length of the greedy answer that fidelity is measured over
+SEED = 0  # decoding is greedy; the seed is for models that draw something even so
 FULL = "full"
+Scores = tuple[float | None, float | None]  # F1 and ROUGE-L
 _OWN_STORE = "memory://?max_bytes=4GiB"
 
 
@@ -34,7 +38,8 @@ _OWN_STORE = "memory://?max_bytes=4GiB"
 class Row:
     """One prompt under one policy; seconds, and nats for KL. `full_*` is full prefill's on the same prompt.
 
-    `peak_ratio` is the peak memory of the request over the size of the prompt's own KV, None if unknown.
+    `f1` and `rouge_l` are of the greedy answer against the accepted ones, None if the case has none. `peak_ratio` is
+    the peak memory of the request over the size of the prompt's own KV, None if unknown.
     """
 
     policy: str
@@ -49,12 +54,16 @@ class Row:
     kl_first: float
     kl_mean: float
     agreement: float
+    f1: float | None
+    full_f1: float | None
+    rouge_l: float | None
+    full_rouge_l: float | None
     peak_ratio: float | None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the rows of one policy come to: medians of times and memory, means of fidelity."""
+    """What the rows of one policy come to: medians of times and memory, means of fidelity and answer quality."""
 
     policy: str
     ttft_s: float
@@ -65,6 +74,8 @@ class Summary:
     kl_first: float
     kl_mean: float
     agreement: float
+    f1: float | None
+    rouge_l: float | None
     peak_ratio: float | None
 
 
@@ -97,39 +108,59 @@ def compare(
     cases: Sequence[Case],
     policies: Sequence[str],
     store: str | Store = "memory://?max_bytes=8GiB",
-    on_precompute: Callable[[int, int], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Run full prefill and `policies` over `cases`, warm: every chunk is precomputed before the clock starts.
+    """Run full prefill and `policies` over `cases`, warm: a prompt's chunks are precomputed before its clock starts.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         cases: the prompts.
         policies: policy strings; full prefill always runs and need not be named.
-        store: the store for the chunk KV, or its URL; large enough for all chunks.
-        on_precompute: called with (chunks done, chunks in all).
+        store: the store for the chunk KV, or its URL; large enough for the chunks of one prompt.
         on_prompt: called with (prompts done, prompts in all).
+
+    Raises:
+        PolicyError: a policy is unknown, or needs a calibration that there is none of.
+        DocumentError: cases have answers, but the package that scores them is not installed.
     """
-    names = list(dict.fromkeys([FULL, *(str(parse_policy(policy)) for policy in policies)]))
+    torch.manual_seed(SEED)
+    names = list(dict.fromkeys([FULL, *policies]))
     runners = _runners(model, tokenizer, names, store)
-    reusing = {id(llm): llm for name, llm in runners.items() if _reuses_chunks(parse_policy(name))}
-    texts = list(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
-    for llm in reusing.values():
-        llm.precompute(texts, on_progress=on_precompute)
+    if any(case.answers for case in cases):
+        rouge_l("a", ["a"])
     _warm_up(runners, cases[0])
     comparison = Comparison(_meta(model, names, cases))
     for index, case in enumerate(cases):
+        for name, llm in runners.items():
+            if _reuses_chunks(llm.chosen(name)):
+                llm.precompute(case.chunks, policy=name)
         turn = index % len(names)
         results = {name: _measure(runners[name], name, case) for name in [*names[turn:], *names[:turn]]}
         answer, full = greedy_answer(runners[FULL], results[FULL].start, ANSWER_TOKENS)
+        full_scores = _scores(runners[FULL], case, answer)
         for name in names:
-            result = results[name]
-            forced = full if name == FULL else forced_answer(runners[name], result.start, answer)
-            comparison.rows.append(_row(index, case, name, result, results[FULL], measure_fidelity(full, forced)))
+            llm, result = runners[name], results[name]
+            forced = full if name == FULL else forced_answer(llm, result.start, answer)
+            fidelity = measure_fidelity(full, forced)
+            scores = full_scores if fidelity.agreement == 1 else _own_scores(llm, case, name)
+            comparison.rows.append(_row(index, case, name, result, results[FULL], fidelity, scores, full_scores))
         if on_prompt is not None:
             on_prompt(index + 1, len(cases))
     return comparison
+
+
+def _own_scores(llm: CachedLLM, case: Case, policy: str) -> Scores:
+    """Score what the policy itself answers; where each of its tokens is full prefill's, so is its answer."""
+    if not case.answers:
+        return None, None
+    start = llm.prefill(case.question, case.chunks, policy=policy)
+    return _scores(llm, case, greedy_answer(llm, start, ANSWER_TOKENS)[0])
+
+
+def _scores(llm: CachedLLM, case: Case, answer: Sequence[int]) -> Scores:
+    text = str(llm.tokenizer.decode(list(answer), skip_special_tokens=True))
+    return (f1(text, case.answers), rouge_l(text, case.answers)) if case.answers else (None, None)
 
 
 @dataclass(frozen=True)
@@ -148,10 +179,8 @@ def _runners(
 ) -> dict[str, CachedLLM]:
     """A policy that stores chunks in their context gets a store of its own: others would find exact hits there."""
     shared = chunkcache.wrap(model, tokenizer, store=store)
-    return {
-        name: chunkcache.wrap(model, tokenizer, store=_OWN_STORE) if parse_policy(name).remembers else shared
-        for name in names
-    }
+    own = {name for name in names if parse_policy(name).remembers or parse_policy(name).contextual}
+    return {name: chunkcache.wrap(model, tokenizer, store=_OWN_STORE) if name in own else shared for name in names}
 
 
 def _warm_up(runners: dict[str, CachedLLM], case: Case) -> None:
@@ -171,7 +200,16 @@ def _measure(llm: CachedLLM, policy: str, case: Case) -> _Result:
     return _Result(prefilled, ttft_s, None if peak.nbytes is None else peak.nbytes / kv_bytes)
 
 
-def _row(index: int, case: Case, policy: str, result: _Result, full: _Result, fidelity: Any) -> Row:
+def _row(
+    index: int,
+    case: Case,
+    policy: str,
+    result: _Result,
+    full: _Result,
+    fidelity: Fidelity,
+    scores: Scores,
+    full_scores: Scores,
+) -> Row:
     stats = result.start.stats
     return Row(
         policy=policy,
@@ -183,6 +221,10 @@ def _row(index: int, case: Case, policy: str, result: _Result, full: _Result, fi
         ttft_ratio=result.ttft_s / full.ttft_s,
         assemble_ratio=stats.assemble_s / full.ttft_s,
         recomputed_share=stats.recomputed_share,
+        f1=scores[0],
+        full_f1=full_scores[0],
+        rouge_l=scores[1],
+        full_rouge_l=full_scores[1],
         peak_ratio=result.peak_ratio,
         **asdict(fidelity),
     )
@@ -201,14 +243,24 @@ def _summarise(policy: str, rows: Sequence[Row]) -> Summary:
         kl_first=statistics.mean(row.kl_first for row in rows),
         kl_mean=statistics.mean(row.kl_mean for row in rows),
         agreement=statistics.mean(row.agreement for row in rows),
+        f1=_mean_of([row.f1 for row in rows]),
+        rouge_l=_mean_of([row.rouge_l for row in rows]),
         peak_ratio=statistics.median(peaks) if peaks else None,
     )
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def _meta(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[Case]) -> dict[str, Any]:
     device = model.device
     return {
         "policies": list(policies),
+        "options": {policy: str(parse_policy(policy)) for policy in policies},
+        "seed": SEED,
+        "answer_tokens": ANSWER_TOKENS,
         "prompts": len(cases),
         "model": model.config._name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -218,6 +270,8 @@ def _meta(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[Case]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
     }
 
 

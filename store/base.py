@@ -105,7 +105,7 @@ class Store(ABC):
         """Start bringing `keys` nearer to the model; returns at once. A tier with nothing nearer ignores it."""
 
     def credit(self, key: ChunkKey, worth: float) -> None:
-        """Add to the worth of an entry that is held: what its use saved. A tier that evicts by worth keeps it longer."""
+        """Add to the worth of an entry that is held: what a use of it saved. See `evict=worth`."""
         with self._lock:
             if key in self._keys():
                 self._worth[key] = self._worth.get(key, 0.0) + worth

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from hypothesis import given
@@ -178,7 +177,9 @@ def watched(last, block, *call):
     return output, torch.cat([weights for _, weights in seen], dim=1), [first for first, _ in seen]
 
 
-@pytest.mark.parametrize(("last", "block", "firsts"), [(1, None, [0]), (5, 2, [0, 2, 4]), (90, None, [0]), (90, 64, [0, 64])])
+@pytest.mark.parametrize(
+    ("last", "block", "firsts"), [(1, None, [0]), (5, 2, [0, 2, 4]), (90, None, [0]), (90, 64, [0, 64])]
+)
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_watch_sees_the_weights_of_the_last_rows(last, block, firsts, window):
     rows = list(range(10, 100))

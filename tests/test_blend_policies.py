@@ -159,8 +159,60 @@ def test_query_selects_the_share_that_the_question_looks_at_most_and_the_first_o
     assert policy.select_seen(PLAN, seen).tolist() == selected
 
 
-def test_query_looks_at_all_layers_but_the_last_third():
-    assert [list(Query().scout_layers(layers)) for layers in (1, 3, 4)] == [[0], [0, 1], [0, 1, 2]]
+def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
+    assert [list(Query().scout_layers(layers)) for layers in (1, 3, 4, 30)] == [[0], [1], [2], [15, 16, 17, 18, 19]]
+
+
+def test_query_need_not_look_where_it_selects_nothing():
+    assert not Query(ratio=0.0).scout_layers(30)
+
+
+def test_the_ladder_of_a_guarded_query_rises_from_its_ratio():
+    assert [step.ratio for step in Query(ratio=0.03).ladder()] == [0.03, 0.15, 0.4]
+    assert [step.ratio for step in Query(ratio=0.2, k=3).ladder()] == [0.2, 0.4]
+    assert {step.k for step in Query(ratio=0.2, k=3).ladder()} == {3}
+
+
+@pytest.mark.parametrize("score", ["k", "v", "kv"])
+def test_cacheblend_scores_what_it_is_told_to(score):
+    rows = torch.arange(3, 12)
+    stored = torch.zeros(2, 1, 9, 1)
+    fresh = stored.clone()
+    fresh[0, 0, 1], fresh[1, 0, 3], fresh[:, 0, 5] = 3.0, 2.5, 2.4  # row 4 by keys, 6 by values, 8 by both
+    kept = rows[narrow(CacheBlend(ratio=0.1, score=score), PLAN, rows, fresh, stored)].tolist()
+    assert kept == sorted([7, 10, 11, {"k": 4, "v": 6, "kv": 8}[score]])
+
+
+def test_cacheblend_filters_gradually_over_all_layers():
+    policy = CacheBlend(gradual=(0.5, 1 / 3, 1 / 6))
+    assert policy.ratio == pytest.approx(1 / 3)
+    assert policy.check_layers(31) == [1, 11, 21]
+    rows, stored = torch.arange(3, 12), torch.zeros(2, 1, 9, 1)
+    for layer, kept in ((1, [4, 6, 8]), (11, [4, 6]), (21, [6])):
+        fresh = stored[:, :, : len(rows)].clone()
+        fresh[1, 0, :, 0] = torch.tensor([DEVIATIONS[row - 3] for row in rows])
+        rows = rows[narrow(policy, PLAN, rows, fresh, stored[:, :, : len(rows)], layer, 31)]
+        assert rows.tolist() == sorted([*kept, 7, 10, 11])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "q"}, "score='q' is none of k, v, kv"),
+        ({"gradual": (0.1, 0.2)}, "rises"),
+        ({"gradual": (0.3, 0.1), "ratio": 0.4}, "averages to 0.2, not to ratio=0.4"),
+        ({"gradual": (0.3, 0.1), "ratio": "auto"}, "averages to 0.2"),
+        ({"gradual": (1.3, 0.1)}, "gradual=1.3"),
+    ],
+)
+def test_cacheblend_refuses_options_that_make_no_sense(options, message):
+    with pytest.raises(PolicyError, match=message):
+        CacheBlend(**options)
+
+
+def test_cacheblend_does_not_run_with_a_ratio_that_nobody_chose():
+    with pytest.raises(PolicyError, match="ratio=auto"):
+        narrowed("auto", DEVIATIONS)
 
 
 @pytest.mark.parametrize("options", [{"ratio": -0.1}, {"ratio": 1.5}, {"k": -1}])

@@ -28,6 +28,8 @@ OPTIONS = {
     "alpha": st.just("auto") | st.floats(0, 5),
     "focus": st.floats(0, 1),
     "stable": st.integers(1, 5),
+    "lead": st.integers(0, 5000),
+    "guard": st.none() | st.floats(1e-6, 10),
 }
 
 every_kind = pytest.mark.parametrize("kind", POLICIES.values(), ids=POLICIES)

@@ -279,6 +279,7 @@ def test_prefills_of_several_threads_do_not_meet():
 def test_two_check_layers_cut_the_rows_twice():
     class Twice(Policy):
         name = "twice"
+
         def check_layers(self, layers):
             return [1, 2]
 

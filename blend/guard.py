@@ -1,0 +1,204 @@
+"""The fidelity guard: recompute more, in steps, until the error is predicted to be within the user's bound.
+
+The question is prefilled over the reused KV, then with the first selection recomputed, then with a larger one,
+and so on. How far the next token's distribution moved from one pass to the next says how far it still is from full
+prefill's; how much depends on the model and is fitted by calibration. When no step is good enough the whole
+prompt is prefilled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkcache.blend.attention import Watch
+from chunkcache.blend.cache import FusedCache
+from chunkcache.blend.decoder import Decoder
+from chunkcache.blend.plan import Plan
+from chunkcache.blend.policy import Policy
+
+LEAST = 1e-6  # nats; below this a divergence is rounding
+RIDGE = 0.05  # few prompts are fitted: a weight has to earn its place
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a pass tells of its own error.
+
+    Attributes:
+        moved: KL of the next token's distribution to that of the pass before, in nats.
+        entropy: of that distribution, in nats.
+    """
+
+    moved: float
+    entropy: float
+
+    def features(self) -> tuple[float, float, float]:
+        """Return what the prediction is linear in."""
+        return 1.0, math.log(max(self.moved, LEAST)), self.entropy
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One pass of a guarded prefill: what it recomputed, what came out, and its signals."""
+
+    selected: Tensor
+    log_probs: Tensor
+    signals: Signals
+
+
+Climbed = Sequence[tuple[Signals, float]]  # of one prompt, rung by rung: the signals, and the true KL in nats
+
+
+@dataclass(frozen=True)
+class GuardModel:
+    """Predicts an upper bound of KL(full || pass) of the first token from the signals of a pass.
+
+    For each rung, log KL is fitted as linear in `Signals.features`; `margin` is added so that few predictions are too
+    low.
+
+    Attributes:
+        weights: for each rung, one per feature.
+        margin: in log units.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    margin: float
+
+    def predict(self, rung: int, signals: Signals) -> float:
+        """Return the bound at rung `rung`, counted from 0, in nats."""
+        fitted = sum(weight * x for weight, x in zip(self.weights[rung], signals.features(), strict=True))
+        return math.exp(fitted + self.margin)
+
+    @classmethod
+    def fit(cls, prompts: Sequence[Climbed], bounds: Sequence[float], broken: float = 0.05) -> GuardModel:
+        """Fit to calibration prompts.
+
+        Args:
+            prompts: what each went through, all with the same number of rungs.
+            bounds: the bounds that users may ask for, in nats.
+            broken: share of prompts at most that may end above their bound, whichever of `bounds` is asked for.
+                The share is estimated as (count + 1) / (prompts + 1), as in conformal prediction.
+        """
+        weights = tuple(_regress([prompt[rung] for prompt in prompts]) for rung in range(len(prompts[0])))
+        plain = cls(weights, 0.0)
+        logs = [[math.log(plain.predict(at, signals)) for at, (signals, _) in enumerate(p)] for p in prompts]
+        residuals = {math.log(max(kl, LEAST)) - log for p, row in zip(prompts, logs, strict=True)
+                     for (_, kl), log in zip(p, row, strict=True)}  # fmt: skip
+        margins = sorted({0.0, *(residual + 1e-9 for residual in residuals if residual > 0)})
+        allowed = max(0, math.floor(broken * (len(prompts) + 1) - 1 + 1e-9))
+        kept = (m for m in margins if all(_broken(prompts, logs, m, bound) <= allowed for bound in bounds))
+        return cls(weights, next(kept, margins[-1]))
+
+
+def _regress(pairs: Climbed) -> tuple[float, ...]:
+    """Return the weights of a ridge regression of log KL; the intercept is not shrunk."""
+    x = np.array([signals.features() for signals, _ in pairs])
+    y = np.log(np.maximum([kl for _, kl in pairs], LEAST))
+    ridge = RIDGE * len(pairs) * np.diag([0.0, *np.ones(x.shape[1] - 1)])
+    return tuple(np.linalg.solve(x.T @ x + ridge, x.T @ y).tolist())
+
+
+def _broken(prompts: Sequence[Climbed], logs: Sequence[Sequence[float]], margin: float, bound: float) -> int:
+    """Return how many prompts are accepted at some rung though their KL is above `bound`."""
+    count = 0
+    for rungs, predicted in zip(prompts, logs, strict=True):
+        accepted = (kl for (_, kl), log in zip(rungs, predicted, strict=True) if log + margin <= math.log(bound))
+        count += next(accepted, 0.0) > bound
+    return count
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What a guard did.
+
+    Attributes:
+        bound: what the user accepts, KL of the first token in nats.
+        passes: partial recomputations tried.
+        predicted: the predicted bound of the one that was accepted; 0 after full prefill.
+        full: whether none was accepted, and the whole prompt was prefilled.
+    """
+
+    bound: float
+    passes: int
+    predicted: float
+    full: bool
+
+
+def settle(
+    decoder: Decoder, plan: Plan, cache: FusedCache, policies: Sequence[Policy], bound: float, model: GuardModel
+) -> tuple[Tensor, Guarded]:
+    """Recompute until the predicted KL is within `bound`.
+
+    Returns:
+        the positions `[rows]` that are still to be computed, by the forward that follows: the last token, whose
+        logits are wanted, or all that is not exact; and what was done.
+    """
+    passes = 0
+    with closing(climb(decoder, plan, cache, policies)) as rungs:
+        for rung in rungs:
+            predicted = model.predict(passes, rung.signals)
+            passes += 1
+            if predicted <= bound:
+                return torch.tensor([len(plan) - 1]), Guarded(bound, passes, predicted, full=False)
+    return torch.cat((plan.fresh, plan.inexact)).sort().values, Guarded(bound, passes, 0.0, full=True)
+
+
+def climb(decoder: Decoder, plan: Plan, cache: FusedCache, policies: Sequence[Policy]) -> Generator[Rung, None, None]:
+    """Yield one rung per policy, each recomputing what its policy selects, over what the one before left in `cache`.
+
+    Args:
+        decoder: a decoder over the shadow that serves the request.
+        plan: what is reused.
+        cache: the request's cache, untouched so far.
+        policies: policies with scout layers, in rising order of what they select; all look at the same layers.
+    """
+    attention: list[Tensor] = []
+    first = policies[0]
+    watches = [
+        Watch(decoder.attentions[layer], len(plan) - plan.end, lambda w, _: attention.append(first.pool(w.float())))
+        for layer in first.scout_layers(len(decoder.layers))
+    ]
+    cache.scouting = True
+    try:
+        before = _log_probs(decoder, plan, cache, plan.fresh)
+        for watch in watches:
+            watch.remove()
+        seen = torch.stack(attention)
+        for policy in policies:
+            selected = policy.select_seen(plan, seen)
+            log_probs = _log_probs(decoder, plan, cache, torch.cat((plan.fresh, selected)).sort().values)
+            moved = float((log_probs.exp() * (log_probs - before)).sum())
+            entropy = float(-(log_probs.exp() * log_probs).sum())
+            yield Rung(selected, log_probs, Signals(moved, entropy))
+            before = log_probs
+    finally:
+        cache.scouting = False
+        for watch in watches:
+            watch.remove()
+
+
+@torch.no_grad()
+def _log_probs(decoder: Decoder, plan: Plan, cache: FusedCache, rows: Tensor) -> Tensor:
+    """Compute `rows` over the cache; return the log-probabilities `[vocab]` of the next token."""
+    cache.go_on_with(rows)
+    on_device = cache.rows_on(decoder.device)
+    model: Any = decoder.model
+    keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    output = model(
+        input_ids=torch.tensor([plan.token_ids], device=decoder.device).index_select(1, on_device),
+        position_ids=on_device[None],
+        attention_mask=decoder.masks(on_device, len(plan)),
+        past_key_values=cache,
+        use_cache=True,
+        **keep,
+    )
+    log_probs: Tensor = output.logits[0, -1].float().log_softmax(-1)
+    return log_probs

@@ -1,0 +1,77 @@
+"""What `chunkcache calibrate` found for one model: read by the policies that depend on it.
+
+A calibration is a small JSON file, by default in the cache folder under the model's fingerprint, where every
+process that wraps the same model finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chunkcache.blend.guard import GuardModel
+from chunkcache.errors import CalibrationError
+from chunkcache.models import cache_dir
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found.
+
+    Attributes:
+        fingerprint: of the model it was found for.
+        alpha: Cache-Craft's alpha, None if it was not looked for.
+        guard: predicts the error of a guarded prefill, None if it was not looked for.
+        report: how it was found and how well it does, for people.
+    """
+
+    fingerprint: str
+    alpha: float | None = None
+    guard: GuardModel | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path | None = None) -> Path:
+        """Write it to `path`, or to its place in the cache folder; return where."""
+        path = default_path(self.fingerprint) if path is None else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        return path
+
+
+def default_path(fingerprint: str) -> Path:
+    """Return where the calibration of a model is looked for."""
+    return cache_dir() / "calibrations" / f"{fingerprint[:16]}.json"
+
+
+def load_calibration(fingerprint: str, path: Path | None = None) -> Calibration | None:
+    """Return the calibration of a model, or None if there is none in its place.
+
+    Raises:
+        CalibrationError: `path` is given and there is none, or the file is damaged or another model's.
+    """
+    place = default_path(fingerprint) if path is None else path
+    if path is None and not place.exists():
+        return None
+    try:
+        data = json.loads(place.read_text(encoding="utf-8"))
+        alpha = None if data["alpha"] is None else _number(data["alpha"])
+        guard = None if data["guard"] is None else _guard(**data["guard"])
+        found = Calibration(str(data["fingerprint"]), alpha, guard, dict(data["report"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{place} is no calibration ({error!r}); run chunkcache calibrate again") from None
+    if found.fingerprint != fingerprint:
+        raise CalibrationError(f"{place} was made for another model; run chunkcache calibrate for this one")
+    return found
+
+
+def _guard(weights: list[list[float]], margin: float) -> GuardModel:
+    return GuardModel(tuple(tuple(map(_number, row)) for row in weights), _number(margin))
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)

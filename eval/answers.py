@@ -1,0 +1,48 @@
+"""How good an answer is: SQuAD's token F1, and ROUGE-L."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from chunkcache.errors import DocumentError
+
+
+def f1(answer: str, accepted: Sequence[str]) -> float:
+    """Return the best token F1 (0 to 1) of `answer` against the accepted ones (SQuAD, arXiv 1606.05250)."""
+    return max(_f1(_words(answer), _words(gold)) for gold in accepted)
+
+
+def rouge_l(answer: str, accepted: Sequence[str]) -> float:
+    """Return the best ROUGE-L F-measure (0 to 1) of `answer` against the accepted ones.
+
+    Raises:
+        DocumentError: the package that computes it is not installed.
+    """
+    return max(float(_scorer().score(gold, answer)["rougeL"].fmeasure) for gold in accepted)
+
+
+def _words(text: str) -> list[str]:
+    """Return the words that count: lower case, without punctuation and articles."""
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _f1(words: Sequence[str], gold: Sequence[str]) -> float:
+    if not words or not gold:
+        return float(words == gold)
+    common = sum((Counter(words) & Counter(gold)).values())
+    return 2 * common / (len(words) + len(gold))
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise DocumentError(f"ROUGE-L needs rouge-score ({error}): pip install 'chunkcache[eval]'") from None
+    return RougeScorer(["rougeL"], use_stemmer=True)

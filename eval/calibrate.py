@@ -1,0 +1,156 @@
+"""Finds, on a user's own data, what `cachecraft:alpha=auto` and `query:guard=X` need to know of a model."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import chunkcache
+from chunkcache.blend import Policy, parse_policy
+from chunkcache.blend.cachecraft import CacheCraft
+from chunkcache.blend.guard import GuardModel, Rung, Signals
+from chunkcache.blend.query import Query
+from chunkcache.calibration import Calibration
+from chunkcache.errors import PolicyError
+from chunkcache.eval.compare import ANSWER_TOKENS
+from chunkcache.eval.data import Case
+from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.llm import CachedLLM
+
+ALPHAS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
+BOUNDS = (0.02, 0.05, 0.1, 0.2)  # that the guard is fitted to keep, KL in nats
+BROKEN = 0.05  # share of prompts that may end above their bound
+FOLDS = 5
+_STORE = "memory://?max_bytes=4GiB"
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Full:
+    """What full prefill answers to one case."""
+
+    case: Case
+    answer: list[int]
+    log_probs: Tensor
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    target: str = "cacheblend:ratio=0.15",
+    guarded: str = "query",
+    on_step: OnStep | None = None,
+) -> Calibration:
+    """Measure `cases` and fit.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        cases: prompts of the kind that will be asked.
+        target: the policy whose KL Cache-Craft has to reach, on average over the cases.
+        guarded: the query policy whose ladder the guard is fitted for.
+        on_step: called with (steps done, steps in all).
+
+    Raises:
+        PolicyError: `guarded` is no query policy, or a policy is unknown.
+    """
+    base = parse_policy(guarded)
+    if not isinstance(base, Query):
+        raise PolicyError(f"only a query policy can be guarded, and {guarded!r} is none")
+    llm = chunkcache.wrap(model, tokenizer, store=_STORE)
+    versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
+    rungs: list[list[tuple[Signals, float]]] = []
+    wanted: list[Fidelity] = []
+    reached: dict[float, list[tuple[Fidelity, float]]] = {alpha: [] for alpha in ALPHAS}
+    for index, case in enumerate(cases):
+        full = _full(llm, case)
+        rungs.append(_rungs(llm, full, replace(base, guard=None)))
+        wanted.append(_measure(llm, full, parse_policy(target))[0])
+        versions.precompute(case.chunks)
+        for alpha in ALPHAS:
+            reached[alpha].append(_measure(versions, full, CacheCraft(alpha=alpha)))
+        if on_step is not None:
+            on_step(index + 1, len(cases))
+    alpha, craft = _least_alpha(target, wanted, reached)
+    guard = GuardModel.fit(rungs, BOUNDS, BROKEN)
+    report = {"prompts": len(cases), "cachecraft": craft, "guard": _cross_validated(rungs), "guarded": str(base)}
+    return Calibration(llm.fingerprint, alpha, guard, report)
+
+
+def _full(llm: CachedLLM, case: Case) -> _Full:
+    answer, log_probs = greedy_answer(llm, llm.prefill(case.question, case.chunks, policy="full"), ANSWER_TOKENS)
+    return _Full(case, answer, log_probs)
+
+
+def _measure(llm: CachedLLM, full: _Full, policy: Policy) -> tuple[Fidelity, float]:
+    """Return the fidelity of one request, and the share of token-layers that it computed."""
+    llm.precompute(full.case.chunks, policy=policy)
+    start = llm.prefill(full.case.question, full.case.chunks, policy=policy)
+    share = start.stats.recomputed_share
+    return measure_fidelity(full.log_probs, forced_answer(llm, start, full.answer)), share
+
+
+def _rungs(llm: CachedLLM, full: _Full, policy: Query) -> list[tuple[Signals, float]]:
+    """Return the signals and the true KL of the first token at every step of a guarded prefill."""
+    llm.precompute(full.case.chunks, policy=policy)
+    climbed = llm.climb(full.case.question, full.case.chunks, policy)
+    return [(rung.signals, _kl(full.log_probs[0], rung)) for rung in climbed]
+
+
+def _kl(log_probs: Tensor, rung: Rung) -> float:
+    other = rung.log_probs.to(log_probs.device)
+    return float((log_probs.exp() * (log_probs - other)).sum())
+
+
+def _least_alpha(
+    target: str, wanted: Sequence[Fidelity], reached: dict[float, list[tuple[Fidelity, float]]]
+) -> tuple[float, dict[str, Any]]:
+    """Return the least alpha whose mean KL, of the first token and of the answer, are both within the target's."""
+    first = statistics.mean(fidelity.kl_first for fidelity in wanted)
+    mean = statistics.mean(fidelity.kl_mean for fidelity in wanted)
+    tried = [
+        {
+            "alpha": alpha,
+            "kl_first": statistics.mean(fidelity.kl_first for fidelity, _ in results),
+            "kl_mean": statistics.mean(fidelity.kl_mean for fidelity, _ in results),
+            "recomputed_share": statistics.mean(share for _, share in results),
+        }
+        for alpha, results in reached.items()
+    ]
+    good = [row for row in tried if row["kl_first"] <= first and row["kl_mean"] <= mean]
+    best = min(good, key=lambda row: row["alpha"]) if good else max(tried, key=lambda row: row["alpha"])
+    report = {"target": target, "target_kl_first": first, "target_kl_mean": mean, "met": bool(good), "tried": tried}
+    return best["alpha"], report
+
+
+def _cross_validated(prompts: Sequence[Sequence[tuple[Signals, float]]]) -> list[dict[str, Any]]:
+    """Return, per bound, what the guard did on prompts that it was not fitted to."""
+    order = list(range(len(prompts)))
+    random.Random(0).shuffle(order)
+    ended: dict[float, list[tuple[float, int]]] = {bound: [] for bound in BOUNDS}  # true KL, rung it ended at
+    folds = [order[fold::FOLDS] for fold in range(min(FOLDS, len(order)))]
+    for held_out in folds:
+        fitted = GuardModel.fit([prompts[i] for i in order if i not in held_out], BOUNDS, BROKEN)
+        for index in held_out:
+            for bound in BOUNDS:
+                rungs = enumerate(prompts[index])
+                accepted = ((kl, at) for at, (signals, kl) in rungs if fitted.predict(at, signals) <= bound)
+                ended[bound].append(next(accepted, (0.0, len(prompts[index]))))
+    return [
+        {
+            "bound": bound,
+            "broken": statistics.mean(kl > bound for kl, _ in results),
+            "full": statistics.mean(at == len(prompts[0]) for _, at in results),
+            "passes": statistics.mean(min(at + 1, len(prompts[0])) for _, at in results),
+            "kl_first": statistics.mean(kl for kl, _ in results),
+        }
+        for bound, results in ended.items()
+    ]
