@@ -49,6 +49,9 @@ retrieval_options = _options(
     click.option("--chunk-tokens", default=256, show_default=True, type=click.IntRange(32),
                  help="Length of a chunk at most."),
 )  # fmt: skip
+json_file_option = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write meta data and all rows here."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 
 
@@ -276,7 +279,7 @@ def bench() -> None:
 @click.option("--chunks", default=5, show_default=True, type=click.IntRange(1), help="Chunks per prompt.")
 @click.option("--prompts", default=10, show_default=True, type=click.IntRange(1), help="Prompts to run.")
 @model_options
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write meta data and all rows here.")
+@json_file_option
 def bench_policies(
     data: Path,
     policies: Sequence[str],
@@ -300,6 +303,45 @@ def bench_policies(
     _show(comparison)
     if json_file is not None:
         json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
+
+
+@bench.command("selection")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--ratio", default=0.03, show_default=True, type=click.FloatRange(0, 1), help="Share recomputed.")
+@click.option("--chunks", default=5, show_default=True, type=click.IntRange(2), help="Chunks per prompt.")
+@click.option("--prompts", default=20, show_default=True, type=click.IntRange(1), help="Prompts to run.")
+@click.option("--skip", default=0, show_default=True, type=click.IntRange(0), help="Prompts to leave out first.")
+@model_options
+@json_file_option
+def bench_selection(
+    data: Path,
+    ratio: float,
+    chunks: int,
+    prompts: int,
+    skip: int,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """Compare ways to select what is recomputed, at equal cost, by fidelity alone."""
+    from chunkcache.eval import load_cases
+    from chunkcache.eval.ablation import ablate
+
+    cases = load_cases(data, chunks, skip + prompts)[skip:]
+    if not cases:
+        raise DocumentError(f"{data} has no prompts after the first {skip}; lower --skip")
+    model, tokenizer = _load(model_name, device, dtype)
+    with progress("measuring selections") as on_prompt:
+        results = ablate(model, tokenizer, cases, ratio, on_prompt)
+    rows = [
+        [r.variant, f"{r.recomputed_share:.1%}", f"{r.kl_first:.4f}", f"{r.kl_mean:.4f}", f"{r.agreement:.1%}"]
+        for r in results
+    ]
+    columns = ["selection", "recomputed", "KL first", "KL mean", "agreement"]
+    out.print(table(f"{len(cases)} prompts, ratio {ratio}: means, KL in nats", columns, rows))
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(result) for result in results], indent=2))
 
 
 def _load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

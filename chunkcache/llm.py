@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from transformers import (
 )
 
 from chunkcache.attach import Attachment
-from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, parse_policy, self_check
+from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill, parse_policy, self_check
 from chunkcache.blend.guard import Rung, climb
 from chunkcache.calibration import Calibration
 from chunkcache.conversation import Conversation
-from chunkcache.errors import ContextLengthError, PromptError
+from chunkcache.errors import PromptError
 from chunkcache.generation import (
     FirstTokenClock,
     Generation,
@@ -40,8 +39,8 @@ from chunkcache.generation import (
     with_length,
 )
 from chunkcache.identity import check_tokenizer, fingerprint
-from chunkcache.kv import ChunkKV, Context, chunk_name
-from chunkcache.library import ChunkLibrary, Progress, TokenIds
+from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.planner import Planner
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
 from chunkcache.store import Store, open_store
@@ -117,6 +116,7 @@ class CachedLLM:
         self.tuning = Tuning(self.fingerprint, calibration, len(self._decoder.layers))
         self.tuning.settle(self.policy)
         self._library = ChunkLibrary(self._decoder, self.store, self.fingerprint, salt)
+        self._planner = Planner(self._decoder, self._library, self.prompts)
         self._attachment = Attachment(self._decoder, self._library, self.tuning, self.policy)
 
     # --- ahead of the request
@@ -146,7 +146,7 @@ class CachedLLM:
             raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
         chosen = self.chosen(policy)
         prefix = self.prompts.prefix(system)
-        chunks = {chunk: self._behind(prefix, chunk, chosen) for chunk in map(self.prompts.chunk, texts)}
+        chunks = {chunk: self._planner.behind(prefix, chunk, chosen) for chunk in map(self.prompts.chunk, texts)}
         ready = self._library.holds_recorded if chosen.contextual else self._library.holds
         missing = {chunk: behind for chunk, behind in chunks.items() if not ready(behind, chunk)}
         for chunk, behind in chunks.items():
@@ -232,7 +232,7 @@ class CachedLLM:
         started = time.perf_counter()
         chosen = self.chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
-        plan, stats = self._plan(prompt, chosen, started)
+        plan, stats = self._planner.plan(prompt, chosen, started)
         return self._finished_inputs(prompt, plan, chosen, stats)
 
     def conversation(self, system: str | None = None) -> Conversation:
@@ -272,14 +272,14 @@ class CachedLLM:
 
     def prefill_prompt(self, prompt: Prompt, policy: Policy, started: float) -> Prefilled:
         """Prefill `prompt`; `started` is when the request came, by `time.perf_counter`."""
-        plan, stats = self._plan(prompt, policy, started)
+        plan, stats = self._planner.plan(prompt, policy, started)
         logits, cache = self._prefill(prompt, plan, policy, stats)
         stats.ttft_s = time.perf_counter() - started
         return Prefilled(logits, cache, self._input_ids(plan), stats)
 
     def climb(self, question: str, chunks: Sequence[str], policy: Policy) -> list[Rung]:
         """Return every step that a fidelity guard over `policy` could stop at, for its calibration."""
-        plan, _ = self._plan(self.prompts.build(question, chunks), policy, time.perf_counter())
+        plan, _ = self._planner.plan(self.prompts.build(question, chunks), policy, time.perf_counter())
         decoder = self._decoder.shadow()
         cache = FusedCache(decoder.config, plan, decoder.rotaries)
         return list(climb(decoder, plan, cache, policy.ladder()))
@@ -318,7 +318,7 @@ class CachedLLM:
             options: keywords for `generate()`.
             on_done: called with the prompt, the answer and the cache of both.
         """
-        plan, stats = self._plan(prompt, policy, started, setting(self.model, options, "max_new_tokens") or 1)
+        plan, stats = self._planner.plan(prompt, policy, started, setting(self.model, options, "max_new_tokens") or 1)
         options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
         clock = FirstTokenClock()
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
@@ -349,66 +349,6 @@ class CachedLLM:
 
     # --- inside
 
-    def _plan(self, prompt: Prompt, policy: Policy, started: float, room: int = 1) -> tuple[Plan, RequestStats]:
-        """Look up what is stored of `prompt`, compute what a policy needs and is missing."""
-        now = time.perf_counter()
-        stats = RequestStats(str(policy), chunks=len(prompt.chunks), tokenize_s=now - started)
-        ids = prompt.token_ids
-        limit = self._decoder.max_tokens
-        if len(ids) + room > limit:
-            raise ContextLengthError(
-                f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} "
-                "tokens; pass fewer or shorter chunks, or lower max_new_tokens"
-            )
-        segments: list[Segment] = []
-        if policy.reuses:
-            if prompt.prefix:
-                kv = prompt.head or self._library.prefix(prompt.prefix)
-                segments.append(Segment(0, kv, 0, len(kv), exact=True))
-            segments += self._chunk_segments(prompt, policy, stats)
-            stats.lookup_s = time.perf_counter() - now - stats.compute_s
-        ends = list(accumulate(map(len, prompt.chunks), initial=len(prompt.prefix)))
-        return Plan.of(ids, segments, list(pairwise(ends))), stats
-
-    def _behind(self, prefix: TokenIds, chunk: TokenIds, policy: Policy) -> TokenIds:
-        """Return what `chunk` is computed behind: prefix and lead-in, or the prefix where both leave no room."""
-        lead_in = self.prompts.lead_in(policy.lead_in())
-        fits = len(prefix) + len(lead_in) + len(chunk) < self._decoder.max_tokens
-        return (*prefix, *lead_in) if fits else prefix
-
-    def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
-        """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
-        opening = prompt.prefix if prompt.behind is None else prompt.behind
-        behind = {chunk: self._behind(opening, chunk, policy) for chunk in prompt.chunks}
-        found: list[tuple[tuple[int, ...], ChunkKV | None, bool]] = []
-        context, exact = prompt.prefix, True
-        names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
-        for index, chunk in enumerate(prompt.chunks):
-            kv = self._library.get(context, chunk) if exact and self._library.holds(context, chunk) else None
-            exact = kv is not None
-            if exact:
-                context = (*context, *chunk)
-            elif policy.contextual:
-                kv = self._library.best(behind[chunk], chunk, partial(policy.overhead, before=names[:index]))
-            elif not policy.remembers:
-                kv = self._library.get(behind[chunk], chunk)
-            found.append((chunk, kv, exact))
-        missing = [chunk for chunk, kv, _ in found if kv is None]
-        stats.hits, stats.misses = len(found) - len(missing), len(missing)
-        computed = {}
-        if missing and not (policy.remembers or policy.contextual):
-            before = time.perf_counter()
-            computed = self._library.compute({chunk: behind[chunk] for chunk in missing})
-            stats.compute_s = time.perf_counter() - before
-        segments = []
-        start = len(prompt.prefix)
-        for chunk, kv, exact in found:
-            kv = kv or computed.get(chunk)
-            if kv is not None:
-                segments.append(Segment(start, kv, 0, len(kv), exact or start == kv.position == len(prompt.prefix)))
-            start += len(chunk)
-        return segments
-
     def _prefill(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> tuple[Tensor, FusedCache]:
         before = time.perf_counter()
         prefill = self._selective(prompt, plan, policy)
@@ -428,28 +368,18 @@ class CachedLLM:
         """Return this request's prefill, which stores chunks in their context if the policy wants it."""
         keep: Any = None
         if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
-            keep = self._remember if policy.remembers else self._remember_versions if policy.contextual else None
+            if policy.remembers:
+                keep = partial(self._planner.remember, prompt, plan)
+            elif policy.contextual:
+                keep = partial(self._planner.remember_versions, prompt, plan)
         return SelectivePrefill(
             self._decoder,
             plan,
             policy,
-            keep and partial(keep, prompt, plan),
+            keep,
             record=policy.contextual,
             guard=self.tuning.guard if policy.guarded() is not None else None,
         )
-
-    def _remember(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
-        exact = {segment.start for segment in plan.segments if segment.exact}
-        for start, end in plan.chunks:
-            if start not in exact:
-                self._library.remember(cache, plan.token_ids, start, end)
-
-    def _remember_versions(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
-        for start, end in plan.chunks:
-            if start == len(prompt.prefix) and start in contexts:
-                self._library.remember(cache, plan.token_ids, start, end)
-            elif start in contexts:
-                self._library.remember_version(cache, plan.token_ids, start, end, contexts[start])
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self._decoder.device)

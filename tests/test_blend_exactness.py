@@ -22,7 +22,12 @@ from chunkcache.blend.reuse import Reuse
 
 IDS = h.random_ids()
 RELATIVE_BOUND = 0.04
-SELECT_ALL = {"k": 999, "ratio": 1.0}  # a new policy's option goes here, so that it selects every token
+SELECT_ALL = {
+    "k": 999,
+    "ratio": 1.0,
+    "alpha": 2.0,
+    "focus": 1.0,
+}  # a new policy's option goes here, so that it selects every token
 
 models = pytest.mark.parametrize(
     ("name", "attention"), [pytest.param(*served, id="-".join(served)) for served in zoo.SERVED]

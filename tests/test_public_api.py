@@ -15,7 +15,9 @@ from chunkcache import errors
 PUBLIC = {
     "CachedLLM",
     "ChunkCacheError",
+    "CalibrationError",
     "ContextLengthError",
+    "Conversation",
     "DocumentError",
     "Generation",
     "InputError",

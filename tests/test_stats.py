@@ -95,5 +95,5 @@ def test_a_cache_put_aside_is_a_fallback():
     ids = list(range(10, 30))
     prefill = SelectivePrefill(Decoder(tiny_model()), Plan.of(ids), parse_policy("reuse"))
     stats = RequestStats("reuse")
-    stats.take(Plan.of(ids), prefill.cache)  # which no forward was handed
+    stats.take(Plan.of(ids), prefill)  # whose cache no forward was handed
     assert (stats.fallbacks, stats.recomputed_share) == (1, 1.0)

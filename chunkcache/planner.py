@@ -1,0 +1,122 @@
+"""From a prompt to a plan: which stored KV lie where in it, and what has to be computed first."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from itertools import accumulate, pairwise
+
+from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment
+from chunkcache.errors import ContextLengthError
+from chunkcache.kv import ChunkKV, Context, chunk_name
+from chunkcache.library import ChunkLibrary, TokenIds
+from chunkcache.prompt import Prompt, PromptBuilder
+from chunkcache.stats import RequestStats
+
+
+class Planner:
+    """Plans the requests of one wrapped model.
+
+    Args:
+        decoder: the model.
+        library: where chunk KV come from.
+        prompts: knows the lead-in.
+    """
+
+    def __init__(self, decoder: Decoder, library: ChunkLibrary, prompts: PromptBuilder) -> None:
+        self._decoder = decoder
+        self._library = library
+        self._prompts = prompts
+
+    def plan(self, prompt: Prompt, policy: Policy, started: float, room: int = 1) -> tuple[Plan, RequestStats]:
+        """Look up what is stored of `prompt`, and compute what the policy needs and is missing.
+
+        Args:
+            prompt: the prompt.
+            policy: what will be recomputed of it.
+            started: when the request came, by `time.perf_counter`.
+            room: tokens that must fit behind the prompt.
+
+        Raises:
+            ContextLengthError: prompt and room do not fit the model's context.
+        """
+        now = time.perf_counter()
+        stats = RequestStats(str(policy), chunks=len(prompt.chunks), tokenize_s=now - started)
+        ids = prompt.token_ids
+        limit = self._decoder.max_tokens
+        if len(ids) + room > limit:
+            raise ContextLengthError(
+                f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} "
+                "tokens; pass fewer or shorter chunks, or lower max_new_tokens"
+            )
+        segments: list[Segment] = []
+        if policy.reuses:
+            if prompt.prefix:
+                kv = prompt.head or self._library.prefix(prompt.prefix)
+                segments.append(Segment(0, kv, 0, len(kv), exact=True))
+            segments += self._chunk_segments(prompt, policy, stats)
+            stats.lookup_s = time.perf_counter() - now - stats.compute_s
+        ends = accumulate(map(len, prompt.chunks), initial=len(prompt.prefix))
+        return Plan.of(ids, segments, list(pairwise(ends))), stats
+
+    def behind(self, prefix: TokenIds, chunk: TokenIds, policy: Policy) -> TokenIds:
+        """Return what `chunk` is computed behind: prefix and lead-in, or the prefix where both leave no room."""
+        lead_in = self._prompts.lead_in(policy.lead_in())
+        fits = len(prefix) + len(lead_in) + len(chunk) < self._decoder.max_tokens
+        return (*prefix, *lead_in) if fits else prefix
+
+    def remember(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
+        """Store the chunks of a prefilled prompt in their context, for exact reuse behind the same tokens."""
+        exact = {segment.start for segment in plan.segments if segment.exact}
+        for start, end in plan.chunks:
+            if start not in exact:
+                self._library.remember(cache, plan.token_ids, start, end)
+
+    def remember_versions(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
+        """Store the chunks that were computed whole as versions of themselves, with what they looked at."""
+        for start, end in plan.chunks:
+            if start == len(prompt.prefix) and start in contexts:
+                self._library.remember(cache, plan.token_ids, start, end)
+            elif start in contexts:
+                self._library.remember_version(cache, plan.token_ids, start, end, contexts[start])
+
+    def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
+        """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
+        found = self._found(prompt, policy)
+        missing = [chunk for chunk, (kv, _) in zip(prompt.chunks, found, strict=True) if kv is None]
+        stats.hits, stats.misses = len(found) - len(missing), len(missing)
+        opening = prompt.prefix if prompt.behind is None else prompt.behind
+        computed: dict[TokenIds, ChunkKV] = {}
+        if missing and not (policy.remembers or policy.contextual):
+            before = time.perf_counter()
+            computed = self._library.compute({chunk: self.behind(opening, chunk, policy) for chunk in missing})
+            stats.compute_s = time.perf_counter() - before
+        segments = []
+        start = len(prompt.prefix)
+        for chunk, (stored, exact) in zip(prompt.chunks, found, strict=True):
+            kv = stored or computed.get(chunk)
+            if kv is not None:
+                first = start == kv.position == len(opening) == len(prompt.prefix)
+                segments.append(Segment(start, kv, 0, len(kv), exact or first))
+            start += len(chunk)
+        return segments
+
+    def _found(self, prompt: Prompt, policy: Policy) -> list[tuple[ChunkKV | None, bool]]:
+        """Return what the store has of each chunk, and whether that was computed behind the very same tokens."""
+        opening = prompt.prefix if prompt.behind is None else prompt.behind
+        names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
+        found: list[tuple[ChunkKV | None, bool]] = []
+        context, exact = prompt.prefix, True
+        for index, chunk in enumerate(prompt.chunks):
+            exact = exact and self._library.holds(context, chunk)
+            kv = self._library.get(context, chunk) if exact else None
+            exact = kv is not None
+            if exact:
+                context = (*context, *chunk)
+            elif policy.contextual:
+                overhead = partial(policy.overhead, before=names[:index])
+                kv = self._library.best(self.behind(opening, chunk, policy), chunk, overhead)
+            elif not policy.remembers:
+                kv = self._library.get(self.behind(opening, chunk, policy), chunk)
+            found.append((kv, exact))
+        return found

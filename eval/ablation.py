@@ -1,0 +1,288 @@
+"""What makes the query policy's selection good: variants of it, each with the same number of tokens.
+
+The question's attention is recorded once per prompt, for every layer, head and question token; a variant is a way to
+make scores of it. Only fidelity is measured here, since the variants cost the same; time is `compare`'s job.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import chunkcache
+from chunkcache.blend import Plan, Policy
+from chunkcache.blend.link import Link
+from chunkcache.blend.policy import Check
+from chunkcache.eval.compare import ANSWER_TOKENS
+from chunkcache.eval.data import Case
+from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.kv import ChunkKV
+from chunkcache.llm import CachedLLM
+
+LEAD = 1024
+STORE = "memory://?max_bytes=4GiB"
+MEAN, MAX, LAST = range(3)  # over the question's tokens
+
+
+@dataclass
+class Seen:
+    """What one prompt gives its variants to choose by.
+
+    Attributes:
+        plan: the prompt.
+        attention: `[layers, 3, heads, tokens]`; mean and maximum over the question's tokens, and the last one's.
+        value_norms: `[layers, heads, tokens]` of the stored values.
+        sensitivity: `[tokens]` how far a token's stored values are from those computed without a lead-in.
+        sentences: `[tokens]` the sentence that a token is in, counted over the prompt.
+    """
+
+    plan: Plan
+    attention: Tensor
+    value_norms: Tensor
+    sensitivity: Tensor
+    sentences: Tensor
+
+    def scores(self, low: float = 1 / 2, high: float = 2 / 3, rows: int = MEAN) -> Tensor:
+        """Return `[layers, heads, tokens]` of a band of layers, given as shares of the depth."""
+        count = len(self.attention)
+        return self.attention[int(low * count) : max(int(low * count) + 1, math.ceil(high * count)), rows]
+
+    def of_layers(self, values: Tensor) -> Tensor:
+        """Return of `values` `[layers, ...]` the same band as `scores`."""
+        count = len(self.attention)
+        return values[count // 2 : math.ceil(count * 2 / 3)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to select: `choose` gives the positions, of so many tokens, to recompute below layer `stop`."""
+
+    name: str
+    choose: Callable[[Seen, int], Tensor]
+    lead: bool = True
+    stop: float = 1.0
+
+
+def top(score: Callable[[Seen], Tensor]) -> Callable[[Seen, int], Tensor]:
+    """Return a choice of the tokens with the highest `score` `[tokens]`."""
+
+    def choose(seen: Seen, count: int) -> Tensor:
+        candidates = seen.plan.inexact
+        return candidates[score(seen)[candidates].topk(count).indices]
+
+    return choose
+
+
+def default(seen: Seen) -> Tensor:
+    """Score as the query policy does: layers from the middle to two thirds, mean over heads and question tokens."""
+    return seen.scores().mean((0, 1))
+
+
+def smoothed(width: int) -> Callable[[Seen], Tensor]:
+    """Return the default score, averaged over `width` neighbours."""
+    return lambda seen: avg_pool1d(default(seen)[None], width, 1, width // 2, count_include_pad=False)[0]
+
+
+def by_sentence(seen: Seen) -> Tensor:
+    """Score a token by the mean of its sentence, and by its own within the last one that fits."""
+    score = default(seen)
+    sums = torch.zeros(int(seen.sentences.max()) + 1)
+    means = sums.index_add(0, seen.sentences, score) / seen.sentences.bincount().clamp(min=1)
+    return means[seen.sentences] + 1e-6 * score
+
+
+def by_quota(seen: Seen, count: int) -> Tensor:
+    """Choose the same share of every chunk."""
+    segments = [segment for segment in seen.plan.segments if not segment.exact]
+    total = sum(segment.length for segment in segments)
+    score = default(seen)
+    parts = [
+        segment.start + score[segment.start : segment.end].topk(count * segment.length // total).indices
+        for segment in segments
+    ]
+    return torch.cat(parts)
+
+
+def with_first(k: int) -> Callable[[Seen, int], Tensor]:
+    """Return a choice of the first `k` of each chunk, and the default's up to the count."""
+
+    def choose(seen: Seen, count: int) -> Tensor:
+        first = Link(k).select(seen.plan)[:count]
+        score = default(seen).index_fill(0, first, math.inf)
+        return seen.plan.inexact[score[seen.plan.inexact].topk(count).indices]
+
+    return choose
+
+
+def at_random(seen: Seen, count: int) -> Tensor:
+    """Choose at random, as a check of the measure itself."""
+    order = torch.randperm(len(seen.plan.inexact), generator=torch.Generator().manual_seed(0))
+    return seen.plan.inexact[order[:count]]
+
+
+VARIANTS = (
+    Variant("query: layers 1/2 to 2/3, mean over heads and question tokens", top(default)),
+    Variant("the same, without a lead-in", top(default), lead=False),
+    Variant("nothing recomputed", lambda seen, _: seen.plan.inexact[:0]),
+    Variant("nothing recomputed, without a lead-in", lambda seen, _: seen.plan.inexact[:0], lead=False),
+    Variant("random tokens", at_random),
+    Variant("all layers", top(lambda seen: seen.scores(0, 1).mean((0, 1)))),
+    Variant("layers 0 to 1/3", top(lambda seen: seen.scores(0, 1 / 3).mean((0, 1)))),
+    Variant("layers 0 to 2/3", top(lambda seen: seen.scores(0, 2 / 3).mean((0, 1)))),
+    Variant("layers 2/3 to the last", top(lambda seen: seen.scores(2 / 3, 1).mean((0, 1)))),
+    Variant("maximum over heads", top(lambda seen: seen.scores().amax(1).mean(0))),
+    Variant("maximum over question tokens", top(lambda seen: seen.scores(rows=MAX).mean((0, 1)))),
+    Variant("last question token only", top(lambda seen: seen.scores(rows=LAST).mean((0, 1)))),
+    Variant(
+        "times norm of values", top(lambda seen: (seen.scores() * seen.of_layers(seen.value_norms)).mean((0, 1)))
+    ),
+    Variant("times context sensitivity", top(lambda seen: default(seen) * seen.sensitivity)),
+    Variant("context sensitivity alone", top(lambda seen: seen.sensitivity)),
+    Variant("smoothed over 3 tokens", top(smoothed(3))),
+    Variant("smoothed over 7 tokens", top(smoothed(7))),
+    Variant("whole sentences", top(by_sentence)),
+    Variant("the same share of every chunk", by_quota),
+    Variant("with the first 2 tokens of each chunk", with_first(2)),
+    Variant("with the first 8 tokens of each chunk", with_first(8)),
+    Variant("recomputed below half of the layers only", top(default), stop=1 / 2),
+    Variant("recomputed below two thirds of the layers only", top(default), stop=2 / 3),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant over all prompts: means, KL in nats, and the share of token-layers that it computes."""
+
+    variant: str
+    kl_first: float
+    kl_mean: float
+    agreement: float
+    recomputed_share: float
+
+
+def ablate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    ratio: float = 0.03,
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """Measure every variant on `cases`, each recomputing the share `ratio` of the reused tokens."""
+    llm = chunkcache.wrap(model, tokenizer, store=STORE)
+    measured: dict[str, list[tuple[Fidelity, float]]] = {variant.name: [] for variant in VARIANTS}
+    for index, case in enumerate(cases):
+        start = llm.prefill(case.question, case.chunks, policy="full")
+        answer, full = greedy_answer(llm, start, ANSWER_TOKENS)
+        seen = {lead: _look(llm, case, LEAD if lead else 0) for lead in (True, False)}
+        for lead in (True, False):
+            seen[lead].sensitivity = _distance(seen[True].plan, seen[False].plan)
+        for variant in VARIANTS:
+            looked = seen[variant.lead]
+            selected = variant.choose(looked, math.ceil(ratio * len(looked.plan.inexact))).sort().values
+            policy = _Fixed(lead=LEAD if variant.lead else 0, selected=selected, stop=variant.stop)
+            prefilled = llm.prefill(case.question, case.chunks, policy=policy)
+            share = prefilled.stats.recomputed_share
+            fidelity = measure_fidelity(full, forced_answer(llm, prefilled, answer))
+            measured[variant.name].append((fidelity, share))
+        if on_prompt is not None:
+            on_prompt(index + 1, len(cases))
+    return [_result(name, rows) for name, rows in measured.items()]
+
+
+def _result(name: str, rows: Sequence[tuple[Fidelity, float]]) -> Result:
+    return Result(
+        name,
+        statistics.mean(fidelity.kl_first for fidelity, _ in rows),
+        statistics.mean(fidelity.kl_mean for fidelity, _ in rows),
+        statistics.mean(fidelity.agreement for fidelity, _ in rows),
+        statistics.mean(share for _, share in rows),
+    )
+
+
+def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
+    """Record the question's attention to the stored KV of one prompt."""
+    look = _Look(lead=lead)
+    llm.precompute(case.chunks, policy=look)
+    llm.prefill(case.question, case.chunks, policy=look)
+    plan, attention = look.seen[0]
+    norms = torch.zeros(len(attention), attention.shape[2], len(plan))
+    for segment in plan.segments:
+        for index, layer in enumerate(segment.kv.layers):
+            norm = layer[1, :, segment.first : segment.first + segment.length].float().norm(dim=-1)
+            norms[index, :, segment.start : segment.end] = norm.repeat_interleave(norms.shape[1] // len(norm), 0)
+    return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), _sentences(llm, plan))
+
+
+def _sentences(llm: CachedLLM, plan: Plan) -> Tensor:
+    ends = [str(llm.tokenizer.decode([token])).rstrip().endswith((".", "!", "?")) for token in plan.token_ids]
+    return torch.tensor([0, *ends[:-1]]).cumsum(0)
+
+
+def _distance(plan: Plan, other: Plan) -> Tensor:
+    """Return `[tokens]` the mean distance over layers between the stored values of two plans of one prompt."""
+    distance = torch.zeros(len(plan))
+    for a, b in zip(plan.segments, other.segments, strict=True):
+        if not a.exact:
+            distance[a.start : a.end] = _between(a.kv, b.kv)[a.first : a.first + a.length]
+    return distance
+
+
+def _between(a: ChunkKV, b: ChunkKV) -> Tensor:
+    layers = [(x[1] - y[1]).float().square().sum((0, 2)).sqrt() for x, y in zip(a.layers, b.layers, strict=True)]
+    return torch.stack(layers).mean(0)
+
+
+@dataclass(frozen=True)
+class _Look(Policy):
+    """Recomputes nothing, and keeps what it saw."""
+
+    name = "look"
+    lead: int = 0
+    seen: list[tuple[Plan, Tensor]] = field(default_factory=list)
+
+    def lead_in(self) -> int:
+        return self.lead
+
+    def select(self, plan: Plan) -> Tensor:
+        return plan.inexact[:0]
+
+    def scout_layers(self, layers: int) -> Sequence[int]:
+        return range(layers)
+
+    def pool(self, weights: Tensor) -> Tensor:
+        return torch.stack((weights.mean(1), weights.amax(1), weights[:, -1]))
+
+    def select_seen(self, plan: Plan, attention: Tensor) -> Tensor:
+        self.seen.append((plan, attention))
+        return plan.inexact[:0]
+
+
+@dataclass(frozen=True)
+class _Fixed(Policy):
+    """Recomputes what it is told to."""
+
+    name = "fixed"
+    lead: int = 0
+    selected: Any = None
+    stop: float = 1.0
+
+    def lead_in(self) -> int:
+        return self.lead
+
+    def select(self, plan: Plan) -> Tensor:
+        selected: Tensor = self.selected
+        return selected
+
+    def check_layers(self, layers: int) -> Sequence[int]:
+        return [int(self.stop * layers)] if self.stop < 1 else ()
+
+    def narrow(self, check: Check) -> Tensor:
+        return (~torch.isin(check.rows, check.plan.inexact.to(check.rows.device))).nonzero()[:, 0]
