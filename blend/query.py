@@ -1,7 +1,9 @@
 """query: recompute the tokens that the question looks at (ours; related: ProphetKV, arXiv 2602.02579).
 
-The question is prefilled over the reused KV as they are. The tokens that it attends to most are selected before
-layer 0 and recomputed in one pass, so that no layer is ever computed in full.
+The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends to
+most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
+computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
+What each of these choices is worth is in docs/policies.md.
 """
 
 from __future__ import annotations
@@ -15,29 +17,38 @@ from torch import Tensor
 
 from chunkcache.blend.link import Link
 from chunkcache.blend.plan import Plan
-from chunkcache.blend.policy import Policy
+from chunkcache.blend.policy import Policy, Share, check_share
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
+AUTO_MASS = 0.6  # ratio=auto selects the fewest tokens that hold this share of the attention
+AUTO_RATIOS = (0.01, 0.15)  # within these bounds
 
 
 @dataclass(frozen=True)
 class Query(Policy):
-    """The `ratio` of chunk tokens with the most attention from the question, and the first `k` of each chunk.
+    """The `ratio` of chunk tokens with the most attention from the question.
+
+    Args:
+        ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold 60 %
+            of the question's attention to chunk tokens, between 1 % and 15 %.
+        k: the first k tokens of each chunk are selected in any case.
+        lead: tokens of lead-in at most that the chunks were computed behind, 0 for none.
+        guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold
+            (`blend.guard`). It needs a calibration.
 
     Raises:
         PolicyError: an option is out of range.
     """
 
     name = "query"
-    ratio: float = 0.03
+    ratio: Share = 0.03
     k: int = 0
     lead: int = 1024
     guard: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise PolicyError(f"ratio={self.ratio} is not between 0 and 1")
+        check_share("ratio", self.ratio)
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
         if self.lead < 0:
@@ -51,7 +62,8 @@ class Query(Policy):
 
     def ladder(self) -> Sequence[Query]:
         """Return this policy, and others that recompute 15 % and 40 % where that is more."""
-        return [replace(self, ratio=ratio) for ratio in (self.ratio, *(r for r in LADDER if r > self.ratio))]
+        least = AUTO_RATIOS[0] if self.ratio == "auto" else self.ratio
+        return [self, *(replace(self, ratio=ratio) for ratio in LADDER if ratio > least)]
 
     def lead_in(self) -> int:
         """Return `lead`."""
@@ -68,7 +80,14 @@ class Query(Policy):
     def select_seen(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first `k` of each chunk."""
         candidates = plan.inexact.to(attention.device)
-        count = math.ceil(self.ratio * len(candidates))
-        top = candidates[attention.mean(0)[candidates].topk(count).indices].cpu()
-        selected: Tensor = torch.unique(torch.cat((top, Link(self.k).select(plan))))
+        seen, order = attention.mean(0)[candidates].sort(descending=True)
+        count = _auto(seen) if self.ratio == "auto" else math.ceil(self.ratio * len(candidates))
+        selected: Tensor = torch.unique(torch.cat((candidates[order[:count]].cpu(), self.select(plan))))
         return selected
+
+
+def _auto(seen: Tensor) -> int:
+    """Return how many of the scores `[tokens]`, sorted from the highest, hold `AUTO_MASS` of their sum."""
+    count = int((seen.cumsum(0) < AUTO_MASS * seen.sum()).sum()) + 1
+    low, high = (math.ceil(ratio * len(seen)) for ratio in AUTO_RATIOS)
+    return min(max(count, low), high)

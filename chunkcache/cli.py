@@ -25,6 +25,7 @@ from chunkcache.errors import ChunkCacheError, DocumentError, InputError
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only a command that needs them does
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from chunkcache.eval import Case
     from chunkcache.eval.compare import Comparison
     from chunkcache.llm import CachedLLM
     from chunkcache.retriever import Hit, Retriever
@@ -48,6 +49,13 @@ retrieval_options = _options(
     click.option("--top-k", default=4, show_default=True, type=click.IntRange(1), help="Chunks per prompt."),
     click.option("--chunk-tokens", default=256, show_default=True, type=click.IntRange(32),
                  help="Length of a chunk at most."),
+)  # fmt: skip
+data_options = _options(
+    click.argument("data", type=click.Path(path_type=Path)),
+    click.option("--chunks", default=5, show_default=True, type=click.IntRange(0),
+                 help="Chunks per prompt; 0 for all of each, two or more."),
+    click.option("--prompts", default=20, show_default=True, type=click.IntRange(1), help="Prompts to run."),
+    click.option("--skip", default=0, show_default=True, type=click.IntRange(0), help="Prompts to leave out first."),
 )  # fmt: skip
 json_file_option = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write meta data and all rows here."
@@ -212,16 +220,7 @@ def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) 
 
 
 @cli.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--chunks", default=5, show_default=True, type=click.IntRange(2), help="Chunks per prompt.")
-@click.option("--prompts", default=40, show_default=True, type=click.IntRange(10), help="Prompts to run.")
-@click.option(
-    "--skip",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Prompts to leave out first, to be measured on later.",
-)
+@data_options
 @click.option(
     "--target",
     default="cacheblend:ratio=0.15",
@@ -247,14 +246,13 @@ def calibrate(
 ) -> None:
     """Find what cachecraft:alpha=auto and query:guard=X need to know of a model, on prompts of DATA."""
     from chunkcache.blend import parse_policy
-    from chunkcache.eval import load_cases
     from chunkcache.eval.calibrate import calibrate as run
 
     for policy in (target, guarded):
         parse_policy(policy)
-    cases = load_cases(data, chunks, skip + prompts)[skip:]
+    cases = _cases(data, chunks, prompts, skip)
     if len(cases) < 10:
-        raise DocumentError(f"{data} leaves {len(cases)} prompts after --skip {skip}; a calibration needs 10 or more")
+        raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
     model, tokenizer = _load(model_name, device, dtype)
     with progress("calibrating") as on_step:
         found = run(model, tokenizer, cases, target, guarded, on_step)
@@ -272,50 +270,15 @@ def bench() -> None:
 
 
 @bench.command("policies")
-@click.argument("data", type=click.Path(path_type=Path))
+@data_options
 @click.option(
     "--policy", "policies", multiple=True, default=COMPARED, show_default=True, help="May be given several times."
 )
-@click.option("--chunks", default=5, show_default=True, type=click.IntRange(1), help="Chunks per prompt.")
-@click.option("--prompts", default=10, show_default=True, type=click.IntRange(1), help="Prompts to run.")
 @model_options
 @json_file_option
 def bench_policies(
     data: Path,
     policies: Sequence[str],
-    chunks: int,
-    prompts: int,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    json_file: Path | None,
-) -> None:
-    """Compare policies with full prefill on the prompts of DATA (CacheBlend, HotpotQA, MuSiQue, LongBench, SQuAD)."""
-    from chunkcache.blend import parse_policy
-    from chunkcache.eval import load_cases
-    from chunkcache.store import open_store
-
-    for policy in policies:
-        parse_policy(policy)
-    cases = load_cases(data, chunks, prompts)
-    model, tokenizer = _load(model_name, device, dtype)
-    comparison = _compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=8GiB"))
-    _show(comparison)
-    if json_file is not None:
-        json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
-
-
-@bench.command("selection")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--ratio", default=0.03, show_default=True, type=click.FloatRange(0, 1), help="Share recomputed.")
-@click.option("--chunks", default=5, show_default=True, type=click.IntRange(2), help="Chunks per prompt.")
-@click.option("--prompts", default=20, show_default=True, type=click.IntRange(1), help="Prompts to run.")
-@click.option("--skip", default=0, show_default=True, type=click.IntRange(0), help="Prompts to leave out first.")
-@model_options
-@json_file_option
-def bench_selection(
-    data: Path,
-    ratio: float,
     chunks: int,
     prompts: int,
     skip: int,
@@ -324,13 +287,40 @@ def bench_selection(
     dtype: str,
     json_file: Path | None,
 ) -> None:
+    """Compare policies with full prefill on the prompts of DATA (CacheBlend, HotpotQA, MuSiQue, LongBench, SQuAD)."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.store import open_store
+
+    for policy in policies:
+        parse_policy(policy)
+    cases = _cases(data, chunks, prompts, skip)
+    model, tokenizer = _load(model_name, device, dtype)
+    comparison = _compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"))
+    _show(comparison)
+    if json_file is not None:
+        json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
+
+
+@bench.command("selection")
+@data_options
+@click.option("--ratio", default=0.03, show_default=True, type=click.FloatRange(0, 1), help="Share recomputed.")
+@model_options
+@json_file_option
+def bench_selection(
+    data: Path,
+    chunks: int,
+    prompts: int,
+    skip: int,
+    ratio: float,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
     """Compare ways to select what is recomputed, at equal cost, by fidelity alone."""
-    from chunkcache.eval import load_cases
     from chunkcache.eval.ablation import ablate
 
-    cases = load_cases(data, chunks, skip + prompts)[skip:]
-    if not cases:
-        raise DocumentError(f"{data} has no prompts after the first {skip}; lower --skip")
+    cases = _cases(data, chunks, prompts, skip)
     model, tokenizer = _load(model_name, device, dtype)
     with progress("measuring selections") as on_prompt:
         results = ablate(model, tokenizer, cases, ratio, on_prompt)
@@ -342,6 +332,17 @@ def bench_selection(
     out.print(table(f"{len(cases)} prompts, ratio {ratio}: means, KL in nats", columns, rows))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2))
+
+
+def _cases(data: Path, chunks: int, prompts: int, skip: int) -> list[Case]:
+    from chunkcache.eval import load_cases
+
+    cases = load_cases(data, chunks or None, skip + prompts, least=chunks or 2)[skip:]
+    if not cases:
+        raise DocumentError(f"{data} has no prompts after the first {skip}; lower --skip")
+    if len(cases) < prompts:
+        err.print(f"[yellow]only {len(cases)} prompts of {escape(str(data))} can be used, not {prompts}[/]")
+    return cases
 
 
 def _load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -35,13 +35,14 @@ class Case:
     answers: tuple[str, ...] = ()
 
 
-def load_cases(path: str | Path, chunks: int | None = None, limit: int | None = None) -> list[Case]:
+def load_cases(path: str | Path, chunks: int | None = None, limit: int | None = None, least: int = 1) -> list[Case]:
     """Read the cases of a JSON or JSON Lines file.
 
     Args:
         path: the file.
         chunks: use the first so many chunks of each case, and leave out cases that have fewer.
         limit: return at most so many cases.
+        least: leave out cases that have fewer chunks than this.
 
     Raises:
         DocumentError: the file cannot be read, is in no known format, or no case has enough chunks.
@@ -51,15 +52,15 @@ def load_cases(path: str | Path, chunks: int | None = None, limit: int | None = 
     cases = []
     for row in rows:
         case = reader(row)
+        if len(case.chunks) < max(least, chunks or 0):
+            continue
         if chunks is not None:
-            if len(case.chunks) < chunks:
-                continue
             case = Case(case.question, case.chunks[:chunks], case.answers)
         cases.append(case)
         if limit is not None and len(cases) == limit:
             break
     if not cases:
-        raise DocumentError(f"no case of {path} has {chunks} chunks; ask for fewer")
+        raise DocumentError(f"no case of {path} has {chunks or least} chunks; ask for fewer")
     return cases
 
 

@@ -220,3 +220,19 @@ def test_query_refuses_options_out_of_range(options):
     [(name, value)] = options.items()
     with pytest.raises(PolicyError, match=rf"{name}={value} is"):
         Query(**options)
+
+
+@pytest.mark.parametrize(
+    ("attention", "count"), [([1.0] * 100, 15), ([50.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
+)
+def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, count):
+    plan = Plan.of(range(103), [Segment(0, wide(), 0, 1, exact=True), Segment(1, wide(), 1, 100)])
+    seen = torch.tensor([[9.0, *attention, 9.0, 9.0]])
+    selected = Query(ratio="auto").select_seen(plan, seen)
+    assert len(selected) == count
+    if count < 15:
+        assert selected.tolist() == list(range(1, count + 1))
+
+
+def wide():
+    return ChunkKV.of(range(103), 0, [torch.zeros(2, 1, 103, 2)])
