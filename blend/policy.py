@@ -77,6 +77,10 @@ class Policy(ABC):
         """Return the steps of a guarded prefill: policies with the same scout layers that select more and more."""
         return [self]
 
+    def looks(self, plan: Plan) -> bool:
+        """Return whether a policy with scout layers wants to look at this plan; else it is asked to `select`."""
+        return True
+
     def scout_layers(self, layers: int) -> Sequence[int]:
         """Layers, of `layers`, whose question attention `select_seen` wants; empty for a policy that wants none."""
         return ()

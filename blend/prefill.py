@@ -115,12 +115,12 @@ class SelectivePrefill:
         policy, decoder = self._policy, self._decoder
         bound = policy.guarded()
         layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
-        if layers and bound is not None:
+        if layers and bound is not None:  # how far it is from the bound is to be seen in any case
             if self._guard is None:
                 raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
             rows, self.guarded = settle(decoder, plan, self.cache, policy.ladder(), bound, self._guard)
             return rows
-        if layers:
+        if layers and policy.looks(plan):
             selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
         else:
             selected = policy.select(plan)

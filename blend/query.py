@@ -22,7 +22,8 @@ from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 AUTO_MASS = 0.6  # ratio=auto selects the fewest tokens that hold this share of the attention
-AUTO_RATIOS = (0.01, 0.15)  # within these bounds
+AUTO_RATIOS = (0.01, 0.05)  # within these bounds
+AUTO_LEAST = 1024  # tokens; with fewer to choose from, looking costs more time than it gives fidelity
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Query(Policy):
 
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold 60 %
-            of the question's attention to chunk tokens, between 1 % and 15 %.
+            of the question's attention to chunk tokens, between 1 % and 5 %, and none of less than 1,024 tokens.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none.
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold
@@ -42,7 +43,7 @@ class Query(Policy):
     """
 
     name = "query"
-    ratio: Share = 0.03
+    ratio: Share = "auto"
     k: int = 0
     lead: int = 1024
     guard: float | None = None
@@ -69,9 +70,13 @@ class Query(Policy):
         """Return `lead`."""
         return self.lead
 
+    def looks(self, plan: Plan) -> bool:
+        """Return whether something is to be selected."""
+        return len(plan.inexact) >= AUTO_LEAST if self.ratio == "auto" else self.ratio > 0
+
     def scout_layers(self, layers: int) -> Sequence[int]:
-        """Return the layers from the middle to two thirds of the way up; none if nothing is to be selected."""
-        return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3))) if self.ratio else ()
+        """Return the layers from the middle to two thirds of the way up."""
+        return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3)))
 
     def select(self, plan: Plan) -> Tensor:
         """Return what `link` would: there is nothing to look at."""
