@@ -133,48 +133,67 @@ class Guarded:
 
 
 def settle(
-    decoder: Decoder, plan: Plan, cache: FusedCache, policies: Sequence[Policy], bound: float, model: GuardModel
+    decoder: Decoder,
+    plan: Plan,
+    prompt: int,
+    cache: FusedCache,
+    policies: Sequence[Policy],
+    bound: float,
+    model: GuardModel,
 ) -> tuple[Tensor, Guarded]:
     """Recompute until the predicted KL is within `bound`.
 
+    Args:
+        decoder: a decoder over the shadow that serves the request.
+        plan: what is reused.
+        prompt: tokens of the plan that are the prompt's; what stands behind them waits for the forward that follows.
+        cache: the request's cache, untouched so far.
+        policies: the steps, as for `climb`.
+        bound: in nats.
+        model: predicts.
+
     Returns:
-        the positions `[rows]` that are still to be computed, by the forward that follows: the last token, whose
-        logits are wanted, or all that is not exact; and what was done.
+        the positions `[rows]` that are still to be computed, by the forward that follows: those from the prompt's
+        last token on, whose logits are wanted, or all that is not exact; and what was done.
     """
     passes = 0
-    with closing(climb(decoder, plan, cache, policies)) as rungs:
+    with closing(climb(decoder, plan, prompt, cache, policies)) as rungs:
         for rung in rungs:
             predicted = model.predict(passes, rung.signals)
             passes += 1
             if predicted <= bound:
-                return torch.tensor([len(plan) - 1]), Guarded(bound, passes, predicted, full=False)
+                return torch.arange(prompt - 1, len(plan)), Guarded(bound, passes, predicted, full=False)
     return torch.cat((plan.fresh, plan.inexact)).sort().values, Guarded(bound, passes, 0.0, full=True)
 
 
-def climb(decoder: Decoder, plan: Plan, cache: FusedCache, policies: Sequence[Policy]) -> Generator[Rung, None, None]:
+def climb(
+    decoder: Decoder, plan: Plan, prompt: int, cache: FusedCache, policies: Sequence[Policy]
+) -> Generator[Rung, None, None]:
     """Yield one rung per policy, each recomputing what its policy selects, over what the one before left in `cache`.
 
     Args:
         decoder: a decoder over the shadow that serves the request.
         plan: what is reused.
+        prompt: tokens of the plan that are the prompt's, whose last gives the signals.
         cache: the request's cache, untouched so far.
         policies: policies with scout layers, in rising order of what they select; all look at the same layers.
     """
     attention: list[Tensor] = []
     first = policies[0]
     watches = [
-        Watch(decoder.attentions[layer], len(plan) - plan.end, lambda w, _: attention.append(first.pool(w.float())))
+        Watch(decoder.attentions[layer], prompt - plan.end, lambda w, _: attention.append(first.pool(w.float())))
         for layer in first.scout_layers(len(decoder.layers))
     ]
     cache.scouting = True
     try:
-        before = _log_probs(decoder, plan, cache, plan.fresh)
+        fresh = plan.fresh[plan.fresh < prompt]
+        before = _log_probs(decoder, plan, cache, fresh)
         for watch in watches:
             watch.remove()
         seen = torch.stack(attention)
         for policy in policies:
             selected = policy.select_seen(plan, seen)
-            log_probs = _log_probs(decoder, plan, cache, torch.cat((plan.fresh, selected)).sort().values)
+            log_probs = _log_probs(decoder, plan, cache, torch.cat((fresh, selected)).sort().values)
             moved = float((log_probs.exp() * (log_probs - before)).sum())
             entropy = float(-(log_probs.exp() * log_probs).sum())
             yield Rung(selected, log_probs, Signals(moved, entropy))

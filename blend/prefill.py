@@ -92,9 +92,10 @@ class SelectivePrefill:
             return None
         self._before_handle.remove()
         input_ids = args[0] if args else kwargs["input_ids"]
+        prompt = len(self.cache.plan)
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
-        rows = self._rows(plan)
+        rows = self._rows(plan, prompt)
         self.cache.go_on_with(rows)
         self._handles = [self.model.register_forward_hook(self._after)]
         if self._record:
@@ -110,15 +111,15 @@ class SelectivePrefill:
         }
         return (), {**kwargs, **cut}
 
-    def _rows(self, plan: Plan) -> Tensor:
-        """Return the sorted positions that the forward computes."""
+    def _rows(self, plan: Plan, prompt: int) -> Tensor:
+        """Return the sorted positions that the forward computes, `prompt` tokens being the prompt's own."""
         policy, decoder = self._policy, self._decoder
         bound = policy.guarded()
         layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
         if layers and bound is not None:  # how far it is from the bound is to be seen in any case
             if self._guard is None:
                 raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
-            rows, self.guarded = settle(decoder, plan, self.cache, policy.ladder(), bound, self._guard)
+            rows, self.guarded = settle(decoder, plan, prompt, self.cache, policy.ladder(), bound, self._guard)
             return rows
         if layers and policy.looks(plan):
             selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))

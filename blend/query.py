@@ -1,7 +1,7 @@
 """query: recompute the tokens that the question looks at (ours; related: ProphetKV, arXiv 2602.02579).
 
-The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends to
-most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
+The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends
+to most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
 What each of these choices is worth is in docs/policies.md.
 """
@@ -31,8 +31,8 @@ class Query(Policy):
     """The `ratio` of chunk tokens with the most attention from the question.
 
     Args:
-        ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold 60 %
-            of the question's attention to chunk tokens, between 1 % and 5 %, and none of less than 1,024 tokens.
+        ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
+            60 % of the question's attention to chunk tokens, between 1 % and 5 %, and none of less than 1,024 tokens.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none.
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold

@@ -282,7 +282,7 @@ class CachedLLM:
         plan, _ = self._planner.plan(self.prompts.build(question, chunks), policy, time.perf_counter())
         decoder = self._decoder.shadow()
         cache = FusedCache(decoder.config, plan, decoder.rotaries)
-        return list(climb(decoder, plan, cache, policy.ladder()))
+        return list(climb(decoder, plan, len(plan), cache, policy.ladder()))
 
     def answer_in_pieces(
         self,

@@ -102,7 +102,7 @@ def test_the_signals_are_what_they_say():
     decoder = h.decoder("llama").shadow()
     plan = h.chunk_plan(decoder.model, IDS)
     cache = FusedCache(decoder.config, plan, decoder.rotaries)
-    rungs = list(climb(decoder, plan, cache, POLICY.ladder()))
+    rungs = list(climb(decoder, plan, len(plan), cache, POLICY.ladder()))
     assert not cache.scouting
     before = h.Selective(h.decoder("llama"), plan, Query(ratio=0.0, k=0)).logits[-1].log_softmax(-1)
     for rung in rungs:
@@ -117,3 +117,16 @@ def test_a_guard_without_a_calibration_is_refused():
     decoder = h.decoder("llama")
     with pytest.raises(CalibrationError, match="chunkcache calibrate"):
         SelectivePrefill(decoder, h.chunk_plan(decoder.model, IDS), POLICY).run()
+
+
+@pytest.mark.parametrize("model", [ALWAYS, NEVER], ids=["accepted", "full"])
+def test_tokens_to_verify_may_stand_behind_the_prompt(model):
+    decoder, candidates = h.decoder("llama"), (7, 8, 9)
+    plan = h.right_plan(IDS, h.own_prefill(decoder.model, IDS)[1])
+    prefill = SelectivePrefill(decoder, plan, POLICY, guard=model)
+    ids = torch.tensor([(*IDS, *candidates)])
+    with torch.no_grad():
+        logits = prefill.model(input_ids=ids, past_key_values=prefill.cache).logits[0]
+    expected, _ = h.own_prefill(decoder.model, (*IDS, *candidates))
+    torch.testing.assert_close(logits[-4:], expected[-4:], atol=1e-4, rtol=0)
+    assert prefill.cache.get_seq_length() == len(IDS) + 3
