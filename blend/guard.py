@@ -61,21 +61,26 @@ Climbed = Sequence[tuple[Signals, float]]  # of one prompt, rung by rung: the si
 class GuardModel:
     """Predicts an upper bound of KL(full || pass) of the first token from the signals of a pass.
 
-    For each rung, log KL is fitted as linear in `Signals.features`; `margin` is added so that few predictions are too
-    low.
+    For each rung, log KL is fitted as linear in `Signals.features`. A margin is added so that few predictions are too
+    low; it depends on the bound that is asked for, since what counts is only on which side of it the KL is.
 
     Attributes:
         weights: for each rung, one per feature.
-        margin: in log units.
+        margins: rising bounds in nats, and the margin of each in log units. In between the larger of both sides
+            holds, and beyond them the last.
     """
 
     weights: tuple[tuple[float, ...], ...]
-    margin: float
+    margins: tuple[tuple[float, float], ...]
 
-    def predict(self, rung: int, signals: Signals) -> float:
-        """Return the bound at rung `rung`, counted from 0, in nats."""
-        fitted = sum(weight * x for weight, x in zip(self.weights[rung], signals.features(), strict=True))
-        return math.exp(fitted + self.margin)
+    def predict(self, rung: int, signals: Signals, bound: float) -> float:
+        """Return the largest KL in nats to expect at rung `rung`, counted from 0, where `bound` is asked for."""
+        return math.exp(_fitted(self.weights[rung], signals) + self._margin(bound))
+
+    def _margin(self, bound: float) -> float:
+        below = [margin for at, margin in self.margins if at <= bound][-1:]
+        above = [margin for at, margin in self.margins if at >= bound][:1]
+        return max(below + above)
 
     @classmethod
     def fit(cls, prompts: Sequence[Climbed], bounds: Sequence[float], broken: float = 0.05) -> GuardModel:
@@ -83,19 +88,24 @@ class GuardModel:
 
         Args:
             prompts: what each went through, all with the same number of rungs.
-            bounds: the bounds that users may ask for, in nats.
+            bounds: bounds that users may ask for, rising, in nats.
             broken: share of prompts at most that may end above their bound, whichever of `bounds` is asked for.
                 The share is estimated as (count + 1) / (prompts + 1), as in conformal prediction.
         """
         weights = tuple(_regress([prompt[rung] for prompt in prompts]) for rung in range(len(prompts[0])))
-        plain = cls(weights, 0.0)
-        logs = [[math.log(plain.predict(at, signals)) for at, (signals, _) in enumerate(p)] for p in prompts]
-        residuals = {math.log(max(kl, LEAST)) - log for p, row in zip(prompts, logs, strict=True)
-                     for (_, kl), log in zip(p, row, strict=True)}  # fmt: skip
-        margins = sorted({0.0, *(residual + 1e-9 for residual in residuals if residual > 0)})
+        logs = [[_fitted(weights[at], signals) for at, (signals, _) in enumerate(p)] for p in prompts]
         allowed = max(0, math.floor(broken * (len(prompts) + 1) - 1 + 1e-9))
-        kept = (m for m in margins if all(_broken(prompts, logs, m, bound) <= allowed for bound in bounds))
-        return cls(weights, next(kept, margins[-1]))
+        return cls(weights, tuple((bound, _least_margin(prompts, logs, bound, allowed)) for bound in bounds))
+
+
+def _fitted(weights: Sequence[float], signals: Signals) -> float:
+    return sum(weight * x for weight, x in zip(weights, signals.features(), strict=True))
+
+
+def _least_margin(prompts: Sequence[Climbed], logs: Sequence[Sequence[float]], bound: float, allowed: int) -> float:
+    """Return the least margin, of 0 or more, with which at most `allowed` prompts end above `bound`."""
+    heights = sorted({0.0, *(math.log(bound) - log + 1e-9 for row in logs for log in row if log < math.log(bound))})
+    return next(margin for margin in heights if _broken(prompts, logs, margin, bound) <= allowed)
 
 
 def _regress(pairs: Climbed) -> tuple[float, ...]:
@@ -159,7 +169,7 @@ def settle(
     passes = 0
     with closing(climb(decoder, plan, prompt, cache, policies)) as rungs:
         for rung in rungs:
-            predicted = model.predict(passes, rung.signals)
+            predicted = model.predict(passes, rung.signals, bound)
             passes += 1
             if predicted <= bound:
                 return torch.arange(prompt - 1, len(plan)), Guarded(bound, passes, predicted, full=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ class Calibration:
     alpha: float | None = None
     guard: GuardModel | None = None
     report: dict[str, Any] = field(default_factory=dict)
+
+    def over(self, earlier: Calibration | None) -> Calibration:
+        """Return this calibration, with what it did not look for taken from an earlier one of the same model."""
+        if earlier is None:
+            return self
+        alpha = earlier.alpha if self.alpha is None else self.alpha
+        return replace(self, alpha=alpha, guard=self.guard or earlier.guard, report={**earlier.report, **self.report})
 
     def save(self, path: Path | None = None) -> Path:
         """Write it to `path`, or to its place in the cache folder; return where."""
@@ -67,8 +74,11 @@ def load_calibration(fingerprint: str, path: Path | None = None) -> Calibration 
     return found
 
 
-def _guard(weights: list[list[float]], margin: float) -> GuardModel:
-    return GuardModel(tuple(tuple(map(_number, row)) for row in weights), _number(margin))
+def _guard(weights: list[list[float]], margins: list[list[float]]) -> GuardModel:
+    rows = [[tuple(map(_number, row)) for row in table] for table in (weights, margins)]
+    if not all(rows) or any(len(row) != 2 for row in rows[1]):
+        raise ValueError("its guard is not complete")
+    return GuardModel(tuple(rows[0]), tuple((bound, margin) for bound, margin in rows[1]))
 
 
 def _number(value: Any) -> float:

@@ -228,6 +228,9 @@ def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) 
     help="Policy whose fidelity cachecraft has to reach.",
 )
 @click.option("--guarded", default="query", show_default=True, help="Query policy whose guard is fitted.")
+@click.option(
+    "--only", type=click.Choice(["guard", "cachecraft"]), help="Look for one of both; the other is left as it was."
+)
 @model_options
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; by default in the cache folder.")
 @json_option
@@ -238,6 +241,7 @@ def calibrate(
     skip: int,
     target: str,
     guarded: str,
+    only: str | None,
     model_name: str,
     device: str | None,
     dtype: str,
@@ -246,6 +250,8 @@ def calibrate(
 ) -> None:
     """Find what cachecraft:alpha=auto and query:guard=X need to know of a model, on prompts of DATA."""
     from chunkcache.blend import parse_policy
+    from chunkcache.calibration import load_calibration
+    from chunkcache.eval.calibrate import PARTS
     from chunkcache.eval.calibrate import calibrate as run
 
     for policy in (target, guarded):
@@ -255,7 +261,8 @@ def calibrate(
         raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
     model, tokenizer = _load(model_name, device, dtype)
     with progress("calibrating") as on_step:
-        found = run(model, tokenizer, cases, target, guarded, on_step)
+        found = run(model, tokenizer, cases, target, guarded, (only,) if only else PARTS, on_step)
+    found = found.over(load_calibration(found.fingerprint, out if out and out.exists() else None))
     path = found.save(out)
     if as_json:
         click.echo(json.dumps({"file": str(path), **asdict(found)}, indent=2))
@@ -407,25 +414,22 @@ def _compare(
 
 
 def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
-    craft = report["cachecraft"]
-    rows = [
-        [f"{r['alpha']}", f"{r['kl_first']:.4f}", f"{r['kl_mean']:.4f}", f"{r['recomputed_share']:.1%}"]
-        for r in craft["tried"]
-    ]
-    rows.append([craft["target"], f"{craft['target_kl_first']:.4f}", f"{craft['target_kl_mean']:.4f}", ""])
-    found = f"alpha = {alpha}" if craft["met"] else f"target not reached; alpha = {alpha}"
-    out.print(table(f"cachecraft: {found}", ["alpha", "KL first", "KL mean", "recomputed"], rows))
-    rows = [
-        [f"{r['bound']}", f"{r['broken']:.1%}", f"{r['full']:.1%}", f"{r['passes']:.2f}", f"{r['kl_first']:.4f}"]
-        for r in report["guard"]
-    ]
-    out.print(
-        table(
-            f"guard of {report['guarded']} (cross-validated over {report['prompts']} prompts)",
-            ["bound", "broken", "full prefill", "passes", "KL first"],
-            rows,
-        )
-    )
+    if "cachecraft" in report:
+        craft = report["cachecraft"]
+        rows = [
+            [f"{r['alpha']}", f"{r['kl_first']:.4f}", f"{r['kl_mean']:.4f}", f"{r['recomputed_share']:.1%}"]
+            for r in craft["tried"]
+        ]
+        rows.append([craft["target"], f"{craft['target_kl_first']:.4f}", f"{craft['target_kl_mean']:.4f}", ""])
+        found = f"alpha = {alpha}" if craft["met"] else f"target not reached; alpha = {alpha}"
+        out.print(table(f"cachecraft: {found}", ["alpha", "KL first", "KL mean", "recomputed"], rows))
+    if "guard" in report:
+        rows = [
+            [f"{r['bound']}", f"{r['broken']:.1%}", f"{r['full']:.1%}", f"{r['passes']:.2f}", f"{r['kl_first']:.4f}"]
+            for r in report["guard"]
+        ]
+        title = f"guard of {report['guarded']} (cross-validated)"
+        out.print(table(title, ["bound", "broken", "full prefill", "passes", "KL first"], rows))
 
 
 def _show(comparison: Comparison) -> None:

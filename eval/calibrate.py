@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,10 @@ from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, mea
 from chunkcache.llm import CachedLLM
 
 ALPHAS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
-BOUNDS = (0.02, 0.05, 0.1, 0.2)  # that the guard is fitted to keep, KL in nats
+BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2)  # that the guard is fitted to keep, KL in nats
 BROKEN = 0.05  # share of prompts that may end above their bound
 FOLDS = 5
+PARTS = ("guard", "cachecraft")
 _STORE = "memory://?max_bytes=4GiB"
 
 OnStep = Callable[[int, int], None]
@@ -47,6 +48,7 @@ def calibrate(
     cases: Sequence[Case],
     target: str = "cacheblend:ratio=0.15",
     guarded: str = "query",
+    parts: Collection[str] = PARTS,
     on_step: OnStep | None = None,
 ) -> Calibration:
     """Measure `cases` and fit.
@@ -57,6 +59,7 @@ def calibrate(
         cases: prompts of the kind that will be asked.
         target: the policy whose KL Cache-Craft has to reach, on average over the cases.
         guarded: the query policy whose ladder the guard is fitted for.
+        parts: what to look for, of `PARTS`.
         on_step: called with (steps done, steps in all).
 
     Raises:
@@ -72,17 +75,24 @@ def calibrate(
     reached: dict[float, list[tuple[Fidelity, float]]] = {alpha: [] for alpha in ALPHAS}
     for index, case in enumerate(cases):
         full = _full(llm, case)
-        rungs.append(_rungs(llm, full, replace(base, guard=None)))
-        wanted.append(_measure(llm, full, parse_policy(target))[0])
-        versions.precompute(case.chunks)
-        for alpha in ALPHAS:
-            reached[alpha].append(_measure(versions, full, CacheCraft(alpha=alpha)))
+        if "guard" in parts:
+            rungs.append(_rungs(llm, full, replace(base, guard=None)))
+        if "cachecraft" in parts:
+            wanted.append(_measure(llm, full, parse_policy(target))[0])
+            for alpha in ALPHAS:
+                reached[alpha].append(_measure(versions, full, CacheCraft(alpha=alpha)))
         if on_step is not None:
             on_step(index + 1, len(cases))
-    alpha, craft = _least_alpha(target, wanted, reached)
-    guard = GuardModel.fit(rungs, BOUNDS, BROKEN)
-    report = {"prompts": len(cases), "cachecraft": craft, "guard": _cross_validated(rungs), "guarded": str(base)}
-    return Calibration(llm.fingerprint, alpha, guard, report)
+    report: dict[str, Any] = {"prompts": len(cases)}
+    found: float | None = None
+    guard: GuardModel | None = None
+    if "cachecraft" in parts:
+        found, report["cachecraft"] = _least_alpha(target, wanted, reached)
+    if "guard" in parts:
+        guard = GuardModel.fit(rungs, BOUNDS, BROKEN)
+        climbed = [[[signals.moved, signals.entropy, kl] for signals, kl in climb] for climb in rungs]
+        report |= {"guarded": str(base), "guard": _cross_validated(rungs), "climbed": climbed}
+    return Calibration(llm.fingerprint, found, guard, report)
 
 
 def _full(llm: CachedLLM, case: Case) -> _Full:
@@ -142,7 +152,7 @@ def _cross_validated(prompts: Sequence[Sequence[tuple[Signals, float]]]) -> list
         for index in held_out:
             for bound in BOUNDS:
                 rungs = enumerate(prompts[index])
-                accepted = ((kl, at) for at, (signals, kl) in rungs if fitted.predict(at, signals) <= bound)
+                accepted = ((kl, at) for at, (signals, kl) in rungs if fitted.predict(at, signals, bound) <= bound)
                 ended[bound].append(next(accepted, (0.0, len(prompts[index]))))
     return [
         {

@@ -17,8 +17,8 @@ from chunkcache.blend.query import Query
 from chunkcache.errors import CalibrationError
 
 IDS = h.random_ids()
-ALWAYS = GuardModel(((-99.0, 0.0, 0.0),) * 3, 0.0)  # predicts next to nothing
-NEVER = GuardModel(((99.0, 0.0, 0.0),) * 3, 0.0)
+ALWAYS = GuardModel(((-99.0, 0.0, 0.0),) * 3, ((0.05, 0.0),))  # predicts next to nothing
+NEVER = GuardModel(((99.0, 0.0, 0.0),) * 3, ((0.05, 0.0),))
 POLICY = Query(ratio=0.1, guard=0.05)
 
 models = pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def prompts(count, noise, seed=0):
 def ended(model, climbed, bound):
     """The true KL at which each prompt is accepted; 0 after full prefill."""
     return [
-        next((kl for at, (signals, kl) in enumerate(rungs) if model.predict(at, signals) <= bound), 0.0)
+        next((kl for at, (signals, kl) in enumerate(rungs) if model.predict(at, signals, bound) <= bound), 0.0)
         for rungs in climbed
     ]
 
 
 def test_it_learns_what_can_be_learned():
-    model = GuardModel.fit(prompts(60, noise=0.0), [0.05])
+    model = GuardModel.fit(prompts(60, noise=0.0), [99.0])  # a bound that nothing breaks needs no margin
     for rungs in prompts(20, noise=0.0, seed=1):
         for at, (signals, kl) in enumerate(rungs):
-            assert model.predict(at, signals) == pytest.approx(kl, rel=0.35)  # the ridge shrinks it a little
+            assert model.predict(at, signals, 99.0) == pytest.approx(kl, rel=0.35)  # the ridge shrinks it a little
 
 
 @pytest.mark.parametrize("bound", [0.02, 0.05, 0.1])
@@ -61,7 +61,14 @@ def test_its_bound_holds_on_prompts_it_has_not_seen(bound):
 
 
 def test_noise_costs_a_margin():
-    assert GuardModel.fit(prompts(60, 0.0), [0.05]).margin < GuardModel.fit(prompts(60, 1.0), [0.05]).margin
+    exact, noisy = (GuardModel.fit(prompts(60, noise), [0.05]).margins[0][1] for noise in (0.0, 1.0))
+    assert 0 <= exact < noisy
+
+
+def test_between_two_bounds_the_larger_margin_holds():
+    model = GuardModel(((0.0, 0.0, 0.0),), ((0.02, 1.0), (0.05, 0.5), (0.1, 0.7)))
+    margins = {bound: math.log(model.predict(0, Signals(0.1, 1.0), bound)) for bound in (0.01, 0.03, 0.05, 0.07, 9)}
+    assert margins == pytest.approx({0.01: 1.0, 0.03: 1.0, 0.05: 0.5, 0.07: 0.7, 9: 0.7})
 
 
 @models
@@ -90,7 +97,7 @@ def test_where_no_pass_is_good_enough_it_is_full_prefill(name, attention):
 
 
 def test_it_stops_at_the_first_rung_that_is_good_enough():
-    second = GuardModel((NEVER.weights[0], ALWAYS.weights[1], ALWAYS.weights[2]), 0.0)
+    second = GuardModel((NEVER.weights[0], ALWAYS.weights[1], ALWAYS.weights[2]), NEVER.margins)
     decoder = h.decoder("llama")
     prefill = SelectivePrefill(decoder, h.chunk_plan(decoder.model, IDS), POLICY, guard=second)
     prefill.run()

@@ -13,7 +13,9 @@ from chunkcache.calibration import Calibration, default_path, load_calibration
 from chunkcache.errors import CalibrationError
 
 PRINT = "f" * 64
-FOUND = Calibration(PRINT, 0.3, GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), 1.5), {"prompts": 12})
+FOUND = Calibration(
+    PRINT, 0.3, GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))), {"prompts": 12}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,15 @@ def test_parts_may_be_missing(tmp_path):
     assert load_calibration(PRINT, part.save(tmp_path / "part.json")) == part
 
 
+def test_a_new_one_keeps_what_it_did_not_look_for():
+    alpha = Calibration(PRINT, 0.7, None, {"prompts": 3, "cachecraft": 1})
+    both = alpha.over(FOUND)
+    assert (both.alpha, both.guard) == (0.7, FOUND.guard)
+    assert both.report == {"prompts": 3, "cachecraft": 1}
+    assert Calibration(PRINT).over(FOUND).alpha == 0.3
+    assert FOUND.over(None) == FOUND
+
+
 def damaged(change):
     data = json.loads(json.dumps({"fingerprint": PRINT, "alpha": 0.3, "guard": None, "report": {}}))
     return {**data, **change}
@@ -47,8 +58,10 @@ def damaged(change):
         ('{"alpha": 1}', "is no calibration"),
         (damaged({"alpha": "0.3"}), "not a finite number"),
         (damaged({"alpha": float("nan")}), "not a finite number"),
-        (damaged({"guard": {"weights": [[1, None]], "margin": 0}}), "not a finite number"),
-        (damaged({"guard": {"weights": [[1]], "margin": 0, "code": "x"}}), "is no calibration"),
+        (damaged({"guard": {"weights": [[1, None]], "margins": [[0.1, 0]]}}), "not a finite number"),
+        (damaged({"guard": {"weights": [[1]], "margins": []}}), "not complete"),
+        (damaged({"guard": {"weights": [[1]], "margins": [[1]]}}), "not complete"),
+        (damaged({"guard": {"weights": [[1]], "margins": [[1, 1]], "code": "x"}}), "is no calibration"),
         (damaged({"fingerprint": "0" * 64}), "another model"),
     ],
 )
@@ -74,7 +87,7 @@ def test_a_policy_that_needs_one_says_so_before_any_work(policy):
 
 def test_the_calibration_in_the_cache_folder_is_found():
     fingerprint = wrapped().fingerprint
-    Calibration(fingerprint, 0.7, GuardModel(((99.0, 0.0, 0.0),) * 3, 0.0)).save()
+    Calibration(fingerprint, 0.7, GuardModel(((99.0, 0.0, 0.0),) * 3, ((0.05, 0.0),))).save()
     llm = wrapped(policy="query:guard=0.05")
     assert llm.chosen("cachecraft:alpha=auto").alpha == 0.7
     stats = llm.prefill(QUESTION, TEXTS).stats
