@@ -121,3 +121,72 @@ def test_demo_and_bench_compare_policies(run, model_folder, docs, tmp_path):
     args = ["bench", "policies", str(data), "--chunks", "2", "--model", model_folder, "--policy", "link:k=1"]
     assert run(*args, "--json", str(report))[0] == 0
     assert {row["policy"] for row in json.loads(report.read_text())["rows"]} == {"full", "link:k=1"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve prompts over the pages, in CacheBlend's format."""
+    ctxs = [{"title": "", "text": text} for text in PAGES.values()]
+    rows = [{"question": f"{n}?", "answers": ["1931"], "ctxs": ctxs[:: 1 if n % 2 else -1]} for n in range(12)]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_calibrate_then_bench_with_a_guard(run, model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    common = [data, "--chunks", "2", "--model", model_folder]
+    policies = ["--policy", "query:guard=0.05", "--policy", "cachecraft:alpha=auto"]
+    code, _, err = run("bench", "policies", *common, *policies)
+    assert code == 2
+    assert "run chunkcache calibrate DATA" in err
+    assert run("calibrate", *common, "--prompts", "3")[0] == 2
+    code, out, err = run("calibrate", *common, "--prompts", "12")
+    assert code == 0
+    assert "alpha = " in out
+    assert "cross-validated" in out
+    assert str(tmp_path / "cache") in err.replace("\n", "")
+    report = tmp_path / "report.json"
+    code, out, err = run("bench", "policies", *common, *policies, "--prompts", "20", "--json", str(report))
+    assert code == 0
+    assert "only 12 prompts" in err
+    found = json.loads(report.read_text())
+    needed = "policy prompt chunks tokens ttft_s full_ttft_s ttft_ratio recomputed_share kl_first kl_mean agreement"
+    assert {*needed.split(), "f1", "full_f1"} <= set(found["rows"][0])
+    assert {row["policy"] for row in found["rows"]} == {"full", *policies[1::2]}
+    assert {"seed", "torch", "transformers", "device", "cores"} <= set(found["meta"])
+
+
+def test_calibrate_one_part_and_keep_the_other(run, model_folder, data, tmp_path):
+    out = tmp_path / "found.json"
+    args = [
+        "calibrate",
+        data,
+        "--chunks",
+        "2",
+        "--prompts",
+        "10",
+        "--model",
+        model_folder,
+        "--out",
+        str(out),
+        "--json",
+    ]
+    first = json.loads(run(*args, "--only", "guard")[1])
+    assert first["alpha"] is None
+    second = json.loads(run(*args, "--only", "cachecraft")[1])
+    assert second["alpha"] is not None
+    assert second["guard"] == first["guard"]
+
+
+def test_bench_selection_compares_every_variant(run, model_folder, data, tmp_path):
+    report = tmp_path / "report.json"
+    args = ["bench", "selection", data, "--chunks", "2", "--prompts", "2", "--model", model_folder]
+    code, *_ = run(*args, "--json", str(report))
+    assert code == 0
+    results = {row["variant"]: row for row in json.loads(report.read_text())}
+    assert "random tokens" in results
+    assert len(results) > 20
+    assert all(row["kl_first"] > -1e-6 for row in results.values())
+    assert results["nothing recomputed"]["recomputed_share"] < results["random tokens"]["recomputed_share"]
+    assert run(*args, "--skip", "50")[0] == 2

@@ -57,7 +57,9 @@ def own_logits(llm: chunkcache.CachedLLM, ids: torch.Tensor) -> torch.Tensor:
     return llm.model(input_ids=ids).logits[0, -1]
 
 
-@pytest.mark.parametrize("policy", ["full", "prefix", "link:k=1000", "cacheblend:ratio=1"])
+@pytest.mark.parametrize(
+    "policy", ["full", "prefix", "link:k=1000", "cacheblend:ratio=1", "query:ratio=1", "cachecraft:alpha=2"]
+)
 def test_with_every_token_selected_it_is_full_prefill(llm, policy):
     question, chunks, _ = request()
     llm.precompute(chunks)
@@ -67,7 +69,7 @@ def test_with_every_token_selected_it_is_full_prefill(llm, policy):
     assert (pre.logits - expected).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("policy", ["reuse", "link:k=8"])
+@pytest.mark.parametrize("policy", ["reuse", "link:k=8", "query:ratio=0.1"])
 def test_reuse_comes_close_and_repeats_itself(llm, policy):
     question, chunks, _ = request()
     chunks = [chunks[1], chunks[0], FILLER]  # an order that no policy has remembered
@@ -77,8 +79,29 @@ def test_reuse_comes_close_and_repeats_itself(llm, policy):
     assert torch.equal(llm.prefill(question, chunks, policy=policy).logits, pre.logits)
 
 
+def test_a_lead_in_brings_reused_chunks_nearer_to_full_prefill(llm):
+    """The reason for it, on the demo's own documents: three orders of chunks, nothing recomputed."""
+    question, (filler, answer), _ = request()
+    other = request(1)[1][1]
+    distances = {"query:ratio=0,lead=0": 0.0, "query:ratio=0": 0.0}
+    for chunks in ([filler, answer, other], [other, filler, answer], [filler, other, answer]):
+        for policy in distances:
+            pre = llm.prefill(question, chunks, policy=policy)
+            distances[policy] += kl(own_logits(llm, pre.input_ids), pre.logits)
+    assert distances["query:ratio=0"] < distances["query:ratio=0,lead=0"]
+
+
+def test_a_second_question_goes_on_from_the_first(llm):
+    (first, chunks, _), (second, more, fact) = request(0), request(1)
+    conversation = llm.conversation()
+    conversation.generate(first, chunks, **GREEDY)
+    out = conversation.generate(second, more, **GREEDY)
+    assert fact in out.text
+    assert out.stats.exact_tokens > len(llm.prompts.build(first, chunks).token_ids)
+
+
 @pytest.mark.parametrize("number", range(len(QUESTIONS)))
-@pytest.mark.parametrize("policy", ["full", "link:k=8"])
+@pytest.mark.parametrize("policy", ["full", "link:k=8", "query"])
 def test_an_easy_question_is_answered(llm, policy, number):
     question, chunks, fact = request(number)
     out = llm.generate(question, chunks, policy=policy, **GREEDY)
