@@ -158,3 +158,31 @@ def test_a_budget_of_no_bytes_is_refused_by_every_entry():
     store = MemoryStore(0)
     assert not store.put(key(1), kv(1))
     assert store.stats().entries == 0
+
+
+def test_by_worth_the_entry_that_saved_least_goes_first():
+    store = MemoryStore(3 * SIZE, evict="worth")
+    for token in range(3):
+        store.put(key(token), kv(token))
+    store.credit(key(0), 2.0)
+    store.credit(key(2), 1.5)
+    store.credit(key(2), 1.0)
+    store.credit(key(9), 99.0)  # not held
+    store.get(key(1), [1])  # used last, and worth nothing
+    store.put(key(3), kv(3))
+    assert held(store) == [0, 2, 3]
+    store.credit(key(3), 2.2)
+    store.put(key(4), kv(4))
+    assert held(store) == [2, 3, 4]
+
+
+def test_of_equal_worth_the_least_recently_used_goes_first_and_worth_goes_with_its_entry():
+    store = MemoryStore(2 * SIZE, evict="worth")
+    store.put(key(0), kv(0))
+    store.put(key(1), kv(1))
+    store.credit(key(0), 5.0)
+    store.delete(key(0))
+    store.put(key(0), kv(0))
+    store.get(key(1), [1])
+    store.put(key(2), kv(2))
+    assert held(store) == [1, 2]

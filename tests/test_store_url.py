@@ -66,6 +66,7 @@ def test_options_reach_the_constructor():
         ("disk://tmp", r"no store has the URL 'disk://tmp'; the known ones are memory://"),
         ("memory:///tmp", r"memory:// takes only options, as in memory://\?max_bytes=2GiB: 'memory:///tmp'"),
         ("memory://host", r"memory:// takes only options"),
+        ("memory://?evict=fifo", r"evict='fifo' is neither 'lru' nor 'worth'"),
         ("memory://?max_byte=2GiB", r"memory:// has no option 'max_byte'; it takes max_bytes, evict \(in 'memory://"),
         ("memory://?max_bytes=", r"'' is not a size in bytes"),
         ("memory://?max_bytes=lots", r"'lots' is not a size in bytes"),
