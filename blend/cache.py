@@ -140,6 +140,14 @@ class FusedCache(DynamicCache):
         self._scatter(both, fresh[:1], fresh[1:])
         return fresh, stored
 
+    def drop_last(self) -> None:
+        """Forget the last token, before sliding-window layers are trimmed."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length -= 1
+            held: Any = layer
+            held.keys, held.values = held.keys[:, :, :-1], held.values[:, :, :-1]
+
     def trim(self) -> None:
         """Let sliding-window layers forget what lies before their window, as transformers' own cache does."""
         for index, layer in enumerate(self.layers):

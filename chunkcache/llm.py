@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from chunkcache.generation import (
     with_length,
 )
 from chunkcache.identity import check_tokenizer, fingerprint
+from chunkcache.kv import Context
 from chunkcache.library import ChunkLibrary, Progress
 from chunkcache.planner import Planner
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
@@ -325,7 +325,8 @@ class CachedLLM:
         if setting(self.model, options, "pad_token_id") is None:
             options["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         before = time.perf_counter()
-        if needs_finished_cache(self.model, options):
+        finished = needs_finished_cache(self.model, options)
+        if finished:
             inputs = self._finished_inputs(prompt, plan, policy, stats)
             cache = inputs["past_key_values"]
             cache.batch_repeat_interleave(setting(self.model, options, "num_beams") or 1)
@@ -339,6 +340,8 @@ class CachedLLM:
         first_token_at = clock.first_token_at or time.perf_counter()
         stats.prefill_s = first_token_at - before
         stats.ttft_s = first_token_at - started
+        if not finished:
+            self.tuning.observe(stats)
         sequence = output if isinstance(output, Tensor) else output.sequences
         token_ids = sequence[0, len(plan) :].tolist()
         text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -349,9 +352,11 @@ class CachedLLM:
 
     # --- inside
 
-    def _prefill(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> tuple[Tensor, FusedCache]:
+    def _prefill(
+        self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats, but_last: bool = False
+    ) -> tuple[Tensor, FusedCache]:
         before = time.perf_counter()
-        prefill = self._selective(prompt, plan, policy)
+        prefill = self._selective(prompt, plan, policy, but_last)
         logits = prefill.run()
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill)
@@ -359,27 +364,25 @@ class CachedLLM:
         return logits, prefill.cache
 
     def _finished_inputs(self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats) -> dict[str, Any]:
+        _, cache = self._prefill(prompt, plan, policy, stats, but_last=True)
         input_ids = self._input_ids(plan)
-        _, cache = self._prefill(prompt, Plan.of(plan.token_ids[:-1], plan.segments, plan.chunks), policy, stats)
-        stats.tokens = len(plan)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
 
-    def _selective(self, prompt: Prompt, plan: Plan, policy: Policy) -> SelectivePrefill:
-        """Return this request's prefill, which stores chunks in their context if the policy wants it."""
-        keep: Any = None
-        if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
-            if policy.remembers:
-                keep = partial(self._planner.remember, prompt, plan)
-            elif policy.contextual:
-                keep = partial(self._planner.remember_versions, prompt, plan)
-        return SelectivePrefill(
-            self._decoder,
-            plan,
-            policy,
-            keep,
-            record=policy.contextual,
-            guard=self.tuning.guard if policy.guarded() is not None else None,
-        )
+    def _selective(self, prompt: Prompt, plan: Plan, policy: Policy, but_last: bool = False) -> SelectivePrefill:
+        """Return this request's prefill.
+
+        When it is complete, chunks are stored in their context if the policy wants it, and with `but_last` the last
+        token's KV are dropped, for a `generate()` that starts with that token.
+        """
+
+        def finish(cache: FusedCache, contexts: dict[int, Context]) -> None:
+            if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
+                self._planner.remember(prompt, plan, policy, cache, contexts)
+            if but_last:
+                cache.drop_last()
+
+        guard = self.tuning.guard if policy.guarded() is not None else None
+        return SelectivePrefill(self._decoder, plan, policy, finish, policy.contextual, guard)
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self._decoder.device)

@@ -65,17 +65,23 @@ class Planner:
         fits = len(prefix) + len(lead_in) + len(chunk) < self._decoder.max_tokens
         return (*prefix, *lead_in) if fits else prefix
 
-    def remember(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
-        """Store the chunks of a prefilled prompt in their context, for exact reuse behind the same tokens."""
+    def remember(
+        self, prompt: Prompt, plan: Plan, policy: Policy, cache: FusedCache, contexts: dict[int, Context]
+    ) -> None:
+        """Store what a prefill computed of `plan`, if the policy wants it.
+
+        Args:
+            prompt: the prompt.
+            plan: what was reused of it.
+            policy: one that remembers stores all chunks for exact reuse behind the same tokens; a contextual one
+                those that were computed whole, as versions of themselves.
+            cache: complete, sliding windows not yet trimmed.
+            contexts: what the chunks that were computed whole looked at, by their start.
+        """
         exact = {segment.start for segment in plan.segments if segment.exact}
         for start, end in plan.chunks:
-            if start not in exact:
-                self._library.remember(cache, plan.token_ids, start, end)
-
-    def remember_versions(self, prompt: Prompt, plan: Plan, cache: FusedCache, contexts: dict[int, Context]) -> None:
-        """Store the chunks that were computed whole as versions of themselves, with what they looked at."""
-        for start, end in plan.chunks:
-            if start == len(prompt.prefix) and start in contexts:
+            alone = start == len(prompt.prefix) and start in contexts
+            if alone or (policy.remembers and start not in exact):
                 self._library.remember(cache, plan.token_ids, start, end)
             elif start in contexts:
                 self._library.remember_version(cache, plan.token_ids, start, end, contexts[start])

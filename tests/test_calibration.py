@@ -110,3 +110,22 @@ def test_the_loading_controller_sets_the_ratio_from_earlier_requests():
     assert llm.chosen("cacheblend:ratio=auto").ratio == pytest.approx(0.5)
     llm.prefill(QUESTION, TEXTS, policy="cacheblend:ratio=auto")
     assert "to load and" in llm.tuning.controller.last.why
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize("weight", [-99.0, 99.0], ids=["accepted", "full"])
+def test_all_ways_to_run_a_guarded_request_agree(name, weight):
+    model = tiny_model(name)
+    guard = GuardModel(((weight, 0.0, 0.0),) * 3, ((0.05, 0.0),))
+    llm = chunkcache.wrap(
+        model, chat_tokenizer(), policy="query:ratio=0.2,guard=0.05", calibration=Calibration(PRINT, guard=guard)
+    )
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = llm.generate(QUESTION, TEXTS, **options)
+    assert expected.stats.guard_full == (weight > 0)
+    first = int(llm.prefill(QUESTION, TEXTS).logits.argmax())
+    inputs = llm.inputs(QUESTION, TEXTS)
+    output = model.generate(**inputs, **options, pad_token_id=3)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert output == expected.token_ids
+    assert first == expected.token_ids[0]
+    assert llm.generate(QUESTION, TEXTS, num_beams=2, **options).stats.guard_full == (weight > 0)
