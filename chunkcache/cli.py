@@ -302,10 +302,12 @@ def bench_policies(
         parse_policy(policy)
     cases = _cases(data, chunks, prompts, skip)
     model, tokenizer = _load(model_name, device, dtype)
-    comparison = _compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"))
-    _show(comparison)
-    if json_file is not None:
-        json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
+
+    def write(comparison: Comparison) -> None:  # after every prompt: what is interrupted leaves what it had
+        if json_file is not None:
+            json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
+
+    _show(_compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"), write))
 
 
 @bench.command("selection")
@@ -406,11 +408,12 @@ def _compare(
     cases: Sequence[Any],
     policies: Sequence[str],
     store: Store,
+    on_rows: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     from chunkcache.eval import compare
 
     with progress("comparing policies") as on_prompt:
-        return compare(model, tokenizer, cases, policies, store, on_prompt)
+        return compare(model, tokenizer, cases, policies, store, on_prompt, on_rows)
 
 
 def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:

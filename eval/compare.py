@@ -96,7 +96,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Return meta data, summaries and rows as plain dicts for JSON."""
         return {
-            "meta": self.meta,
+            "meta": {**self.meta, "prompts": len({row.prompt for row in self.rows})},
             "summary": [asdict(summary) for summary in self.summaries()],
             "rows": [asdict(row) for row in self.rows],
         }
@@ -109,6 +109,7 @@ def compare(
     policies: Sequence[str],
     store: str | Store = "memory://?max_bytes=8GiB",
     on_prompt: Callable[[int, int], None] | None = None,
+    on_rows: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Run full prefill and `policies` over `cases`, warm: a prompt's chunks are precomputed before its clock starts.
 
@@ -119,6 +120,7 @@ def compare(
         policies: policy strings; full prefill always runs and need not be named.
         store: the store for the chunk KV, or its URL; large enough for the chunks of one prompt.
         on_prompt: called with (prompts done, prompts in all).
+        on_rows: called with all there is so far, after every prompt.
 
     Raises:
         PolicyError: a policy is unknown, or needs a calibration that there is none of.
@@ -145,6 +147,8 @@ def compare(
             fidelity = measure_fidelity(full, forced)
             scores = full_scores if fidelity.agreement == 1 else _own_scores(llm, case, name)
             comparison.rows.append(_row(index, case, name, result, results[FULL], fidelity, scores, full_scores))
+        if on_rows is not None:
+            on_rows(comparison)
         if on_prompt is not None:
             on_prompt(index + 1, len(cases))
     return comparison
