@@ -21,9 +21,9 @@ from chunkcache.blend.policy import Policy, Share, check_share
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
-AUTO_MASS = 0.6  # ratio=auto selects the fewest tokens that hold this share of the attention
-AUTO_RATIOS = (0.01, 0.05)  # within these bounds
-AUTO_LEAST = 1024  # tokens; with fewer to choose from, looking costs more time than it gives fidelity
+AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
+AUTO_RATIOS = (0.01, 0.03)  # within these bounds
+AUTO_LEAST = 2048  # tokens; with fewer to choose from, looking costs more time than it gives fidelity
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Query(Policy):
 
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
-            60 % of the question's attention to chunk tokens, between 1 % and 5 %, and none of less than 1,024 tokens.
+            half of the question's attention to chunk tokens, between 1 % and 3 %, and none of less than 2,048 tokens.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none.
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold

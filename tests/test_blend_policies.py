@@ -164,7 +164,7 @@ def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
 
 
 def test_query_need_not_look_where_it_selects_nothing():
-    short, long = (Plan.of(range(n), [Segment(0, wide(n), 0, n - 2)]) for n in (1025, 1026))
+    short, long = (Plan.of(range(n), [Segment(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
     assert not Query(ratio=0.0).looks(long)
     assert Query(ratio=0.01).looks(short)
     assert [Query(ratio="auto").looks(plan) for plan in (short, long)] == [False, True]
@@ -226,14 +226,14 @@ def test_query_refuses_options_out_of_range(options):
 
 
 @pytest.mark.parametrize(
-    ("attention", "count"), [([1.0] * 100, 5), ([50.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
+    ("attention", "count"), [([1.0] * 100, 3), ([40.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
 )
 def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, count):
     plan = Plan.of(range(103), [Segment(0, wide(), 0, 1, exact=True), Segment(1, wide(), 1, 100)])
     seen = torch.tensor([[9.0, *attention, 9.0, 9.0]])
     selected = Query(ratio="auto").select_seen(plan, seen)
     assert len(selected) == count
-    if count < 5:
+    if count < 3:
         assert selected.tolist() == list(range(1, count + 1))
 
 
