@@ -74,9 +74,7 @@ class Attachment:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         policy = self._tuning.settle(self._policy)
-        prefill = SelectivePrefill(
-            self._decoder, plan, policy, guard=self._tuning.guard if policy.guarded() else None
-        )
+        prefill = SelectivePrefill(self._decoder, plan, policy, guard=self._tuning.guard(policy))
         output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill)
         return output

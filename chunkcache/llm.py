@@ -381,8 +381,7 @@ class CachedLLM:
             if but_last:
                 cache.drop_last()
 
-        guard = self.tuning.guard if policy.guarded() is not None else None
-        return SelectivePrefill(self._decoder, plan, policy, finish, policy.contextual, guard)
+        return SelectivePrefill(self._decoder, plan, policy, finish, policy.contextual, self.tuning.guard(policy))
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self._decoder.device)

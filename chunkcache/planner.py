@@ -91,25 +91,23 @@ class Planner:
         found = self._found(prompt, policy)
         missing = [chunk for chunk, (kv, _) in zip(prompt.chunks, found, strict=True) if kv is None]
         stats.hits, stats.misses = len(found) - len(missing), len(missing)
-        opening = prompt.prefix if prompt.behind is None else prompt.behind
         computed: dict[TokenIds, ChunkKV] = {}
         if missing and not (policy.remembers or policy.contextual):
             before = time.perf_counter()
-            computed = self._library.compute({chunk: self.behind(opening, chunk, policy) for chunk in missing})
+            computed = self._library.compute({chunk: self.behind(prompt.opening, chunk, policy) for chunk in missing})
             stats.compute_s = time.perf_counter() - before
         segments = []
         start = len(prompt.prefix)
         for chunk, (stored, exact) in zip(prompt.chunks, found, strict=True):
             kv = stored or computed.get(chunk)
             if kv is not None:
-                first = start == kv.position == len(opening) == len(prompt.prefix)
+                first = start == kv.position == len(prompt.opening) == len(prompt.prefix)
                 segments.append(Segment(start, kv, 0, len(kv), exact or first))
             start += len(chunk)
         return segments
 
     def _found(self, prompt: Prompt, policy: Policy) -> list[tuple[ChunkKV | None, bool]]:
         """Return what the store has of each chunk, and whether that was computed behind the very same tokens."""
-        opening = prompt.prefix if prompt.behind is None else prompt.behind
         names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
         found: list[tuple[ChunkKV | None, bool]] = []
         context, exact = prompt.prefix, True
@@ -121,8 +119,8 @@ class Planner:
                 context = (*context, *chunk)
             elif policy.contextual:
                 overhead = partial(policy.overhead, before=names[:index])
-                kv = self._library.best(self.behind(opening, chunk, policy), chunk, overhead)
+                kv = self._library.best(self.behind(prompt.opening, chunk, policy), chunk, overhead)
             elif not policy.remembers:
-                kv = self._library.get(self.behind(opening, chunk, policy), chunk)
+                kv = self._library.get(self.behind(prompt.opening, chunk, policy), chunk)
             found.append((kv, exact))
         return found

@@ -49,6 +49,11 @@ class Prompt:
     behind: tuple[int, ...] | None = None
 
     @property
+    def opening(self) -> tuple[int, ...]:
+        """What the chunks were computed behind, a lead-in apart."""
+        return self.prefix if self.behind is None else self.behind
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
         """All token ids in order."""
         return (*self.prefix, *(token for chunk in self.chunks for token in chunk), *self.question)

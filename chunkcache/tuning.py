@@ -41,10 +41,9 @@ class Tuning:
             return self._given
         return load_calibration(self._fingerprint, None if self._given is None else Path(self._given))
 
-    @property
-    def guard(self) -> GuardModel | None:
-        """What predicts the error of a guarded policy, if it was calibrated."""
-        return self.calibration.guard if self.calibration is not None else None
+    def guard(self, policy: Policy) -> GuardModel | None:
+        """Return what predicts the error of `policy`, if it is guarded and the model was calibrated."""
+        return self.calibration.guard if policy.guarded() is not None and self.calibration is not None else None
 
     def settle(self, policy: Policy) -> Policy:
         """Return `policy` with nothing left open.
@@ -61,7 +60,7 @@ class Tuning:
             if alpha is None:
                 raise _missing(policy)
             return replace(policy, alpha=alpha)
-        if policy.guarded() is not None and self.guard is None:
+        if policy.guarded() is not None and self.guard(policy) is None:
             raise _missing(policy)
         return policy
 

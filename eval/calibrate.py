@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import chunkcache
 from chunkcache.blend import Policy, parse_policy
 from chunkcache.blend.cachecraft import CacheCraft
-from chunkcache.blend.guard import GuardModel, Rung, Signals
+from chunkcache.blend.guard import GuardModel, Signals
 from chunkcache.blend.query import Query
 from chunkcache.calibration import Calibration
 from chunkcache.errors import PolicyError
@@ -112,12 +112,8 @@ def _rungs(llm: CachedLLM, full: _Full, policy: Query) -> list[tuple[Signals, fl
     """Return the signals and the true KL of the first token at every step of a guarded prefill."""
     llm.precompute(full.case.chunks, policy=policy)
     climbed = llm.climb(full.case.question, full.case.chunks, policy)
-    return [(rung.signals, _kl(full.log_probs[0], rung)) for rung in climbed]
-
-
-def _kl(log_probs: Tensor, rung: Rung) -> float:
-    other = rung.log_probs.to(log_probs.device)
-    return float((log_probs.exp() * (log_probs - other)).sum())
+    first = full.log_probs[:1]
+    return [(rung.signals, measure_fidelity(first, rung.log_probs[None]).kl_first) for rung in climbed]
 
 
 def _least_alpha(
