@@ -10,6 +10,7 @@ ChunkCacheError
 │   ├── ModelNotFoundError       a model name, folder or file that cannot be loaded
 │   ├── DocumentError            a document folder or file that cannot be used
 │   └── CalibrationError         a policy needs a calibration that is missing, damaged or another model's
+├── EntryLostError               a stored entry that went away, or proved damaged, while it was being read
 └── UnsupportedModelError        this model cannot be served right; the message says why
     └── SelfCheckError           the model looked right, but its self-check did not agree
 
@@ -57,6 +58,18 @@ class DocumentError(InputError):
 
 class CalibrationError(InputError):
     """A policy needs a calibration of this model, and there is none that can be used."""
+
+
+class EntryLostError(ChunkCacheError):
+    """A layer of a stored chunk KV is damaged or gone. A request computes the chunk itself instead.
+
+    Attributes:
+        key: the entry's.
+    """
+
+    def __init__(self, key: object, why: str) -> None:
+        super().__init__(f"entry {key} is lost: {why}")
+        self.key = key
 
 
 class UnsupportedModelError(ChunkCacheError):

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from chunkcache.quantised import QuantisedLayer
+
 FORMAT_VERSION = 1
+
+Layer = torch.Tensor | QuantisedLayer
 
 
 @dataclass(frozen=True)
@@ -75,36 +79,87 @@ class Context:
     outside: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
+def label(kind: str, name: str) -> str:
+    """Return a hash that stands for the name of a tenant or document; '' stands for none."""
+    return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()[:32] if name else ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a chunk KV comes from: what it is deleted by, and what it would cost to have it again.
+
+    Attributes:
+        model: fingerprint of the model that computed it.
+        tenant: `label("tenant", salt)` of whoever it belongs to.
+        documents: `label("document", id)` of each document that it is known to have been computed from.
+        chunks: `chunk_name` of each chunk that it was computed from: its own, and those that stood before it.
+        created: when it was computed, in seconds since the epoch.
+        compute_s: seconds that this took.
+    """
+
+    model: str = ""
+    tenant: str = ""
+    documents: tuple[str, ...] = ()
+    chunks: tuple[str, ...] = ()
+    created: float = 0.0
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ChunkKV:
     """Keys and values of one chunk.
 
     Attributes:
         token_ids: the chunk's tokens; a hit in a store is used only if they agree.
         position: position that the first token's key is rotated for, the length of its context.
-        layers: one `[2, kv_heads, tokens, head_dim]` block per layer, keys first. A tier may give any
-            sequence that loads a layer when it is indexed, so that layers stream while the model computes.
+        layers: one `[2, kv_heads, tokens, head_dim]` block per layer, keys first, as a tensor or quantised. A tier
+            may give any sequence that loads a layer when it is indexed, so that layers stream while the model
+            computes; indexing then raises `EntryLostError` where the layer is damaged or has gone.
         nbytes: size of all layers together.
         context: what it looked at, if that was recorded.
+        origin: where it comes from.
     """
 
     token_ids: tuple[int, ...]
     position: int
-    layers: Sequence[torch.Tensor]
+    layers: Sequence[Layer]
     nbytes: int
     context: Context | None = None
+    origin: Origin = Origin()
 
     @classmethod
     def of(
         cls,
         token_ids: Sequence[int],
         position: int,
-        layers: Sequence[torch.Tensor],
+        layers: Sequence[Layer],
         context: Context | None = None,
+        origin: Origin = Origin(),
     ) -> ChunkKV:
         """Build a chunk KV from layers that are in memory."""
-        nbytes = sum(layer.numel() * layer.element_size() for layer in layers)
-        return cls(tuple(token_ids), position, tuple(layers), nbytes, context)
+        return cls(tuple(token_ids), position, tuple(layers), sum(layer.nbytes for layer in layers), context, origin)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each layer; layers are not loaded for it."""
+        known: tuple[tuple[int, ...], ...] | None = getattr(self.layers, "shapes", None)
+        return known if known is not None else tuple(tuple(layer.shape) for layer in self.layers)
+
+    def loaded(self) -> ChunkKV:
+        """Return the same chunk KV with all layers in memory.
+
+        Raises:
+            EntryLostError: one of them is damaged or gone.
+        """
+        return self if isinstance(self.layers, tuple) else self.of_layers(tuple(self.layers))
+
+    def of_layers(self, layers: Sequence[Layer]) -> ChunkKV:
+        """Return the same chunk KV with other layers, which are in memory."""
+        return replace(self, layers=layers, nbytes=sum(layer.nbytes for layer in layers))
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        """Say nothing of the text: token ids in a traceback would be the text."""
+        return f"<ChunkKV of {len(self)} tokens at position {self.position}, {len(self.layers)} layers>"

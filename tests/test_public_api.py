@@ -19,6 +19,7 @@ PUBLIC = {
     "ContextLengthError",
     "Conversation",
     "DocumentError",
+    "EntryLostError",
     "Generation",
     "InputError",
     "ModelNotFoundError",

@@ -9,24 +9,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from helpers_store import LOCAL, SIZE, key, kv, open_tier
 
-from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.store import TIERS, MemoryStore, Store, StoreStats
-
-SIZE = 2 * 2 * 4  # bytes of one token in `kv`
+from chunkcache.store import MemoryStore, StoreStats, Tier
 
 
-def key(*token_ids, salt=""):
-    return ChunkKey.of("model", (), token_ids, salt)
-
-
-def kv(*token_ids, fill=1.0):
-    return ChunkKV.of(token_ids, 3, [torch.full((2, 1, len(token_ids), 1), fill + i) for i in range(2)])
-
-
-@pytest.fixture(params=TIERS.values(), ids=TIERS)
-def store(request):
-    with request.param() as opened:
+@pytest.fixture(params=LOCAL)
+def store(request, tmp_path):
+    with open_tier(request.param, tmp_path) as opened:
         yield opened
 
 
@@ -132,12 +122,12 @@ def test_leaving_the_context_closes_the_store_and_passes_failures_on():
 
 
 def test_a_tier_must_implement_the_five_methods():
-    with pytest.raises(TypeError, match=r"_bytes.*_keys.*_read.*_remove.*_write"):
-        Store()
+    with pytest.raises(TypeError, match=r"__contains__.*_entries.*_read.*_remove.*_write"):
+        Tier()
 
 
-@pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
-def test_eight_threads_at_once_leave_exact_counts_and_bytes(tier):
+@pytest.mark.parametrize("tier", LOCAL)
+def test_eight_threads_at_once_leave_exact_counts_and_bytes(tier, tmp_path):
     budget, threads, rounds = 20 * SIZE, 8, 60
     start = threading.Barrier(threads)
 
@@ -157,7 +147,7 @@ def test_eight_threads_at_once_leave_exact_counts_and_bytes(tier):
             key(token) in store  # noqa: B015 - it must not fail while others write
         return hits
 
-    with tier(budget) as store, ThreadPoolExecutor(threads) as pool:
+    with open_tier(tier, tmp_path, max_bytes=budget, admit="all") as store, ThreadPoolExecutor(threads) as pool:
         hits = sum(pool.map(work, range(threads)))
         stats = store.stats()
     assert stats.writes == threads * rounds

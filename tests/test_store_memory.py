@@ -6,10 +6,10 @@ import logging
 from collections import OrderedDict
 
 import torch
+from helpers_store import SIZE, key, kv
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from test_store_base import SIZE, key, kv
 
 from chunkcache.store import MemoryStore
 
@@ -161,7 +161,7 @@ def test_a_budget_of_no_bytes_is_refused_by_every_entry():
 
 
 def test_by_worth_the_entry_that_saved_least_goes_first():
-    store = MemoryStore(3 * SIZE, evict="worth")
+    store = MemoryStore(3 * SIZE, evict="cost")
     for token in range(3):
         store.put(key(token), kv(token))
     store.credit(key(0), 2.0)
@@ -177,7 +177,7 @@ def test_by_worth_the_entry_that_saved_least_goes_first():
 
 
 def test_of_equal_worth_the_least_recently_used_goes_first_and_worth_goes_with_its_entry():
-    store = MemoryStore(2 * SIZE, evict="worth")
+    store = MemoryStore(2 * SIZE, evict="cost")
     store.put(key(0), kv(0))
     store.put(key(1), kv(1))
     store.credit(key(0), 5.0)

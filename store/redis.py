@@ -1,0 +1,337 @@
+"""The Redis tier: chunk KV on Redis or Valkey servers, which any number of processes share."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any, ClassVar
+
+import redis
+
+from chunkcache.errors import EntryLostError, StoreURLError
+from chunkcache.kv import ChunkKey
+from chunkcache.store.base import EVERYTHING, Entry, StoreStats, Where, logger
+from chunkcache.store.breaker import Breaker
+from chunkcache.store.bytestore import ByteStore
+from chunkcache.store.entry import MAX_DESCRIPTION, PREAMBLE, DamagedError
+from chunkcache.store.redis_servers import NodeError, NotNowError, Server, Tls, open_servers
+
+AHEAD = 3 * 2**20  # bytes asked for at once: the server sends a layer while the one before is being received
+UPLOAD_S = 60  # what is not committed after this is gone
+GRACE_S = 10  # how long what was replaced can still be read by who has begun
+TOMB_S = 3600  # how long a deletion stands against what was computed before it
+_MARK = struct.Struct("<8s8sIQ")  # magic, id, number of layers, their bytes
+_MAGIC = b"CKVPARTS"
+_MAX_PARTS = 4096
+_FOREIGN = "it is no entry of a chunkcache store"
+_LISTED = 64  # headers fetched at once
+
+
+class RedisStore(ByteStore):
+    """Chunk KV on one server, behind Sentinels, or on a Cluster.
+
+    An entry is a header under `<namespace>:{<key>}:h` and a value per layer under `<namespace>:{<key>}:<id>:<layer>`,
+    where `id` is drawn for each writing; the braces keep them on one node of a Cluster. The header is written last
+    and commits: until then the others are there for a minute only, whatever becomes of the writer. What is replaced
+    stays for some seconds, so that nobody reads a mixture.
+
+    The server's own `maxmemory` is the budget, and its eviction policy says what goes; `allkeys-lru` or
+    `allkeys-lfu` is right for a cache. An entry of which a layer was evicted is deleted when that is noticed.
+    Listing walks over all keys of the database: give the store one of its own.
+
+    Deletions are known to every process with the same namespace: KV that were computed before are not stored
+    afterwards, within an hour. So on a Cluster nothing is stored while the node that keeps `<namespace>:tombs` is
+    down.
+
+    Args:
+        url: see `open_servers`. The user name and password may also come from CHUNKCACHE_REDIS_USERNAME and
+            CHUNKCACHE_REDIS_PASSWORD, that of the Sentinels from CHUNKCACHE_REDIS_SENTINEL_PASSWORD.
+        timeout: seconds that a server may take to connect or answer, and again for each MiB that it sends. A name
+            that DNS does not resolve may take longer.
+        namespace: what the names of all values start with.
+        ca: file with the certificates that the server's is checked against; '' for those of the system.
+        cert: file with the client's certificate.
+        key: file with its private key.
+        verify: `yes`, or `no`, where anybody can pretend to be the server.
+
+    The others are those of `ByteStore`.
+
+    Raises:
+        StoreURLError: a value is none of these.
+    """
+
+    faults: ClassVar[tuple[type[Exception], ...]] = (redis.RedisError, OSError)
+
+    def __init__(
+        self,
+        url: str = "redis://",
+        codec: str = "raw",
+        compress: str = "none",
+        ttl: float | None = None,
+        secret: str = "",
+        timeout: float = 0.05,
+        namespace: str = "chunkcache",
+        ca: str = "",
+        cert: str = "",
+        key: str = "",
+        verify: str = "yes",
+    ) -> None:
+        super().__init__(None, codec, compress, ttl, secret)
+        if not timeout > 0:
+            raise StoreURLError(f"timeout={timeout} is no time to wait; pass seconds, such as 0.05")
+        if not re.fullmatch(r"[\w.:-]+", namespace, re.ASCII):
+            raise StoreURLError(f"namespace={namespace!r} has other characters than letters, digits, and any of _.:-")
+        if verify not in ("yes", "no"):
+            raise StoreURLError(f"verify={verify!r} is neither 'yes' nor 'no'")
+        self._namespace = namespace
+        self._servers = open_servers(url, timeout, Tls(ca, cert, key, verify == "yes"))
+
+    def delete(self, key: ChunkKey) -> bool:
+        at = repr(time.time())
+        name = self._name(key, "t")
+        self._attempt(lambda: self._servers.run(name, lambda s: s.client.set(name, at, ex=TOMB_S)), None)
+        return super().delete(key)
+
+    def purge(self, where: Where = EVERYTHING) -> int:
+        self._attempt(lambda: self._bury(where), None)
+        return super().purge(where)
+
+    def stats(self) -> StoreStats:
+        held: list[int] = self._attempt(lambda: [mark.nbytes for _, mark, _ in self._listed(_MARK.size)], [])
+        with self._stats_lock:
+            return replace(self._stats, entries=len(held), nbytes=sum(held))
+
+    def close(self) -> None:
+        self._servers.close()
+
+    def trouble(self, fault: Exception, breaker: Breaker | None = None) -> None:
+        if isinstance(fault, NotNowError):
+            self.count(skipped=1)
+        elif isinstance(fault, NodeError):  # the other nodes are well: the tier's breaker stays closed
+            self.count(errors=1)
+            if fault.first:
+                logger.warning("RedisStore: a node is in trouble (%s): requests go on without its entries", fault)
+        elif isinstance(fault, redis.ResponseError):
+            super().trouble(fault, breaker)
+        else:  # it does not answer: reading and writing alike would wait
+            super().trouble(fault)
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        name = self._name(key, "h")
+        return self._attempt(lambda: bool(self._servers.run(name, lambda server: server.client.exists(name))), False)
+
+    def fetch(self, names: Sequence[bytes], sizes: Sequence[int]) -> list[memoryview | None]:
+        """Read values of one entry, of so many bytes each; None for one that is not there.
+
+        Raises:
+            DamagedError: one has another size.
+        """
+
+        def read(server: Server) -> list[memoryview | None]:
+            with server.link() as link:
+                link.send([(b"GET", name) for name in names])
+                return [link.value(nbytes, nbytes) for nbytes in sizes]
+
+        return self._servers.run(names[0], read)
+
+    def _open(self, key: ChunkKey) -> _Stored | None:
+        name = self._name(key, "h")
+
+        def read(server: Server) -> memoryview | None:
+            with server.link() as link:
+                link.send([(b"GET", name)])
+                return link.value(0, _MARK.size + PREAMBLE + MAX_DESCRIPTION)
+
+        try:
+            value = self._servers.run(name, read)
+        except DamagedError as damage:
+            raise EntryLostError(key, str(damage)) from None
+        if value is None:
+            return None
+        mark = _Mark.found(value)
+        if mark is None:
+            raise EntryLostError(key, _FOREIGN)
+        return _Stored(self, self._parts(key, mark), bytes(value[_MARK.size :]))
+
+    def _save(self, entry: Entry, header: bytes, blocks: Sequence[memoryview]) -> bool:
+        if self._is_buried(entry):
+            return False
+        mark = _Mark(secrets.token_bytes(8), len(blocks), entry.nbytes)
+        parts = self._parts(entry.key, mark)
+
+        def upload(server: Server) -> None:
+            with server.link() as link:
+                for index, (part, block) in enumerate(zip(parts, blocks, strict=True)):
+                    link.send([(b"SET", part, block, b"EX", b"%d" % UPLOAD_S)])
+                    if index:  # one on its way while the server takes the one before
+                        link.done()
+                link.done()
+            self._commit(server, entry, bytes(mark) + header, parts)
+
+        self._servers.run(parts[0], upload)
+        if self._is_buried(entry):  # deleted while it was being written
+            self._remove(entry.key)
+            return False
+        return True
+
+    def _commit(self, server: Server, entry: Entry, value: bytes, parts: Sequence[bytes]) -> None:
+        left = None if entry.expires is None else max(1, round((entry.expires - time.time()) * 1000))
+        with server.client.pipeline(transaction=True) as pipe:
+            pipe.set(self._name(entry.key, "h"), value, px=left, get=True)
+            for part in parts:
+                if left is None:
+                    pipe.persist(part)
+                else:
+                    pipe.pexpire(part, left)
+            replaced = pipe.execute()[0]
+        if replaced is not None and (old := _Mark.found(replaced)) is not None:
+            with server.client.pipeline(transaction=False) as pipe:
+                for part in self._parts(entry.key, old):
+                    pipe.expire(part, GRACE_S)
+                pipe.execute()
+
+    def _remove(self, key: ChunkKey) -> bool:
+        name = self._name(key, "h")
+
+        def remove(server: Server) -> bool:
+            try:
+                mark = _Mark.found(server.client.getrange(name, 0, _MARK.size - 1))
+            except redis.ResponseError as error:
+                if not _is_foreign(error):
+                    raise
+                mark = None
+            there: int = server.client.unlink(name)
+            if mark is not None:
+                server.client.unlink(*self._parts(key, mark))
+            return there > 0
+
+        return self._servers.run(name, remove)
+
+    def _headers(self) -> Iterator[tuple[ChunkKey, bytes]]:
+        for key, _, header in self._listed(None):
+            yield key, header
+
+    def _listed(self, nbytes: int | None) -> Iterator[tuple[ChunkKey, _Mark, bytes]]:
+        """Yield key, mark and header of every entry, of which the first `nbytes` are read."""
+        names = re.compile(re.escape(self._namespace).encode() + rb":\{([0-9a-f]{64})\}:h")
+
+        def read(server: Server) -> list[tuple[bytes, Any]]:
+            found = set(server.client.scan_iter(match=f"{self._namespace}:{{*}}:h", count=1000))
+            ours = [name for name in found if names.fullmatch(name)]
+            values: list[Any] = []
+            for start in range(0, len(ours), _LISTED):
+                with server.client.pipeline(transaction=False) as pipe:
+                    for name in ours[start : start + _LISTED]:
+                        pipe.getrange(name, 0, -1 if nbytes is None else nbytes - 1)
+                    values += pipe.execute(raise_on_error=False)
+            return list(zip(ours, values, strict=True))
+
+        for name, value in chain.from_iterable(self._servers.each(read, self.trouble)):
+            key = ChunkKey(name[-67:-3].decode())
+            if _is_foreign(value) or (isinstance(value, bytes) and value and _Mark.found(value) is None):
+                self.lose(key, _FOREIGN)
+            elif isinstance(value, bytes) and (mark := _Mark.found(value)) is not None:
+                yield key, mark, value[_MARK.size :]
+
+    def _bury(self, where: Where) -> None:
+        """Let every process know that what agrees with `where` is deleted."""
+        name, now = self._name(None, "tombs"), time.time()
+
+        def bury(server: Server) -> None:
+            with server.client.pipeline(transaction=True) as pipe:
+                pipe.zremrangebyscore(name, "-inf", now - TOMB_S)
+                pipe.zadd(name, {json.dumps(asdict(where)): now})
+                pipe.expire(name, TOMB_S)
+                pipe.execute()
+
+        self._servers.run(name, bury)
+
+    def _is_buried(self, entry: Entry) -> bool:
+        """Return whether `entry` was deleted, by any process, after its KV were computed."""
+        name, tombs = self._name(entry.key, "t"), self._name(None, "tombs")
+        at = self._servers.run(name, lambda server: server.client.get(name))
+        if at is not None and entry.created <= _time(at):
+            return True
+        since = self._servers.run(tombs, lambda server: server.client.zrangebyscore(tombs, entry.created, "+inf"))
+        return any(_where(text).matches(entry) for text in since)
+
+    def _name(self, key: ChunkKey | None, part: str) -> bytes:
+        tag = "" if key is None else f"{{{key.digest}}}:"
+        return f"{self._namespace}:{tag}{part}".encode()
+
+    def _parts(self, key: ChunkKey, mark: _Mark) -> list[bytes]:
+        return [self._name(key, f"{mark.id.hex()}:{layer}") for layer in range(mark.layers)]
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What the value of a header starts with: which values hold the layers."""
+
+    id: bytes
+    layers: int
+    nbytes: int
+
+    def __bytes__(self) -> bytes:
+        return _MARK.pack(_MAGIC, self.id, self.layers, self.nbytes)
+
+    @classmethod
+    def found(cls, value: bytes | memoryview) -> _Mark | None:
+        if len(value) < _MARK.size:
+            return None
+        magic, *fields = _MARK.unpack_from(value)
+        mark = cls(*fields)
+        return mark if magic == _MAGIC and 0 < mark.layers <= _MAX_PARTS else None
+
+
+class _Stored:
+    """An entry whose header is read."""
+
+    def __init__(self, store: RedisStore, parts: Sequence[bytes], header: bytes) -> None:
+        self.header = header
+        self._store, self._parts = store, parts
+        self._ahead: dict[int, memoryview | None] = {}
+
+    def block(self, index: int, sizes: Sequence[int]) -> memoryview:
+        if index not in self._ahead:
+            self._ahead = self._fetch(index, sizes)
+        block = self._ahead.pop(index, None)
+        if block is None:
+            raise DamagedError("a layer is not there; the server may have evicted it")
+        return block
+
+    def _fetch(self, index: int, sizes: Sequence[int]) -> dict[int, memoryview | None]:
+        if len(sizes) != len(self._parts):
+            raise DamagedError("its values and its header do not belong together")
+        end = index + 1
+        while end < len(sizes) and sum(sizes[index : end + 1]) <= AHEAD:
+            end += 1
+        blocks = self._store.fetch(self._parts[index:end], sizes[index:end])
+        return dict(zip(range(index, end), blocks, strict=True))
+
+
+def _is_foreign(reply: object) -> bool:
+    """Return whether a reply says that a value is no string, and so not ours."""
+    return isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE")
+
+
+def _time(text: bytes) -> float:
+    """Return the time that `text` stands for; what cannot be read stands for the end of time."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
+
+
+def _where(text: bytes) -> Where:
+    """Return the condition that `text` stands for; what cannot be read stands for everything."""
+    try:
+        return Where(**json.loads(text))
+    except (ValueError, TypeError):
+        return EVERYTHING

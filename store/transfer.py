@@ -1,0 +1,243 @@
+"""Entries in and out of a store as a tar file, each as a member `<key>.ckv` that is just what a file of it would be.
+
+Nothing of a tar file is written to disk by its name, unpickled, or believed before it is checked. Whatever the file
+says of itself, one entry of at most `MAX_ENTRY` bytes is in memory: so its members are read here one by one, where
+`tarfile` would first read a header record of any size.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from chunkcache.errors import EntryLostError, InputError
+from chunkcache.kv import ChunkKey, ChunkKV
+from chunkcache.store.base import EVERYTHING, Entry, Store, Tier, Where
+from chunkcache.store.bytestore import SECRET, ByteStore
+from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length, encode
+
+MAX_ENTRY = 4 * 2**30  # bytes; 8,000 tokens of a model of 70B parameters are 2.7 GB
+_NAME = re.compile(r"([0-9a-f]{64})\.ckv")
+_PIECE = 2**20
+
+
+@dataclass
+class Exported:
+    """What was written: entries, their bytes, and how many were listed but could not be read."""
+
+    entries: int = 0
+    nbytes: int = 0
+    lost: int = 0
+
+
+@dataclass
+class Imported:
+    """What was read.
+
+    Attributes:
+        entries: stored.
+        nbytes: bytes of these.
+        damaged: not what they should be, too large, or sealed with another secret.
+        expired: past their time to live, and not stored.
+        refused: intact, but the store did not take them.
+        other: members that are no entries.
+        complete: whether the file has its end.
+    """
+
+    entries: int = 0
+    nbytes: int = 0
+    damaged: int = 0
+    expired: int = 0
+    refused: int = 0
+    other: int = 0
+    complete: bool = False
+
+
+def export_entries(
+    store: Store, file: BinaryIO, where: Where = EVERYTHING, on_entry: Callable[[int, int], None] | None = None
+) -> Exported:
+    """Write the entries that agree with `where` as an uncompressed tar file, sealed as their tier seals them.
+
+    Args:
+        store: where they are read from, and verified; each comes from the nearest tier that has it intact.
+        file: written from start to end, so a pipe will do.
+        where: which ones.
+        on_entry: called with (entries done, entries in all) after every one.
+    """
+    found: dict[ChunkKey, list[tuple[Tier, Entry]]] = {}
+    for tier in _tiers(store):
+        for entry in tier.entries(where):
+            found.setdefault(entry.key, []).append((tier, entry))
+    done = Exported()
+    for count, places in enumerate(found.values(), 1):
+        written = next(filter(None, (_write(file, tier, entry) for tier, entry in places)), 0)
+        done.entries += written > 0
+        done.nbytes += written
+        done.lost += written == 0
+        if on_entry is not None:
+            on_entry(count, len(found))
+    file.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
+    return done
+
+
+def import_entries(store: Store, file: BinaryIO, on_entry: Callable[[Imported], None] | None = None) -> Imported:
+    """Verify the entries of a tar file, and put them into `store` one after the other.
+
+    One that is damaged is counted and left out. How long one lives from now on is up to the store. Without a secret
+    anybody can make entries that look intact: import only what you trust.
+
+    Args:
+        store: where they go; its secret is the one that they must be sealed with.
+        file: read from start to end, so a pipe will do.
+        on_entry: called after every member with what was done so far.
+
+    Raises:
+        InputError: it is no uncompressed tar file.
+    """
+    done = Imported()
+    secret = next((tier.secret for tier in _tiers(store) if isinstance(tier, ByteStore)), _own_secret())
+    for member in _members(file, done):
+        name = _NAME.fullmatch(PurePosixPath(member.name).name)
+        if name is None:
+            done.other += 1
+        else:
+            _take(store, member, ChunkKey(name[1]), secret, done)
+        if on_entry is not None:
+            on_entry(done)
+    return done
+
+
+class _Member:
+    """A member of a tar file that is being read: its name, and its bytes one after the other."""
+
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+        self._file, self.name, self.size = file, name, size
+        self._left = size
+
+    def read(self, size: int) -> bytearray:
+        """Return the next `size` bytes, in a buffer of their own.
+
+        Raises:
+            DamagedError: there are fewer.
+        """
+        if size > self._left:
+            raise DamagedError(f"the entry ends {size - self._left} bytes too early")
+        data = bytearray(size)
+        self._left -= size
+        _fill(self._file, memoryview(data))
+        return data
+
+    def skip(self) -> None:
+        """Read over what is left of it, and what fills it up to a whole block."""
+        left = self._left + -self.size % tarfile.BLOCKSIZE
+        self._left = 0
+        while left:
+            piece = min(left, _PIECE)
+            _fill(self._file, memoryview(bytearray(piece)))
+            left -= piece
+
+
+def _members(file: BinaryIO, done: Imported) -> Iterator[_Member]:
+    """Yield the regular members of a tar file; others are read over. Takes note of a file that has its end."""
+    first = True
+    try:
+        while True:
+            block = bytearray(tarfile.BLOCKSIZE)
+            _fill(file, memoryview(block))
+            if not any(block):
+                done.complete = True
+                return
+            info = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
+            if info.size < 0:
+                raise tarfile.HeaderError
+            first = False
+            member = _Member(file, info.name, info.size)
+            if info.isreg():
+                yield member
+            member.skip()
+    except (EOFError, tarfile.HeaderError):
+        if first:
+            raise InputError(
+                "this is no tar file, or a compressed one: pass what chunkcache store export wrote, decompressed"
+            ) from None
+
+
+def _take(store: Store, member: _Member, key: ChunkKey, secret: bytes | None, done: Imported) -> None:
+    """Verify one entry and put it into the store."""
+    try:
+        header = _header(member, key, secret)
+        kv = _read(member, header, secret)
+    except (DamagedError, EOFError):
+        done.damaged += 1
+        return
+    if header.expires is not None and header.expires < time.time():
+        done.expired += 1
+        return
+    stored = store.put(key, kv)
+    store.flush()  # or entries would wait in memory for a slow tier
+    done.entries += stored
+    done.nbytes += member.size * stored
+    done.refused += not stored
+
+
+def _header(member: _Member, key: ChunkKey, secret: bytes | None) -> Header:
+    preamble = bytes(member.read(PREAMBLE))
+    description = member.read(description_length(preamble))
+    header = Header.parse(preamble + description, key, secret)
+    if len(preamble) + len(description) + sum(header.sizes) != member.size:
+        raise DamagedError(f"{member.size} bytes are not the size that the header says")
+    plain = sum(block.plain_bytes() for block in header.blocks)  # a compressed block may claim anything
+    if member.size > MAX_ENTRY or plain > MAX_ENTRY:
+        raise DamagedError(f"an entry of {max(member.size, plain)} bytes is too large")
+    return header
+
+
+def _read(member: _Member, header: Header, secret: bytes | None) -> ChunkKV:
+    layers = [block.layer(member.read(block.nbytes), header.compressed, secret) for block in header.blocks]
+    return ChunkKV.of(header.token_ids, header.position, layers, header.context, header.origin)
+
+
+def _write(file: BinaryIO, tier: Tier, entry: Entry) -> int:
+    """Write one entry as a member; return its bytes, 0 if it cannot be read."""
+    kv = tier.peek(entry.key)
+    if kv is None:
+        return 0
+    try:
+        kv = kv.of_layers(tuple(kv.layers))
+    except EntryLostError:
+        return 0  # counted by the tier
+    secret = tier.secret if isinstance(tier, ByteStore) else _own_secret()
+    header, blocks = encode(entry.key, kv, False, secret, entry.expires)
+    info = tarfile.TarInfo(f"{entry.key.digest}.ckv")
+    info.size = len(header) + sum(map(len, blocks))
+    info.mode, info.mtime = 0o600, int(entry.created)
+    file.write(info.tobuf(tarfile.USTAR_FORMAT))
+    file.write(header)
+    for block in blocks:
+        file.write(block)
+    file.write(tarfile.NUL * (-info.size % tarfile.BLOCKSIZE))
+    return info.size
+
+
+def _fill(file: BinaryIO, buffer: memoryview) -> None:
+    """Read exactly as much as the buffer holds; raises EOFError if the file ends before."""
+    while buffer:
+        data = file.read(min(len(buffer), _PIECE))
+        if not data:
+            raise EOFError
+        buffer[: len(data)] = data
+        buffer = buffer[len(data) :]
+
+
+def _tiers(store: Store) -> list[Tier]:
+    return [tier for tier in store.tiers().values() if isinstance(tier, Tier)]
+
+
+def _own_secret() -> bytes | None:
+    return os.environ.get(SECRET, "").encode() or None
