@@ -16,14 +16,54 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from chunkcache.blend.plan import Plan
+from chunkcache.blend.loader import LEAST_DEPTH, Loader
+from chunkcache.blend.plan import Plan, Segment
 from chunkcache.blend.rotary import Rotary
+from chunkcache.kv import Layer
+from chunkcache.quantised import GROUP, QuantisedLayer
 
 
 def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:
     """Return the keys and values `[batch, kv_heads, tokens, head_dim]` that `cache` holds of layer `index`."""
     layer: Any = cache.layers[index]
     return layer.keys, layer.values
+
+
+def place(segment: Segment, layer: Layer, rotary: Rotary | None, target: Tensor) -> None:
+    """Write one layer of a segment's stored KV to its place, keys rotated to their positions.
+
+    Args:
+        segment: which tokens of the layer, and how far they moved.
+        layer: `[2, kv_heads, tokens, head_dim]`, whole.
+        rotary: how its keys are rotated; None for not at all.
+        target: `[2, kv_heads, length, head_dim]`.
+    """
+    if isinstance(layer, QuantisedLayer):
+        if rotary is not None and segment.first == 0 and target.dtype == torch.float32:
+            _place_scaled(segment, layer, rotary, target)
+            return
+        layer = layer.dense()
+    stored = layer[:, :, segment.first : segment.first + segment.length]
+    target[1].copy_(stored[1], non_blocking=True)
+    if rotary is None:
+        target[0].copy_(stored[0], non_blocking=True)
+    else:
+        rotary.shift(stored[0], segment.delta, target[0])
+
+
+def _place_scaled(segment: Segment, layer: QuantisedLayer, rotary: Rotary, target: Tensor) -> None:
+    """Dequantise while placing: the keys in the pass that rotates them, group by group of tokens."""
+    target[1].copy_(layer.values()[:, : segment.length])
+    codes = layer.keys()
+    whole = segment.length // GROUP * GROUP
+    scale, zero = layer.key_scale.float()[:, :, None], layer.key_zero.float()[:, :, None]
+    if whole:
+        keys, out = (part[:, :whole].view(len(part), -1, GROUP, part.shape[2]) for part in (codes, target[0]))
+        groups = whole // GROUP
+        rotary.shift_scaled(keys, scale[:, :groups], zero[:, :groups], segment.delta, out)
+    if whole < segment.length:
+        rest, group = slice(whole, segment.length), whole // GROUP
+        rotary.shift_scaled(codes[:, rest], scale[:, group], zero[:, group], segment.delta, target[0][:, rest])
 
 
 class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error
@@ -41,17 +81,30 @@ class FusedCache(DynamicCache):
         config: the model's text config, for its layer types.
         plan: what is reused where.
         rotaries: how each layer's keys are rotated; None for a layer without RoPE.
+        depth: layers that are loaded ahead of the one that is computed.
 
     Attributes:
         rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
-        assemble_s: seconds spent loading and re-rotating stored KV (host time).
+        assemble_s: seconds spent waiting for stored KV and re-rotating them (host time).
+        load_s: seconds that loading them took in its own thread, once it has stopped.
+        started: when the request began, in seconds since the epoch.
         computed: token-layers computed.
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
     """
 
-    def __init__(self, config: PreTrainedConfig, plan: Plan, rotaries: Sequence[Rotary | None]) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        plan: Plan,
+        rotaries: Sequence[Rotary | None],
+        depth: int = LEAST_DEPTH,
+    ) -> None:
         super().__init__(config=config)
+        self.started = time.time()
+        self._depth = depth
+        self._loader: Loader | None = None
+        self.load_s = 0.0
         self.plan = plan
         self.prefilled = False
         self.assemble_s = 0.0
@@ -107,15 +160,10 @@ class FusedCache(DynamicCache):
             started = time.perf_counter()
             _, kv_heads, _, head_dim = like.shape
             both = like.new_empty(2, kv_heads, len(self.plan), head_dim)
-            rotary = self._rotaries[layer_idx]
-            for segment in self.plan.segments:
-                stored = segment.kv.layers[layer_idx][:, :, segment.first : segment.first + segment.length]
-                target = both[:, :, segment.start : segment.end]
-                target[1].copy_(stored[1], non_blocking=True)
-                if rotary is None:
-                    target[0].copy_(stored[0], non_blocking=True)
-                else:
-                    rotary.shift(stored[0], segment.delta, target[0])
+            if self._loader is None:
+                self._loader = Loader([s.kv.layers for s in self.plan.segments], like.device, self._depth)
+            for segment, layer in zip(self.plan.segments, self._loader.take(layer_idx), strict=True):
+                place(segment, layer, self._rotaries[layer_idx], both[:, :, segment.start : segment.end])
             self._assembled[layer_idx] = both
             self.assemble_s += time.perf_counter() - started
         return self._assembled[layer_idx]
@@ -139,6 +187,20 @@ class FusedCache(DynamicCache):
         stored = both.index_select(2, self.rows_on(both.device))
         self._scatter(both, fresh[:1], fresh[1:])
         return fresh, stored
+
+    def start_over(self, plan: Plan) -> None:
+        """Forget what was assembled and computed, and go on with another plan for the same prompt."""
+        self.stop_loading()
+        self._assembled.clear()
+        self.plan = plan
+        self.computed = self.scouted = 0
+
+    def stop_loading(self) -> None:
+        """Load no further layers."""
+        if self._loader is not None:
+            self._loader.close()
+            self.load_s += self._loader.busy_s
+            self._loader = None
 
     def drop_last(self) -> None:
         """Forget the last token, before sliding-window layers are trimmed."""

@@ -80,6 +80,12 @@ class LoadingController:
             if loaded:
                 self._load = _average(self._load, load_s / loaded)
 
+    @property
+    def token_layer_s(self) -> tuple[float, float]:
+        """Seconds to compute, and to load, one layer of one token; 0 before anything was measured."""
+        with self._lock:
+            return self._compute, self._load
+
     def choose(self, tokens: int = 1000) -> Choice:
         """Return the ratio for a request that reuses `tokens` tokens; the figures in its reason are for so many."""
         with self._lock:

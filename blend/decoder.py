@@ -32,6 +32,7 @@ class Decoder:
         layers: the decoder layers, in order.
         attentions: the attention module of each.
         rotaries: how each layer's keys are rotated; `selfcheck` sets those without RoPE to None.
+        heads: (kv_heads, head_dim) of each layer; `selfcheck` sets it.
         max_tokens: longest prompt that is served right, in tokens.
 
     Raises:
@@ -50,11 +51,17 @@ class Decoder:
         self._types = self._find_layer_types()
         self._windows = self._find_windows()
         self.rotaries: list[Rotary | None] = self._find_rotaries()
+        self.heads: list[tuple[int, int]] | None = None
         self.max_tokens = self._find_max_tokens()
 
-    def shadow(self) -> Decoder:
-        """Return this decoder over a shadow of the model, free to be hooked; SDPA takes scattered rows there."""
-        attention = ROWS_ATTENTION if self.config._attn_implementation == "sdpa" else None
+    def shadow(self, attention: str | None = None) -> Decoder:
+        """Return this decoder over a shadow of the model, free to be hooked.
+
+        Args:
+            attention: its attention implementation; by default the model's, where SDPA takes scattered rows.
+        """
+        if attention is None and self.config._attn_implementation == "sdpa":
+            attention = ROWS_ATTENTION
         twin = copy.copy(self)
         twin.model = shadow_of(self.model, self._names, attention)
         twin.layers = [twin.model.get_submodule(name) for name in self._names[0::2]]

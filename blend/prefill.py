@@ -7,7 +7,10 @@ layers. Every later forward passes through untouched: the shadow then is the mod
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +22,15 @@ from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.guard import Guarded, GuardModel, settle
+from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Check, Policy
 from chunkcache.blend.record import Recorder
 from chunkcache.blend.scout import scout
-from chunkcache.errors import CalibrationError, PolicyError, PromptError
+from chunkcache.errors import CalibrationError, EntryLostError, PolicyError, PromptError
 from chunkcache.kv import Context
 
+logger = logging.getLogger("chunkcache")
 OnPrefilled = Callable[[FusedCache, dict[int, Context]], None]
 
 
@@ -40,11 +45,15 @@ class SelectivePrefill:
             what each chunk that was computed whole looked at, by its start, if that is recorded.
         record: whether it is.
         guard: predicts the error of a policy that is guarded.
+        depth: layers that are loaded ahead of the one that is computed.
 
     Attributes:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
         guarded: what the guard did, after the prefill of a guarded policy.
+        reused_tokens: tokens that stored KV are put in place for.
+        exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
+        lost: chunks whose stored KV proved damaged or gone during the prefill, and which it computed instead.
 
     Raises:
         PolicyError: the policy has a check layer that the model has not.
@@ -58,6 +67,7 @@ class SelectivePrefill:
         on_prefilled: OnPrefilled | None = None,
         record: bool = False,
         guard: GuardModel | None = None,
+        depth: int = LEAST_DEPTH,
     ) -> None:
         count = len(decoder.layers)
         deepest = max((*policy.check_layers(count), *policy.watch_layers(count)), default=0)
@@ -74,8 +84,13 @@ class SelectivePrefill:
         self._recorder: Recorder | None = None
         self._handles: list[RemovableHandle | Watch] = []
         self.model: Any = self._decoder.model
-        self.cache = FusedCache(decoder.config, plan, decoder.rotaries)
-        self._before_handle = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.lost = 0
+        self._count(plan)
+        self.cache = FusedCache(decoder.config, plan, decoder.rotaries, depth)
+        self._prompt = len(plan)
+        self._own_forward = self.model.__dict__.get("forward")
+        self._forward = self.model.forward
+        self.model.forward = functools.wraps(self._forward)(lambda *args, **kwargs: self._prefill(*args, **kwargs))
 
     def run(self) -> Tensor:
         """Prefill, and return the logits `[vocab]` of the next token."""
@@ -86,30 +101,63 @@ class SelectivePrefill:
         """Prefill and decode: the class's own `generate()`, whatever stands in front of it on the model."""
         return type(self.model).generate(self.model, *args, past_key_values=self.cache, **options)
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Cut the forward's input to the selected rows."""
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the shadow's forward until it is handed the cache; compute what is selected then."""
         if kwargs.get("past_key_values") is not self.cache:
-            return None
-        self._before_handle.remove()
+            return self._forward(*args, **kwargs)
+        self._give_forward_back()
         input_ids = args[0] if args else kwargs["input_ids"]
-        prompt = len(self.cache.plan)
+        try:
+            while True:
+                try:
+                    output = self._forward(**{**kwargs, **self._cut(input_ids)})
+                    break
+                except EntryLostError as lost:  # the store has counted it; its chunk is computed here and now
+                    self._remove_hooks()
+                    self.cache.start_over(self._without_lost())
+                    logger.info("%s; %d chunks are computed with the prompt", lost, self.lost)
+        finally:
+            self._remove_hooks()
+            self.cache.stop_loading()
+        self._finish()
+        return output
+
+    def _give_forward_back(self) -> None:
+        """From here on, the shadow does what the model would."""
+        if self._own_forward is not None:
+            self.model.forward = self._own_forward
+        else:
+            del self.model.forward
+
+    def _cut(self, input_ids: Tensor) -> dict[str, Any]:
+        """Return the input of the forward that computes the selected rows only; hook what narrows and records it."""
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
-        rows = self._rows(plan, prompt)
+        rows = self._rows(plan, self._prompt)
         self.cache.go_on_with(rows)
-        self._handles = [self.model.register_forward_hook(self._after)]
         if self._record:
             self._recorder = Recorder(decoder, plan, rows)
         narrows = len(plan.inexact) > 0 and policy.check_layers(len(decoder.layers))
         if narrows and not (self._recorder and self._recorder.spans):  # a record needs its rows in every layer
             self._handles += _Narrowing(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
-        cut = {
+        return {
             "input_ids": input_ids.index_select(1, on_device),
             "position_ids": on_device[None],
             "attention_mask": decoder.masks(on_device, len(plan)),
         }
-        return (), {**kwargs, **cut}
+
+    def _without_lost(self) -> Plan:
+        """Return the plan without the segments whose KV cannot be had; those of the others are all loaded now."""
+        plan = self.cache.plan
+        kept = []
+        for segment in plan.segments:
+            try:
+                kept.append(replace(segment, kv=segment.kv.loaded()))
+            except EntryLostError:
+                continue
+        self.lost += len(plan.segments) - len(kept)
+        return self._count(Plan.of(plan.token_ids, kept, plan.chunks))
 
     def _rows(self, plan: Plan, prompt: int) -> Tensor:
         """Return the sorted positions that the forward computes, `prompt` tokens being the prompt's own."""
@@ -127,17 +175,24 @@ class SelectivePrefill:
             selected = policy.select(plan)
         return torch.cat((plan.fresh, selected)).sort().values
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The cache is an ordinary one, and the shadow does what the model would, from here on."""
+    def _count(self, plan: Plan) -> Plan:
+        """Take note of how much `plan` reuses, and return it."""
+        self.reused_tokens = sum(segment.length for segment in plan.segments)
+        self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)
+        return plan
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        contexts = {}
+        self._handles = []
         if self._recorder is not None:
             self._recorder.remove()
-            contexts = self._recorder.contexts()
+
+    def _finish(self) -> None:
+        """Make the cache an ordinary one."""
         self.cache.prefilled = True
         if self._on_prefilled is not None:
-            self._on_prefilled(self.cache, contexts)
+            self._on_prefilled(self.cache, {} if self._recorder is None else self._recorder.contexts())
         self.cache.trim()
         self.cache.plan = Plan(self.cache.plan.token_ids)  # lets go of the stored KV
 

@@ -46,7 +46,7 @@ class Rotary:
         self.rotation = lru_cache(maxsize=1024)(self._rotation)
 
     def shift(self, keys: Tensor, delta: int, out: Tensor) -> None:
-        """Write `keys` `[kv_heads, tokens, head_dim]`, rotated by `delta` positions, into `out` of that shape."""
+        """Write `keys` `[..., head_dim]`, rotated by `delta` positions, into `out` of that shape."""
         if delta == 0:
             out.copy_(keys, non_blocking=True)
             return
@@ -57,6 +57,28 @@ class Rotary:
             out.copy_(turned)
         else:
             self._turn(keys, cos, sin, out)
+
+    def shift_scaled(self, codes: Tensor, scale: Tensor, zero: Tensor, delta: int, out: Tensor) -> None:
+        """Write the keys `codes * scale + zero`, rotated by `delta` positions, into `out`, all in one pass.
+
+        Rotation is linear: scaling goes into the angles, and the zero point is rotated by itself.
+
+        Args:
+            codes: float32 `[..., tokens, head_dim]`.
+            scale: float32 `[..., 1, head_dim]`.
+            zero: like `scale`.
+            delta: positions.
+            out: float32, of the shape of `codes`.
+        """
+        cos, sin = self.rotation(delta)
+        first, second, rest = self._first, self._second, slice(self.rotary_dim, None)
+        turned = torch.empty_like(zero)
+        self._turn(zero, cos, sin, turned)
+        for mine, other, sign in ((first, second, -1), (second, first, 1)):
+            torch.addcmul(turned[..., mine], codes[..., mine], scale[..., mine] * cos, out=out[..., mine])
+            out[..., mine].addcmul_(codes[..., other], scale[..., other] * sin, value=sign)
+        if self.rotary_dim < self._head_dim:
+            torch.addcmul(zero[..., rest], codes[..., rest], scale[..., rest], out=out[..., rest])
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         first, second = keys[..., self._first], keys[..., self._second]

@@ -63,7 +63,7 @@ class SelfCheck:
 
 @torch.no_grad()
 def self_check(decoder: Decoder) -> SelfCheck:
-    """Check both properties, and tell `decoder` which layers have no RoPE.
+    """Check both properties, and tell `decoder` which layers have no RoPE, and their heads.
 
     Raises:
         SelfCheckError: an error is over the tolerance of the model's dtype.
@@ -107,6 +107,8 @@ def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
             f"{type(decoder.model).__name__} has keys of {keys.shape[-1]} and values of {values.shape[-1]} "
             "dimensions (latent attention, MLA); chunkcache stores keys and values of one size"
         )
+    layers = [layer_kv(here, index)[0] for index in range(len(here.layers))]
+    decoder.heads = [(keys.shape[1], keys.shape[3]) for keys in layers]
     _, there = _own_prefill(decoder, ids, DELTA)
     errors: list[float] = []
     for index, rotary in enumerate(decoder.rotaries):

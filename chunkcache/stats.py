@@ -17,13 +17,15 @@ _warn_once = lru_cache(maxsize=None)(logger.warning)
 class RequestStats:
     """Counts and seconds of one request.
 
-    The seconds are host time; `assemble_s` is part of `prefill_s`, the others follow one another.
+    The seconds are host time; `assemble_s` is part of `prefill_s`, `load_s` runs beside it, the others follow one
+    another.
 
     Attributes:
         policy: the policy that ran, as a string that names it.
         tokens: length of the prompt.
         chunks: chunks in the prompt.
         hits: of these, found in the store (under an attached `generate`, found in the prompt).
+        lost: hits whose KV proved damaged or gone while they were loaded, and were computed with the prompt.
         misses: chunks that were computed for this request because the store did not hold them.
         reused_tokens: tokens that stored KV was put in place for.
         exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
@@ -35,8 +37,9 @@ class RequestStats:
         tokenize_s: texts to token ids.
         lookup_s: reading the store.
         compute_s: computing chunk KV that were missing, and storing them.
+        load_s: loading stored KV from a tier that is not in memory, beside the prefill.
         prefill_s: the selective prefill itself; under `generate`, up to the first token.
-        assemble_s: loading and re-rotating stored KV.
+        assemble_s: re-rotating stored KV, and waiting for those that are still being loaded.
         ttft_s: from the call to the first token (`generate`) or to the logits (`prefill`).
     """
 
@@ -45,6 +48,7 @@ class RequestStats:
     chunks: int = 0
     hits: int = 0
     misses: int = 0
+    lost: int = 0
     reused_tokens: int = 0
     exact_tokens: int = 0
     recomputed_share: float = 1.0
@@ -55,6 +59,7 @@ class RequestStats:
     tokenize_s: float = 0.0
     lookup_s: float = 0.0
     compute_s: float = 0.0
+    load_s: float = 0.0
     prefill_s: float = 0.0
     assemble_s: float = 0.0
     ttft_s: float = 0.0
@@ -67,9 +72,9 @@ class RequestStats:
             self.guard_predicted = prefill.guarded.predicted
             self.guard_full = prefill.guarded.full
         self.tokens = len(plan)
-        self.reused_tokens = sum(segment.length for segment in plan.segments)
-        self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)
-        self.assemble_s = cache.assemble_s
+        self.reused_tokens, self.exact_tokens = prefill.reused_tokens, prefill.exact_tokens
+        self.lost = prefill.lost
+        self.load_s, self.assemble_s = cache.load_s, cache.assemble_s
         if cache.prefilled:
             self.recomputed_share = (cache.computed + cache.scouted) / (len(cache.plan) * len(cache.layers))
         else:

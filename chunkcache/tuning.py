@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from chunkcache.blend import Policy
+from chunkcache.blend import Plan, Policy
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.controller import LoadingController
 from chunkcache.blend.guard import GuardModel
+from chunkcache.blend.loader import preload_depth
 from chunkcache.calibration import Calibration, load_calibration
 from chunkcache.errors import CalibrationError
 from chunkcache.stats import RequestStats
@@ -64,13 +65,17 @@ class Tuning:
             raise _missing(policy)
         return policy
 
+    def depth(self, plan: Plan) -> int:
+        """Return how many layers of `plan` to load ahead, by what earlier requests took."""
+        computed, loaded = self.controller.token_layer_s
+        return preload_depth(self._layers, computed * len(plan.fresh), loaded * len(plan))
+
     def observe(self, stats: RequestStats) -> None:
         """Take note of what a request took, for the loading controller."""
         computed = round(stats.recomputed_share * stats.tokens * self._layers)
         loaded = stats.reused_tokens * self._layers
-        self.controller.observe(
-            stats.prefill_s - stats.assemble_s, computed, stats.lookup_s + stats.assemble_s, loaded
-        )
+        load_s = stats.lookup_s + max(stats.load_s, stats.assemble_s)
+        self.controller.observe(stats.prefill_s - stats.assemble_s, computed, load_s, loaded)
 
 
 def _missing(policy: Policy) -> CalibrationError:

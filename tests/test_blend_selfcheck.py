@@ -90,15 +90,13 @@ def test_stored_kv_left_where_fresh_ones_belong_are_noticed(monkeypatch):
 
 
 def test_rows_at_the_wrong_positions_are_noticed(monkeypatch):
-    before = prefill.SelectivePrefill._before
+    cut = prefill.SelectivePrefill._cut
 
-    def shifted(self, model, args, kwargs):
-        cut = before(self, model, args, kwargs)
-        if cut is not None:
-            cut[1]["position_ids"] = cut[1]["position_ids"] + 1
-        return cut
+    def shifted(self, input_ids):
+        rows = cut(self, input_ids)
+        return {**rows, "position_ids": rows["position_ids"] + 1}
 
-    monkeypatch.setattr(prefill.SelectivePrefill, "_before", shifted)
+    monkeypatch.setattr(prefill.SelectivePrefill, "_cut", shifted)
     assert fails(Decoder(zoo.build("llama")), "KV")
 
 
