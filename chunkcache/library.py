@@ -6,24 +6,24 @@ stored. So no chunk believes that it starts the text, and the first chunk of a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
-import torch
-from transformers import DynamicCache
-
-from chunkcache.blend import Decoder, FusedCache, Plan, Segment, SelectivePrefill, layer_kv
-from chunkcache.blend.reuse import Reuse
-from chunkcache.errors import ContextLengthError
-from chunkcache.kv import ChunkKey, ChunkKV, Context
+from chunkcache.blend import Decoder, FusedCache
+from chunkcache.encoder import Encoder, TokenIds, cut_kv
+from chunkcache.errors import ContextLengthError, EntryLostError
+from chunkcache.flights import Flights
+from chunkcache.kv import ChunkKey, ChunkKV, Context, Origin, chunk_name, label
 from chunkcache.matching import Finder, Known
-from chunkcache.store import Store
+from chunkcache.store import Store, Where
 from chunkcache.variants import Variants
 
-TokenIds = tuple[int, ...]
 Progress = Callable[[int, int], None]
+Span = tuple[int, int]  # first and last + 1 position
 
 _REPAIRED = "\0repaired"  # keeps versions computed behind repaired KV apart from exact ones
-BATCH_TOKENS = 4096  # tokens of one precompute batch, padding included
 
 
 class ChunkLibrary:
@@ -41,15 +41,19 @@ class ChunkLibrary:
 
     def __init__(self, decoder: Decoder, store: Store, fingerprint: str, salt: str) -> None:
         self._decoder = decoder
+        self._encoder = Encoder(decoder)
         self._store = store
         self._fingerprint = fingerprint
         self._salt = salt
+        self._tenant = label("tenant", salt)
+        self._documents: dict[str, set[str]] = {}  # labels, by the name of a chunk
+        self._flights: Flights[TokenIds, ChunkKV] = Flights()
         self._variants = Variants()
         self.finder = Finder()
 
     def get(self, context: TokenIds, token_ids: TokenIds) -> ChunkKV | None:
         """Return the stored KV of `token_ids` computed right behind `context`, or None."""
-        return self._store.get(self._key(context, token_ids), token_ids)
+        return self._store.get(self._key(context, token_ids), token_ids, self._decoder.heads)
 
     def holds(self, context: TokenIds, token_ids: TokenIds) -> bool:
         """Return whether the store has an entry for it, without counting a hit or a miss."""
@@ -66,29 +70,73 @@ class ChunkLibrary:
 
     def find(self, known: Known) -> ChunkKV | None:
         """Return the stored KV of a chunk that the finder named, or None if it has gone since."""
-        return self._store.get(known.key, known.token_ids)
+        kv = self._store.get(known.key, known.token_ids, self._decoder.heads)
+        if kv is None:
+            self.finder.remove(known)
+        return kv
 
-    def put(self, context: TokenIds, kv: ChunkKV) -> None:
-        """Store `kv`, computed behind `context`, and make it findable."""
-        self._store.put(self._key(context, kv.token_ids), kv)
+    def put(self, context: TokenIds, kv: ChunkKV, behind: Sequence[TokenIds] = ()) -> None:
+        """Store `kv`, computed behind `context`, in which the chunks `behind` stand, and make it findable."""
+        self._store.put(self._key(context, kv.token_ids), self._signed(kv, behind))
         self.know(context, kv.token_ids)
 
+    def belongs(self, chunk: TokenIds, document: str) -> None:
+        """Take note that a chunk is part of a document, whose `label` is `document`."""
+        self._documents.setdefault(chunk_name(chunk), set()).add(document)
+
+    def relabel(self, context: TokenIds, token_ids: TokenIds) -> None:
+        """Let a stored entry say that it is from all documents that are now known to have the chunk."""
+        kv = self.get(context, token_ids)
+        if kv is None or self._documents.get(chunk_name(token_ids), set()) <= set(kv.origin.documents):
+            return
+        try:
+            self.put(context, kv.loaded())
+        except EntryLostError:
+            return  # counted by the store; whoever needs the chunk computes it, with its labels
+
+    def forget(self, where: Where) -> int:
+        """Delete all KV of this model and tenant that agree with `where`; return how many there were."""
+        return self._store.purge(replace(where, model=self._fingerprint, tenant=self._tenant))
+
+    def forget_stale(self, document: str, chunks: Collection[TokenIds]) -> int:
+        """Delete the KV computed from chunks that `document` (a `label`) once had, and no other document has.
+
+        Args:
+            document: the document.
+            chunks: what it consists of now.
+        """
+        now = {chunk_name(chunk) for chunk in chunks}
+        where = Where(model=self._fingerprint, tenant=self._tenant, document=document)
+        stale = [entry for entry in self._store.entries(where) if entry.chunks and entry.chunks[0] not in now]
+        gone = {entry.chunks[0] for entry in stale if entry.documents == (document,)}
+        for name in {entry.chunks[0] for entry in stale}:
+            self._documents.get(name, set()).discard(document)
+        for entry in stale:
+            if (gone | now).intersection(entry.chunks):  # deleted below, or computed behind what the document has
+                continue
+            kv = self._store.get(entry.key, None)
+            if kv is not None:
+                others = tuple(label for label in entry.documents if label != document)
+                with suppress(EntryLostError):  # counted by the store
+                    self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
+        return sum(self.forget(Where(chunk=name)) for name in gone)
+
     def prefix(self, token_ids: TokenIds) -> ChunkKV:
-        """Return the KV of a prefix, computed if the store does not hold it."""
+        """Return the KV of a prefix, all of it loaded; computed if the store does not hold it."""
         kv = self.get((), token_ids)
-        if kv is None:
-            kv = next(self._encode(None, [token_ids]))
-            self.put((), kv)
-        return kv
+        try:
+            return kv.loaded() if kv is not None else self.compute({token_ids: ()})[token_ids]
+        except EntryLostError:
+            return self.compute({token_ids: ()})[token_ids]
 
     def compute(
         self, chunks: Mapping[TokenIds, TokenIds], on_progress: Progress | None = None, record: bool = False
     ) -> dict[TokenIds, ChunkKV]:
-        """Prefill chunks in batches of like length, and store them.
+        """Prefill chunks, and store them. What another thread is prefilling is waited for, not computed again.
 
         Args:
             chunks: token ids of each chunk, and those that it stands behind.
-            on_progress: called with (chunks done, chunks in all) after every batch.
+            on_progress: called with (chunks done, chunks in all) after every chunk.
             record: whether to record what their tokens look at, for which they are computed one by one.
 
         Returns:
@@ -100,16 +148,39 @@ class ChunkLibrary:
         for token_ids, behind in chunks.items():
             self._check_length(len(behind), len(token_ids))
         computed: dict[TokenIds, ChunkKV] = {}
-        encode = self._encode_recorded if record else self._encode
-        for behind in dict.fromkeys(chunks.values()):
-            context = self.prefix(behind) if behind else None
-            for batch in _batches(sorted((ids for ids in chunks if chunks[ids] == behind), key=len)):
-                for kv in encode(context, batch):
-                    self.put(behind, kv)
-                    computed[kv.token_ids] = kv
-                if on_progress is not None:
-                    on_progress(len(computed), len(chunks))
+
+        def done(kv: ChunkKV) -> None:
+            computed[kv.token_ids] = kv
+            if on_progress is not None:
+                on_progress(len(computed), len(chunks))
+
+        waiting = dict(chunks)
+        while waiting:
+            with self._flights.board({ids: (self._key(waiting[ids], ids), record) for ids in waiting}) as flights:
+                for kv in self._encode({ids: waiting[ids] for ids in flights.mine}, record):
+                    flights.land(kv.token_ids, kv)
+                    done(kv)
+            for kv in flights.others():
+                done(kv)
+            waiting = {ids: behind for ids, behind in waiting.items() if ids not in computed}
         return computed
+
+    def _encode(self, chunks: Mapping[TokenIds, TokenIds], record: bool) -> Iterator[ChunkKV]:
+        """Yield the KV of chunks, computed and stored, or out of the store if they have come into it meanwhile."""
+        for behind in dict.fromkeys(chunks.values()):
+            missing = []
+            for ids in (ids for ids in chunks if chunks[ids] == behind):
+                kv = self.get(behind, ids) if not record and self.holds(behind, ids) else None
+                if kv is None:
+                    missing.append(ids)
+                else:
+                    yield kv
+            context = self.prefix(behind) if behind and missing else None
+            started = time.time()  # a deletion after this is one of what is being computed, too
+            for kv in self._encoder.encode(context, missing, record):
+                kv = replace(kv, origin=replace(kv.origin, created=started))
+                self.put(behind, kv)
+                yield kv
 
     def best(self, prefix: TokenIds, chunk: TokenIds, overhead: Callable[[Context | None], float]) -> ChunkKV | None:
         """Return the stored version of `chunk` that needs least recomputing, or None if all of it would have to be.
@@ -122,7 +193,7 @@ class ChunkLibrary:
         alone = overhead(None) if self.holds(prefix, chunk) else 1.0
         variant, least = self._variants.pick(chunk, overhead)
         while variant is not None and least <= alone and least < 1:
-            kv = self._store.get(variant.key, chunk)
+            kv = self._store.get(variant.key, chunk, self._decoder.heads)
             if kv is not None:
                 self._store.credit(variant.key, self._variants.use(variant, least))
                 return kv
@@ -131,18 +202,32 @@ class ChunkLibrary:
         return self.get(prefix, chunk) if alone < 1 else None
 
     def remember_version(
-        self, cache: FusedCache, token_ids: TokenIds, start: int, end: int, context: Context
+        self, cache: FusedCache, token_ids: TokenIds, span: Span, behind: Sequence[TokenIds], context: Context
     ) -> None:
-        """Store tokens `start` to `end` of a prompt as one more version of a chunk, computed behind repaired KV."""
-        kv = _cut(cache, token_ids, start, end, context)
-        key = ChunkKey.of(self._fingerprint, token_ids[:start], kv.token_ids, self._salt + _REPAIRED)
-        if self._store.put(key, kv):
+        """Store the KV of `span` of a prompt as one more version of a chunk, computed behind repaired KV."""
+        kv = cut_kv(cache, token_ids, *span, context)
+        key = ChunkKey.of(self._fingerprint, token_ids[: span[0]], kv.token_ids, self._salt + _REPAIRED)
+        if self._store.put(key, self._signed(kv, behind)):
             for gone in self._variants.add(kv.token_ids, key, context):
                 self._store.delete(gone)
 
-    def remember(self, cache: FusedCache, token_ids: TokenIds, start: int, end: int) -> None:
-        """Store the KV of tokens `start` to `end` of a prompt as they came out in their context."""
-        self.put(token_ids[:start], _cut(cache, token_ids, start, end))
+    def remember(self, cache: FusedCache, token_ids: TokenIds, span: Span, behind: Sequence[TokenIds]) -> None:
+        """Store the KV of `span` of a prompt as they came out behind the chunks `behind`."""
+        self.put(token_ids[: span[0]], cut_kv(cache, token_ids, *span), behind)
+
+    def _signed(self, kv: ChunkKV, behind: Sequence[TokenIds]) -> ChunkKV:
+        """Return `kv` with its origin filled in."""
+        names = [chunk_name(chunk) for chunk in (kv.token_ids, *behind)]
+        documents = sorted(set(kv.origin.documents).union(*(self._documents.get(name, ()) for name in names)))
+        origin = Origin(
+            self._fingerprint,
+            self._tenant,
+            tuple(documents),
+            tuple(names),
+            kv.origin.created or time.time(),
+            kv.origin.compute_s,
+        )
+        return replace(kv, origin=origin)
 
     def _key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
         return ChunkKey.of(self._fingerprint, context, token_ids, self._salt)
@@ -154,58 +239,3 @@ class ChunkLibrary:
                 f"a chunk of {chunk} tokens behind a prefix of {prefix} does not fit the model's context of {limit} "
                 "tokens; split it into smaller chunks"
             )
-
-    def _encode_recorded(self, context: ChunkKV | None, batch: Sequence[TokenIds]) -> Iterator[ChunkKV]:
-        """Prefill sequences one by one on a shadow of the model, where their attention can be watched."""
-        segments = [] if context is None else [Segment(0, context, 0, len(context), exact=True)]
-        before = () if context is None else context.token_ids
-        computed: list[ChunkKV] = []
-
-        def keep(cache: FusedCache, contexts: dict[int, Context]) -> None:
-            start, end = len(before), len(cache.plan)
-            computed.append(_cut(cache, cache.plan.token_ids, start, end, contexts[start]))
-
-        for ids in batch:
-            plan = Plan.of((*before, *ids), segments, [(len(before), len(before) + len(ids))])
-            SelectivePrefill(self._decoder, plan, Reuse(), keep, record=True).run()
-            yield computed.pop()
-
-    @torch.no_grad()
-    def _encode(self, context: ChunkKV | None, batch: Sequence[TokenIds]) -> Iterator[ChunkKV]:
-        """Prefill sequences of different length side by side; padding stands behind them, where none looks."""
-        longest = max(map(len, batch))
-        input_ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch])
-        cache = DynamicCache()  # not by config: a sliding-window layer would drop what is to be stored
-        start = 0
-        if context is not None:
-            start = len(context)
-            for index, layer in enumerate(context.layers):
-                keys, values = layer.to(self._decoder.device)[:, None].expand(-1, len(batch), -1, -1, -1)
-                cache.update(keys, values, index)
-        self._decoder.prefill(input_ids, cache)
-        for row, ids in enumerate(batch):
-            end = start + len(ids)
-            layers = [
-                torch.stack([part[row, :, start:end] for part in layer_kv(cache, index)])
-                for index in range(len(cache.layers))
-            ]
-            yield ChunkKV.of(ids, start, layers)
-
-
-def _cut(cache: FusedCache, token_ids: TokenIds, start: int, end: int, context: Context | None = None) -> ChunkKV:
-    layers = [
-        torch.cat([part[:, :, start:end] for part in layer_kv(cache, index)]) for index in range(len(cache.layers))
-    ]
-    return ChunkKV.of(token_ids[start:end], start, layers, context)
-
-
-def _batches(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
-    """Group chunks, sorted by length, so that a padded batch stays within `BATCH_TOKENS`."""
-    batch: list[TokenIds] = []
-    for chunk in chunks:
-        if batch and len(chunk) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(chunk)
-    if batch:
-        yield batch

@@ -6,9 +6,11 @@ the model's own `generate()`. The model is never modified; after every call it i
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill
 from chunkcache.blend.guard import Rung, climb
 from chunkcache.calibration import Calibration
 from chunkcache.conversation import Conversation
+from chunkcache.encoder import TokenIds
 from chunkcache.errors import PromptError
 from chunkcache.generation import (
     FirstTokenClock,
@@ -38,16 +41,17 @@ from chunkcache.generation import (
     with_length,
 )
 from chunkcache.identity import check_tokenizer, fingerprint
-from chunkcache.kv import Context
+from chunkcache.kv import Context, chunk_name, label
 from chunkcache.library import ChunkLibrary, Progress
 from chunkcache.planner import Planner
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
-from chunkcache.store import Store, open_store
+from chunkcache.store import Store, Where, open_store
 from chunkcache.tuning import Tuning
 
 DEFAULT_STORE = "memory://?max_bytes=2GiB"
 DEFAULT_POLICY = "query"
+PART_TOKENS = 8192  # chunk tokens that `precompute` holds in memory at a time
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class CachedLLM:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        store: str | Store = DEFAULT_STORE,
+        store: str | Store | None = None,
         policy: str | Policy = DEFAULT_POLICY,
         salt: str = "",
         instruction: str = INSTRUCTION,
@@ -105,6 +109,7 @@ class CachedLLM:
         calibration: Calibration | str | Path | None = None,
     ) -> None:
         self.policy = parse_policy(policy)
+        store = store if store is not None else os.environ.get("CHUNKCACHE_STORE", DEFAULT_STORE)
         self.store = open_store(store) if isinstance(store, str) else store
         self._decoder = Decoder(model)
         check_tokenizer(model, tokenizer)
@@ -127,32 +132,77 @@ class CachedLLM:
         system: str | None = None,
         on_progress: Progress | None = None,
         policy: str | Policy | None = None,
+        documents: Sequence[str] | None = None,
     ) -> Precomputed:
         """Compute and store the KV of `texts` behind the prefix of `system`; what is stored already is left.
 
         Args:
             texts: the chunks.
             system: the system prompt that requests will use.
-            on_progress: called with (chunks done, chunks to do) after every batch.
+            on_progress: called with (chunks done, chunks to do) after every chunk.
             policy: the policy that requests will use; None for the wrapper's. It says which lead-in stands before
                 a chunk while it is computed, and whether what its tokens look at is recorded.
+            documents: for each text the id of the document that it is from, by which it can be deleted.
 
         Raises:
             PolicyError: the policy is unknown.
-            PromptError: a text is empty.
+            PromptError: a text is empty, or there are more or fewer documents than texts.
             ContextLengthError: a text is longer than the model's context.
         """
         if isinstance(texts, str):
             raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
+        if documents is not None and len(documents) != len(texts):
+            raise PromptError(f"{len(documents)} documents for {len(texts)} texts; pass one document id per text")
         chosen = self.chosen(policy)
         prefix = self.prompts.prefix(system)
-        chunks = {chunk: self._planner.behind(prefix, chunk, chosen) for chunk in map(self.prompts.chunk, texts)}
+        token_ids = [self.prompts.chunk(text) for text in texts]
+        for chunk, document in zip(token_ids, documents or (), strict=False):
+            self._library.belongs(chunk, label("document", document))
+        chunks = {chunk: self._planner.behind(prefix, chunk, chosen) for chunk in token_ids}
         ready = self._library.holds_recorded if chosen.contextual else self._library.holds
         missing = {chunk: behind for chunk, behind in chunks.items() if not ready(behind, chunk)}
         for chunk, behind in chunks.items():
             self._library.know(behind, chunk)
-        self._library.compute(missing, on_progress, record=chosen.contextual)
+            if documents is not None and chunk not in missing:
+                self._library.relabel(behind, chunk)
+        done = 0
+        for part in _parts(missing):  # neither their KV nor what waits to be written pile up
+            counted = None if on_progress is None else partial(_count_on, on_progress, done, len(missing))
+            self._library.compute(part, counted, record=chosen.contextual)
+            self.store.flush()
+            done += len(part)
         return Precomputed(len(chunks), len(missing), sum(map(len, missing)))
+
+    def update_document(
+        self,
+        document: str,
+        texts: Sequence[str],
+        system: str | None = None,
+        on_progress: Progress | None = None,
+        policy: str | Policy | None = None,
+    ) -> Precomputed:
+        """Precompute the chunks of a document that was edited, and delete those that are no longer in it.
+
+        Chunks that are as they were, also those that only moved, keep their KV. See `precompute`.
+        """
+        done = self.precompute(texts, system, on_progress, policy, [document] * len(texts))
+        self._library.forget_stale(label("document", document), [self.prompts.chunk(text) for text in texts])
+        return done
+
+    def forget(self, document: str | None = None, texts: Sequence[str] = ()) -> int:
+        """Delete, from every tier, all KV of this model and tenant that were computed from a document or from texts.
+
+        KV of chunks that were computed behind these in a prompt go as well. What is being computed meanwhile, or
+        waits to be written, is not stored any more. With neither, everything of this model and tenant is deleted.
+
+        Returns:
+            how many entries there were.
+        """
+        if document is not None:
+            return self._library.forget(Where(document=label("document", document)))
+        if texts:
+            return sum(self._library.forget(Where(chunk=chunk_name(self.prompts.chunk(text)))) for text in texts)
+        return self._library.forget(Where())
 
     # --- the request
 
@@ -377,20 +427,39 @@ class CachedLLM:
 
         def finish(cache: FusedCache, contexts: dict[int, Context]) -> None:
             if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
-                self._planner.remember(prompt, plan, policy, cache, contexts)
+                self._planner.remember(prompt, cache.plan, policy, cache, contexts)
             if but_last:
                 cache.drop_last()
 
-        return SelectivePrefill(self._decoder, plan, policy, finish, policy.contextual, self.tuning.guard(policy))
+        guard, depth = self.tuning.guard(policy), self.tuning.depth(plan)
+        return SelectivePrefill(self._decoder, plan, policy, finish, policy.contextual, guard, depth)
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self._decoder.device)
 
 
+def _count_on(on_progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    on_progress(before + done, total)
+
+
+def _parts(chunks: dict[TokenIds, TokenIds]) -> Iterator[dict[TokenIds, TokenIds]]:
+    """Divide chunks into parts of `PART_TOKENS`, or of one chunk that is longer."""
+    part: dict[TokenIds, TokenIds] = {}
+    tokens = 0
+    for chunk, behind in chunks.items():
+        if part and tokens + len(chunk) > PART_TOKENS:
+            yield part
+            part, tokens = {}, 0
+        part[chunk] = behind
+        tokens += len(chunk)
+    if part:
+        yield part
+
+
 def wrap(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    store: str | Store = DEFAULT_STORE,
+    store: str | Store | None = None,
     policy: str | Policy = DEFAULT_POLICY,
     salt: str = "",
     instruction: str = INSTRUCTION,
@@ -402,7 +471,8 @@ def wrap(
     Args:
         model: any decoder-only Hugging Face model with RoPE, loaded and in eval mode. It is not modified.
         tokenizer: the model's tokenizer; its chat template is used when it has one.
-        store: a store, or the URL of one, such as `memory://?max_bytes=2GiB`.
+        store: a store, or what `open_store` opens, such as `tiered:memory://?max_bytes=2GiB|disk:///var/cache/kv`.
+            None takes the environment variable CHUNKCACHE_STORE, and without it 2 GiB of memory.
         policy: which reused tokens are recomputed, such as `link:k=8`; see `chunkcache.blend.POLICIES`.
         salt: goes into every key; requests with another salt never see these chunk KV.
         instruction: stands before the chunks in every prompt.

@@ -56,6 +56,17 @@ class Finder:
         for offset, digest in enumerate(_window_hashes(known.token_ids)[::WINDOW].tolist()):
             self._anchors.setdefault(digest, []).append((known, offset * WINDOW))
 
+    def remove(self, known: Known) -> None:
+        """Make a chunk no longer findable."""
+        if self._known.pop(known.key, None) is None:
+            return
+        for digest in set(_window_hashes(known.token_ids)[::WINDOW].tolist()):
+            rest = [anchor for anchor in self._anchors[digest] if anchor[0].key != known.key]
+            if rest:
+                self._anchors[digest] = rest
+            else:
+                del self._anchors[digest]
+
     def find(self, token_ids: Sequence[int]) -> list[Match]:
         """Return the longest matches in `token_ids`, in order and without overlap."""
         ids = tuple(token_ids)

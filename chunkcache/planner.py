@@ -7,9 +7,10 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment
+from chunkcache.encoder import TokenIds
 from chunkcache.errors import ContextLengthError
 from chunkcache.kv import ChunkKV, Context, chunk_name
-from chunkcache.library import ChunkLibrary, TokenIds
+from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
 
@@ -79,12 +80,14 @@ class Planner:
             contexts: what the chunks that were computed whole looked at, by their start.
         """
         exact = {segment.start for segment in plan.segments if segment.exact}
+        behind: list[TokenIds] = []
         for start, end in plan.chunks:
             alone = start == len(prompt.prefix) and start in contexts
             if alone or (policy.remembers and start not in exact):
-                self._library.remember(cache, plan.token_ids, start, end)
+                self._library.remember(cache, plan.token_ids, (start, end), behind)
             elif start in contexts:
-                self._library.remember_version(cache, plan.token_ids, start, end, contexts[start])
+                self._library.remember_version(cache, plan.token_ids, (start, end), behind, contexts[start])
+            behind.append(plan.token_ids[start:end])
 
     def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
         """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""

