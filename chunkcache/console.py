@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -13,13 +14,27 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+class Bar:
+    """A progress bar: call it with (done, total)."""
+
+    def __init__(self, bars: Progress, label: str) -> None:
+        self._bars = bars
+        self._task = bars.add_task(label, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bars.update(self._task, completed=done, total=total)
+
+    def say(self, label: str) -> None:
+        """Change the text beside it."""
+        self._bars.update(self._task, description=label)
+
+
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr; yields a callback that takes (done, total)."""
+def progress(label: str) -> Iterator[Bar]:
+    """Show a progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bars:
-        task = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        yield Bar(bars, label)
 
 
 @contextmanager
@@ -37,3 +52,26 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def wide(made: Table) -> None:
+    """Print a table whose cells are not to be shortened, however narrow the terminal is."""
+    width = Measurement.get(out, out.options.update(width=1000), made).maximum
+    Console(highlight=False, width=max(out.width, width)).print(made)
+
+
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes as people read it, such as `12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def span_text(seconds: float) -> str:
+    """Return a span of time in its largest whole unit, such as `3h`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}{unit}"
+    return f"{max(int(seconds), 0)}s"

@@ -86,6 +86,7 @@ def test_check_model_shows_the_figures(run, model_folder):
     assert code == 0
     assert facts["passed"] is True
     assert facts["class"] == "LlamaForCausalLM"
+    assert len(facts["fingerprint"]) == 64  # what `store ls` shows the start of
     assert run("check-model", model_folder)[1].startswith("supported")
 
 
