@@ -1,4 +1,4 @@
-"""The command line: `chunkcache ask | demo | check-model | bench`.
+"""The command line: `chunkcache ask | demo | check-model | calibrate | bench | store`.
 
 Answers and JSON go to stdout, everything else to stderr. Exit codes: 0 done, 1 failure, 2 bad input.
 """
@@ -9,9 +9,10 @@ import json
 import logging
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,48 +20,34 @@ import click
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from chunkcache.console import err, out, progress, status, table
+from chunkcache.cli_fill import export_file, import_file, warm
+from chunkcache.cli_store import store_commands
+from chunkcache.console import err, out, progress, status, table, wide
 from chunkcache.errors import ChunkCacheError, DocumentError, InputError
+from chunkcache.options import (
+    STORE_VARIABLE,
+    data_options,
+    device_options,
+    json_file_option,
+    json_option,
+    model_options,
+    policy_option,
+    retrieval_options,
+    system_option,
+)
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only a command that needs them does
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from chunkcache.eval import Case
     from chunkcache.eval.compare import Comparison
+    from chunkcache.eval.stores import StoreBench
     from chunkcache.llm import CachedLLM
     from chunkcache.retriever import Hit, Retriever
     from chunkcache.store import Store
 
 EXAMPLES = Path(__file__).with_name("examples")
 COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
-
-
-model_options = _options(
-    click.option("--model", "model_name", default="smollm2-135m-instruct", show_default=True,
-                 help="Alias, local folder, GGUF file or Hugging Face id."),
-    click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest there is by default."),
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
-)  # fmt: skip
-retrieval_options = _options(
-    click.option("--top-k", default=4, show_default=True, type=click.IntRange(1), help="Chunks per prompt."),
-    click.option("--chunk-tokens", default=256, show_default=True, type=click.IntRange(32),
-                 help="Length of a chunk at most."),
-)  # fmt: skip
-data_options = _options(
-    click.argument("data", type=click.Path(path_type=Path)),
-    click.option("--chunks", default=5, show_default=True, type=click.IntRange(0),
-                 help="Chunks per prompt; 0 for all of each, two or more."),
-    click.option("--prompts", default=20, show_default=True, type=click.IntRange(1), help="Prompts to run."),
-    click.option("--skip", default=0, show_default=True, type=click.IntRange(0), help="Prompts to leave out first."),
-)  # fmt: skip
-json_file_option = click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Write meta data and all rows here."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,9 +64,16 @@ def cli(verbose: bool) -> None:
 @click.option("--docs", required=True, type=click.Path(path_type=Path), help="Folder or file of documents.")
 @model_options
 @retrieval_options
-@click.option("--policy", default="query", show_default=True, help="Which reused tokens are recomputed.")
-@click.option("--store", default="memory://?max_bytes=2GiB", show_default=True, help="URL of the chunk KV store.")
-@click.option("--system", help="System prompt; the chat template's own by default.")
+@policy_option
+@click.option(
+    "--store",
+    envvar=STORE_VARIABLE,
+    default="memory://?max_bytes=2GiB",
+    show_default=True,
+    show_envvar=True,
+    help="URL of the chunk KV store.",
+)
+@system_option
 @click.option(
     "--precompute",
     type=click.Choice(["all", "retrieved"]),
@@ -169,7 +163,7 @@ def demo(
     model, tokenizer = _load(model_name, device, dtype)
     retriever = _index(documents, tokenizer, chunk_tokens)
     found = [retriever.search(row["question"], top_k) for row in asked]
-    llm = wrap(model, tokenizer, policy=chosen)
+    llm = wrap(model, tokenizer, store="memory://?max_bytes=2GiB", policy=chosen)
     with progress("precomputing chunks") as on_progress:
         llm.precompute([hit.chunk.text for hits in found for hit in hits], on_progress=on_progress)
     answers = []
@@ -191,16 +185,14 @@ def demo(
 
 @cli.command("check-model")
 @click.argument("model_name", metavar="MODEL")
-@_options(
-    click.option("--device", help="cpu, cuda, cuda:1, mps; the fastest there is by default."),
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
-    json_option,
-)
+@device_options
+@json_option
 def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) -> None:
     """Say whether MODEL is supported, and show the figures of its self-check."""
     from chunkcache.blend import Decoder, self_check
+    from chunkcache.identity import fingerprint
 
-    model, _ = _load(model_name, device, dtype)
+    model, tokenizer = _load(model_name, device, dtype)
     decoder = Decoder(model)
     check = self_check(decoder)
     facts = {
@@ -210,6 +202,7 @@ def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) 
         "device": str(model.device),
         "layers": len(decoder.layers),
         "max_tokens": decoder.max_tokens,
+        "fingerprint": fingerprint(model, tokenizer),
         **check.as_dict(),
     }
     if as_json:
@@ -343,6 +336,56 @@ def bench_selection(
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2))
 
 
+@bench.command("store")
+@data_options
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    help="URL of a store to compare with memory; may be given several times. By default a folder on disk, with each "
+    "of the codecs.",
+)
+@policy_option
+@model_options
+@json_file_option
+def bench_store(
+    data: Path,
+    stores: Sequence[str],
+    policy: str,
+    chunks: int,
+    prompts: int,
+    skip: int,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """Compare stores on the prompts of DATA: put and get, time to first token over memory's, fidelity of codecs."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.eval.stores import CODECS, bench_stores
+    from chunkcache.store import open_store
+
+    parse_policy(policy)
+    with tempfile.TemporaryDirectory(prefix="chunkcache-") as folder, ExitStack() as opened:
+        urls = stores or [f"disk://{folder}/{number}{options}" for number, options in enumerate(CODECS)]
+        stands = {url: opened.enter_context(open_store(url)) for url in urls}
+        cases = _cases(data, chunks, prompts, skip)
+        model, tokenizer = _load(model_name, device, dtype)
+
+        def write(measured: StoreBench) -> None:  # after every prompt: what is interrupted leaves what it had
+            if json_file is not None:
+                json_file.write_text(json.dumps(measured.as_dict(), indent=2))
+
+        with progress("measuring stores") as on_prompt:
+            measured = bench_stores(model, tokenizer, cases, stands, policy, on_prompt, write)
+    _show_stores(measured)
+
+
+cli.add_command(store_commands)
+for command in (warm, export_file, import_file):
+    store_commands.add_command(command)
+
+
 def _cases(data: Path, chunks: int, prompts: int, skip: int) -> list[Case]:
     from chunkcache.eval import load_cases
 
@@ -414,6 +457,48 @@ def _compare(
 
     with progress("comparing policies") as on_prompt:
         return compare(model, tokenizer, cases, policies, store, on_prompt, on_rows)
+
+
+def _show_stores(measured: StoreBench) -> None:
+    from chunkcache.store.url import shown
+
+    sums = measured.summaries()
+
+    def number(value: float | None, digits: int) -> str:
+        return "n/a" if value is None else f"{value:.{digits}f}"
+
+    bytes_rows = [
+        [
+            shown(s["store"]),
+            str(s["chunks"]),
+            f"{s['bytes_per_token']:.0f}",
+            f"{s['put_s'] * 1e3:.0f}",
+            f"{s['get_s'] * 1e3:.0f}",
+            f"{s['get_bytes_per_s'] / 1e9:.2f}",
+            f"{s['put_of_floor']:.2f}",
+            f"{s['get_of_floor']:.2f}",
+        ]
+        for s in sums
+    ]
+    columns = ["store", "chunks", "bytes/token", "put ms", "get ms", "get GB/s", "put/floor", "get/floor"]
+    wide(table("all chunks of a prompt (medians; floor: a plain copy of as many bytes)", columns, bytes_rows))
+    ttft_rows = [
+        [
+            shown(s["store"]),
+            str(s["chunks"]),
+            f"{s['ttft_s']:.3f}",
+            f"{s['ttft_ratio']:.3f}",
+            number(s["cold_ttft_ratio"], 3),
+            f"{s['load_s']:.3f}",
+            number(s["peak_ratio"], 2),
+            f"{abs(s['kl_first']):.4f}",
+            f"{abs(s['kl_memory']):.5f}",
+            str(s["lost"]),
+        ]
+        for s in sums
+    ]
+    columns = ["store", "chunks", "TTFT s", "of memory", "cold", "load s", "peak/KV", "KL first", "KL to raw", "lost"]
+    wide(table("requests (medians; KL: means, in nats)", columns, ttft_rows))
 
 
 def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:

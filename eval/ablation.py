@@ -26,6 +26,7 @@ from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.kv import ChunkKV
 from chunkcache.llm import CachedLLM
+from chunkcache.quantised import dense
 
 LEAD = 1024
 STORE = "memory://?max_bytes=4GiB"
@@ -216,7 +217,7 @@ def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
     norms = torch.zeros(len(attention), attention.shape[2], len(plan))
     for segment in plan.segments:
         for index, layer in enumerate(segment.kv.layers):
-            norm = layer[1, :, segment.first : segment.first + segment.length].float().norm(dim=-1)
+            norm = dense(layer)[1, :, segment.first : segment.first + segment.length].float().norm(dim=-1)
             norms[index, :, segment.start : segment.end] = norm.repeat_interleave(norms.shape[1] // len(norm), 0)
     return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), _sentences(llm, plan))
 
@@ -236,8 +237,8 @@ def _distance(plan: Plan, other: Plan) -> Tensor:
 
 
 def _between(a: ChunkKV, b: ChunkKV) -> Tensor:
-    layers = [(x[1] - y[1]).float().square().sum((0, 2)).sqrt() for x, y in zip(a.layers, b.layers, strict=True)]
-    return torch.stack(layers).mean(0)
+    pairs = zip(map(dense, a.layers), map(dense, b.layers), strict=True)
+    return torch.stack([(x[1] - y[1]).float().square().sum((0, 2)).sqrt() for x, y in pairs]).mean(0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Policy, layer_kv, parse_policy
@@ -132,7 +132,7 @@ def compare(
     if any(case.answers for case in cases):
         rouge_l("a", ["a"])
     _warm_up(runners, cases[0])
-    comparison = Comparison(_meta(model, names, cases))
+    comparison = Comparison(meta_data(model, names, cases))
     for index, case in enumerate(cases):
         for name, llm in runners.items():
             if _reuses_chunks(llm.chosen(name)):
@@ -199,9 +199,12 @@ def _measure(llm: CachedLLM, policy: str, case: Case) -> _Result:
         prefilled = llm.prefill(case.question, case.chunks, policy=policy)
         int(prefilled.logits.argmax())  # the first token id, on the host
         ttft_s = time.perf_counter() - started
-    cache = prefilled.cache
-    kv_bytes = sum(part.nbytes for index in range(len(cache.layers)) for part in layer_kv(cache, index))
-    return _Result(prefilled, ttft_s, None if peak.nbytes is None else peak.nbytes / kv_bytes)
+    return _Result(prefilled, ttft_s, None if peak.nbytes is None else peak.nbytes / kv_bytes(prefilled.cache))
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Return the size of all keys and values in `cache`."""
+    return sum(part.nbytes for index in range(len(cache.layers)) for part in layer_kv(cache, index))
 
 
 def _row(
@@ -258,7 +261,8 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def _meta(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[Case]) -> dict[str, Any]:
+def meta_data(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[Case]) -> dict[str, Any]:
+    """Return what a measurement ran on, and with which settings."""
     device = model.device
     return {
         "policies": list(policies),
