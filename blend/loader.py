@@ -1,6 +1,8 @@
 """Layer-wise loading: while layer i computes, a thread loads layer i + 1 of every segment (CacheBlend, section 5.2).
 
-Layers that are in memory on the model's device need no loading, and then there is no thread.
+Layers that are in memory on the model's device need no loading, and then there is no thread. Nor is there one where
+the model runs on the CPU and the layers come out of the page cache: a thread that only copies takes a core from the
+model, and its other cores wait for that one. The disk tier lets the system read ahead instead.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Loader:
         self._closed = False
         self.busy_s = 0.0
         self._thread: threading.Thread | None = None
-        if not all(isinstance(s, tuple) and all(_on(layer, device) for layer in s) for s in sources):
+        if any(self._worth_a_thread(source) for source in sources):
             self._thread = threading.Thread(target=self._work, name="chunkcache-loader", daemon=True)
             self._thread.start()
 
@@ -68,7 +70,10 @@ class Loader:
             EntryLostError: one of them is damaged or gone.
         """
         if self._thread is None:
-            return [source[index] for source in self._sources]
+            started = time.perf_counter()
+            layers = [source[index] for source in self._sources]
+            self.busy_s += time.perf_counter() - started
+            return layers
         with self._changed:
             self._taken = index
             self._changed.notify_all()
@@ -82,6 +87,11 @@ class Loader:
                 for part in (layer,) if isinstance(layer, torch.Tensor) else layer.parts():
                     part.record_stream(torch.cuda.current_stream(self._device))
         return layers
+
+    def _worth_a_thread(self, source: Sequence[Layer]) -> bool:
+        if isinstance(source, tuple):
+            return not all(_on(layer, self._device) for layer in source)
+        return self._device.type != "cpu" or getattr(source, "waits", True)
 
     def close(self) -> None:
         """Stop loading."""

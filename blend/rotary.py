@@ -52,11 +52,11 @@ class Rotary:
             return
         cos, sin = self.rotation(delta)
         keys = keys.to(out.device, non_blocking=True)
-        if keys.dtype != torch.float32:
+        if out.dtype == torch.float32:
+            self._turn(keys.float(), cos, sin, out)
+        else:  # rotated in float32, and rounded once
             self._turn(keys.float(), cos, sin, turned := torch.empty_like(keys, dtype=torch.float32))
             out.copy_(turned)
-        else:
-            self._turn(keys, cos, sin, out)
 
     def shift_scaled(self, codes: Tensor, scale: Tensor, zero: Tensor, delta: int, out: Tensor) -> None:
         """Write the keys `codes * scale + zero`, rotated by `delta` positions, into `out`, all in one pass.

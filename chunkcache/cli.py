@@ -381,6 +381,38 @@ def bench_store(
     _show_stores(measured)
 
 
+@bench.command("packing")
+@click.option(
+    "--chunk-tokens",
+    "lengths",
+    multiple=True,
+    default=(64, 256, 512),
+    show_default=True,
+    type=click.IntRange(1),
+    help="Length of a chunk; may be given several times.",
+)
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@model_options
+@json_option
+def bench_packing(
+    lengths: tuple[int, ...], rounds: int, model_name: str, device: str | None, dtype: str, as_json: bool
+) -> None:
+    """Measure how many chunks are precomputed per second, packed and one by one."""
+    from chunkcache.eval.packing import bench_packing as run
+
+    model, tokenizer = _load(model_name, device, dtype)
+    with progress("measuring packing") as on_round:
+        found = run(model, tokenizer, lengths, rounds=rounds, on_round=on_round)
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in found], indent=2))
+        return
+    rows = [
+        [each.behind, str(each.chunk_tokens), f"{each.one_by_one:.2f}", f"{each.packed:.2f}", f"{each.ratio:.2f}"]
+        for each in found
+    ]
+    wide(table("chunks per second (medians)", ["behind", "tokens", "one by one", "packed", "ratio"], rows))
+
+
 cli.add_command(store_commands)
 for command in (warm, export_file, import_file):
     store_commands.add_command(command)

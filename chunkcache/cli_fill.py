@@ -72,8 +72,9 @@ def warm(
     """
     from chunkcache.blend import parse_policy
     from chunkcache.retriever import load_documents
-    from chunkcache.warm import Job, alone, on_ray
+    from chunkcache.warm import Job, alone
     from chunkcache.warm import warm as run
+    from chunkcache.warm_ray import on_ray
 
     if address is None and (workers or cpus_per_worker):
         raise InputError("--workers and --cpus-per-worker need --ray ADDRESS: pass that, too, or leave them out")

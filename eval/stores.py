@@ -185,7 +185,7 @@ def _rows(
         costs[name] = _costs(name, store, chunk_kv, data)
         store.flush()
     full = _log_probs(llms[MEMORY].prefill(case.question, case.chunks, policy="full"))
-    measured: dict[str, list[tuple[float, float | None, Prefilled]]] = {name: [] for name in stores}
+    measured: dict[str, list[tuple[float, Prefilled]]] = {name: [] for name in stores}
     names = list(stores)
     for repeat in range(_REPEATS + 1):
         turn = (index + repeat) % len(names)
@@ -193,14 +193,13 @@ def _rows(
             result = _request(llms[name], case)
             if repeat:  # the first fills what a tier fills on demand
                 measured[name].append(result)
-    by_memory = statistics.median(ttft_s for ttft_s, _, _ in measured[MEMORY])
-    reference = _log_probs(measured[MEMORY][0][2])
+    by_memory = statistics.median(ttft_s for ttft_s, _ in measured[MEMORY])
+    reference = _log_probs(measured[MEMORY][0][1])
     rows = []
     for name, results in measured.items():
-        last = results[-1][2]
+        last = results[-1][1]
         stats, log_probs = last.stats, _log_probs(last)
-        ttft_s = statistics.median(ttft_s for ttft_s, _, _ in results)
-        peaks = [peak for _, peak, _ in results if peak is not None]
+        ttft_s = statistics.median(ttft_s for ttft_s, _ in results)
         rows.append(
             Row(
                 name,
@@ -211,12 +210,12 @@ def _rows(
                 ttft_s=ttft_s,
                 ttft_ratio=ttft_s / by_memory,
                 cold_ttft_s=_request(llms[name], case)[0] if _drop_from_page_cache(stores[name]) else None,
-                load_s=statistics.median(result.stats.load_s for _, _, result in results),
-                assemble_s=statistics.median(result.stats.assemble_s for _, _, result in results),
-                peak_ratio=statistics.median(peaks) if peaks else None,
+                load_s=statistics.median(result.stats.load_s for _, result in results),
+                assemble_s=statistics.median(result.stats.assemble_s for _, result in results),
+                peak_ratio=_peak_ratio(llms[name], case),
                 kl_first=_kl(full, log_probs),
                 kl_memory=_kl(reference, log_probs),
-                lost=sum(result.stats.lost + result.stats.misses for _, _, result in results),
+                lost=sum(result.stats.lost + result.stats.misses for _, result in results),
             )
         )
     return rows
@@ -252,15 +251,20 @@ def _costs(url: str, store: Store, chunk_kv: Mapping[ChunkKey, ChunkKV], data: t
     }
 
 
-def _request(llm: CachedLLM, case: Case) -> tuple[float, float | None, Prefilled]:
-    with PeakMemory(llm.model.device) as peak:
-        started = time.perf_counter()
-        prefilled = llm.prefill(case.question, case.chunks)
-        int(prefilled.logits.argmax())  # the first token id, on the host
-        ttft_s = time.perf_counter() - started
-    ratio = None if peak.nbytes is None else peak.nbytes / kv_bytes(prefilled.cache)
+def _request(llm: CachedLLM, case: Case) -> tuple[float, Prefilled]:
+    started = time.perf_counter()
+    prefilled = llm.prefill(case.question, case.chunks)
+    int(prefilled.logits.argmax())  # the first token id, on the host
+    ttft_s = time.perf_counter() - started
     llm.store.flush()
-    return ttft_s, ratio, replace(prefilled, cache=DynamicCache())  # several at once would fill the memory
+    return ttft_s, replace(prefilled, cache=DynamicCache())  # several at once would fill the memory
+
+
+def _peak_ratio(llm: CachedLLM, case: Case) -> float | None:
+    """Return the peak memory of a request over its KV; measuring it would slow down a request that is timed."""
+    with PeakMemory(llm.model.device) as peak:
+        cache = llm.prefill(case.question, case.chunks).cache
+    return None if peak.nbytes is None else peak.nbytes / kv_bytes(cache)
 
 
 def _drop_from_page_cache(store: Store) -> bool:

@@ -219,11 +219,13 @@ class Tier(Store):
 
     Attributes:
         faults: exceptions by which the tier says that it is in trouble.
+        waits: whether who reads from it waits for others more than they copy, and had better do it in a thread.
         breaker: open for a while after a fault.
         write_breaker: the same for writing alone: from a tier that is full one can still read.
     """
 
     faults: ClassVar[tuple[type[Exception], ...]] = ()
+    waits: ClassVar[bool] = False
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.breaker = Breaker()

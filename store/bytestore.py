@@ -10,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, overload
+from typing import Any, ClassVar, Protocol, overload
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer
@@ -62,6 +62,8 @@ class ByteStore(Tier):
     Raises:
         StoreURLError: a value is none of these.
     """
+
+    waits: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -175,6 +177,7 @@ class StoredLayers(Sequence[Layer]):
     def __init__(self, store: ByteStore, header: Header, blob: Blob) -> None:
         self._store, self._header, self._blob = store, header, blob
         self.shapes = tuple(block.shape for block in header.blocks)
+        self.waits = store.waits
         self.counted = False  # as a hit
         self._lost: EntryLostError | None = None
 

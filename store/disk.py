@@ -53,6 +53,7 @@ class DiskStore(ByteStore):
     """
 
     faults: ClassVar[tuple[type[Exception], ...]] = (OSError, sqlite3.Error)
+    waits: ClassVar[bool] = False  # the system reads ahead
 
     def __init__(
         self,
@@ -115,7 +116,9 @@ class DiskStore(ByteStore):
 
     def _open(self, key: ChunkKey) -> _File | None:
         try:
-            return _File(self._path(key))
+            file = _File(self._path(key))
+            file.read_ahead()
+            return file
         except FileNotFoundError:
             self._strike_out(key)  # somebody else deleted it
             return None
@@ -237,6 +240,11 @@ class _File:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         length = description_length(preamble := os.pread(self._fd, PREAMBLE, 0))
         self.header = preamble + os.pread(self._fd, length, PREAMBLE)
+
+    def read_ahead(self) -> None:
+        """Let the system read the whole file into the page cache, meanwhile."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def block(self, index: int, sizes: Sequence[int]) -> Any:
         buffer = torch.empty(sizes[index], dtype=torch.uint8).numpy().data

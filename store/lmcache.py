@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKey, ChunkKV, Layer
+from chunkcache.kv import ChunkKey, Layer
 from chunkcache.store.base import EVERYTHING, Entry, StoreStats, Where
 from chunkcache.store.bytestore import Blob, ByteStore
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length
@@ -109,13 +109,6 @@ class LMCacheStore(ByteStore):
             removed = self._attempt(lambda: self._remove_same(header.key, blob), False)
             self.count(evictions=removed)
             raise EntryLostError(header.key, "LMCache no longer has a layer of it") from None
-
-    def _read(self, key: ChunkKey) -> ChunkKV | None:
-        kv = super()._read(key)
-        if kv is not None and self._buried(Entry.of(key, kv)):  # it was on its way into RAM when it was deleted
-            self._remove(key)
-            return None
-        return kv
 
     def _open(self, key: ChunkKey) -> _Stored | None:
         start = self._head(key)

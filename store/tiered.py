@@ -190,6 +190,7 @@ class _Kept(Sequence[Layer]):
         self._layers: Sequence[Layer] = kv.layers
         self._on_all = on_all
         self.shapes = kv.shapes
+        self.waits: bool = getattr(kv.layers, "waits", True)
         self._read: dict[int, Layer] = {}
 
     def __len__(self) -> int:

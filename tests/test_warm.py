@@ -21,7 +21,8 @@ from chunkcache.errors import InputError, ModelNotFoundError
 from chunkcache.kv import label
 from chunkcache.retriever import Chunk, load_documents, split
 from chunkcache.store import DiskStore, Where
-from chunkcache.warm import Job, alone, on_ray
+from chunkcache.warm import Job, alone
+from chunkcache.warm_ray import on_ray
 
 SENTENCES = {
     "bridge": "The bridge over the river was opened to the public in {}, after nine years of work by many people. ",
