@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from chunkcache.kv import Layer
+from chunkcache.kv import Layer, LazyLayers
 
 LEAST_DEPTH = 2  # layers loaded ahead where loading is the faster of the two: one is in use while the next arrives
 
@@ -91,7 +91,7 @@ class Loader:
     def _worth_a_thread(self, source: Sequence[Layer]) -> bool:
         if isinstance(source, tuple):
             return not all(_on(layer, self._device) for layer in source)
-        return self._device.type != "cpu" or getattr(source, "waits", True)
+        return self._device.type != "cpu" or not isinstance(source, LazyLayers) or source.waits
 
     def close(self) -> None:
         """Stop loading."""

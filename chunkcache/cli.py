@@ -296,11 +296,7 @@ def bench_policies(
     cases = _cases(data, chunks, prompts, skip)
     model, tokenizer = _load(model_name, device, dtype)
 
-    def write(comparison: Comparison) -> None:  # after every prompt: what is interrupted leaves what it had
-        if json_file is not None:
-            json_file.write_text(json.dumps(comparison.as_dict(), indent=2))
-
-    _show(_compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"), write))
+    _show(_compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"), _writer(json_file)))
 
 
 @bench.command("selection")
@@ -372,12 +368,8 @@ def bench_store(
         cases = _cases(data, chunks, prompts, skip)
         model, tokenizer = _load(model_name, device, dtype)
 
-        def write(measured: StoreBench) -> None:  # after every prompt: what is interrupted leaves what it had
-            if json_file is not None:
-                json_file.write_text(json.dumps(measured.as_dict(), indent=2))
-
         with progress("measuring stores") as on_prompt:
-            measured = bench_stores(model, tokenizer, cases, stands, policy, on_prompt, write)
+            measured = bench_stores(model, tokenizer, cases, stands, policy, on_prompt, _writer(json_file))
     _show_stores(measured)
 
 
@@ -416,6 +408,16 @@ def bench_packing(
 cli.add_command(store_commands)
 for command in (warm, export_file, import_file):
     store_commands.add_command(command)
+
+
+def _writer(json_file: Path | None) -> Callable[[Comparison | StoreBench], None]:
+    """Return what writes results to a file after every prompt: a run that is interrupted leaves what it had."""
+
+    def write(measured: Comparison | StoreBench) -> None:
+        if json_file is not None:
+            json_file.write_text(json.dumps(measured.as_dict(), indent=2))
+
+    return write
 
 
 def _cases(data: Path, chunks: int, prompts: int, skip: int) -> list[Case]:

@@ -7,8 +7,10 @@ Its keys are rotated for the positions it was computed at; whoever uses it elsew
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import torch
@@ -79,6 +81,38 @@ class Context:
     outside: torch.Tensor
 
 
+class LazyLayers(Sequence[Layer]):
+    """Layers of a chunk KV that are read when they are indexed; a subclass says how.
+
+    Attributes:
+        shapes: shape of each layer.
+        waits: whether reading waits for others more than it copies, and is better done in a thread.
+    """
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], waits: bool) -> None:
+        self.shapes, self.waits = shapes, waits
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.read(range(len(self))[index])
+
+    @abstractmethod
+    def read(self, index: int) -> Layer:
+        """Return layer `index`.
+
+        Raises:
+            EntryLostError: it is damaged or gone.
+        """
+
+
 def label(kind: str, name: str) -> str:
     """Return a hash that stands for the name of a tenant or document; '' stands for none."""
     return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()[:32] if name else ""
@@ -142,8 +176,9 @@ class ChunkKV:
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each layer; layers are not loaded for it."""
-        known: tuple[tuple[int, ...], ...] | None = getattr(self.layers, "shapes", None)
-        return known if known is not None else tuple(tuple(layer.shape) for layer in self.layers)
+        if isinstance(self.layers, LazyLayers):
+            return self.layers.shapes
+        return tuple(tuple(layer.shape) for layer in self.layers)
 
     def loaded(self) -> ChunkKV:
         """Return the same chunk KV with all layers in memory.

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
-from chunkcache.errors import EntryLostError
+from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV
 from chunkcache.store.breaker import Breaker
+from chunkcache.store.codec import find_codec
 from chunkcache.store.tombs import Tombs
 
 logger = logging.getLogger("chunkcache.store")
@@ -134,11 +135,6 @@ class Where:
 EVERYTHING = Where()
 
 
-def expiry(kv: ChunkKV, ttl: float | None) -> float | None:
-    """Return when `kv` expires, wherever it was kept before; None for never."""
-    return None if ttl is None else (kv.origin.created or time.time()) + ttl
-
-
 class Store(ABC):
     """Keeps chunk KV under their keys; safe to use from several threads.
 
@@ -227,7 +223,11 @@ class Tier(Store):
     faults: ClassVar[tuple[type[Exception], ...]] = ()
     waits: ClassVar[bool] = False
 
-    def __init__(self, max_bytes: int | None = None) -> None:
+    def __init__(self, max_bytes: int | None = None, codec: str = "raw", ttl: float | None = None) -> None:
+        if ttl is not None and not ttl > 0:
+            raise StoreURLError(f"ttl={ttl} is no time to live; pass seconds, such as 86400")
+        self._codec = find_codec(codec)
+        self._ttl = ttl
         self.breaker = Breaker()
         self.write_breaker = Breaker()
         self._stats = StoreStats(max_bytes=max_bytes)
@@ -242,14 +242,15 @@ class Tier(Store):
         return kv
 
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
-        if self._buried(Entry.of(key, kv)):
+        entry = Entry.of(key, kv)
+        if self._buried(entry):
             self.count(refused=1)
             return False
         try:
             stored = self._attempt(lambda: self._write(key, kv), None, self.write_breaker)
         except EntryLostError:  # `kv` streams out of another tier, which has counted it
             return False
-        if stored and self._buried(Entry.of(key, kv)):  # deleted while it was being written
+        if stored and self._buried(entry):  # deleted while it was being written
             stored = self._attempt(lambda: self._remove(key), False) and False
         self.count(writes=stored is True, refused=stored is False)
         return stored is True
@@ -361,6 +362,10 @@ class Tier(Store):
     def _buried(self, entry: Entry) -> bool:
         """Return whether an entry was deleted after its KV were computed."""
         return self._tombs.cover(entry.key.digest, entry.created, lambda where: where.matches(entry))
+
+    def _expiry(self, kv: ChunkKV) -> float | None:
+        """Return when `kv` expires, wherever it was kept before; None for never."""
+        return None if self._ttl is None else (kv.origin.created or time.time()) + self._ttl
 
     def _note(self, key: ChunkKey, hit: bool) -> None:
         """Take note that the entry under `key` was asked for, and whether it was there."""

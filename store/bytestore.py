@@ -10,15 +10,19 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol, overload
+from typing import Any, ClassVar, Protocol
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKey, ChunkKV, Layer
-from chunkcache.store.base import Entry, Heads, Tier, Where, expiry
-from chunkcache.store.codec import find_codec
+from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
+from chunkcache.store.base import Entry, Heads, Tier, Where
 from chunkcache.store.entry import DamagedError, ForeignSealError, Header, encode
 
 SECRET = "CHUNKCACHE_SECRET"  # environment variable
+
+
+def own_secret() -> bytes | None:
+    """Return the secret in the environment, if there is one."""
+    return os.environ.get(SECRET, "").encode() or None
 
 
 class Blob(Protocol):
@@ -73,15 +77,11 @@ class ByteStore(Tier):
         ttl: float | None = None,
         secret: str = "",
     ) -> None:
-        super().__init__(max_bytes)
+        super().__init__(max_bytes, codec, ttl)
         if compress not in ("none", "zstd"):
             raise StoreURLError(f"compress={compress!r} is neither 'none' nor 'zstd'")
-        if ttl is not None and not ttl > 0:
-            raise StoreURLError(f"ttl={ttl} is no time to live; pass seconds, such as 86400")
-        self._codec = find_codec(codec)
         self._compress = compress == "zstd"
-        self._ttl = ttl
-        self.secret = (secret or os.environ.get(SECRET, "")).encode() or None
+        self.secret = secret.encode() or own_secret()
 
     def get(self, key: ChunkKey, token_ids: Sequence[int] | None, heads: Heads | None = None) -> ChunkKV | None:
         kv = super().get(key, token_ids, heads)
@@ -108,7 +108,7 @@ class ByteStore(Tier):
         return ChunkKV(header.token_ids, header.position, layers, sum(header.sizes), header.context, header.origin)
 
     def _write(self, key: ChunkKey, kv: ChunkKV) -> bool:
-        expires = expiry(kv, self._ttl)
+        expires = self._expiry(kv)
         kept = self._codec(kv)
         header, blocks = encode(key, kept, self._compress, self.secret, expires)
         entry = replace(Entry.of(key, kept, expires), nbytes=sum(map(len, blocks)))
@@ -171,30 +171,20 @@ class ByteStore(Tier):
         """Yield key and header of every entry."""
 
 
-class StoredLayers(Sequence[Layer]):
+class StoredLayers(LazyLayers):
     """The layers of an entry, each read and verified when it is indexed."""
 
     def __init__(self, store: ByteStore, header: Header, blob: Blob) -> None:
+        super().__init__(tuple(block.shape for block in header.blocks), store.waits)
         self._store, self._header, self._blob = store, header, blob
-        self.shapes = tuple(block.shape for block in header.blocks)
-        self.waits = store.waits
         self.counted = False  # as a hit
         self._lost: EntryLostError | None = None
 
-    def __len__(self) -> int:
-        return len(self._header.blocks)
-
-    @overload
-    def __getitem__(self, index: int) -> Layer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
-    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def read(self, index: int) -> Layer:
         if self._lost is not None:  # what is lost is so for good, and counted once
             raise self._lost
         try:
-            return self._store.layer(self._header, self._blob, range(len(self))[index])
+            return self._store.layer(self._header, self._blob, index)
         except EntryLostError as lost:
             self._lost = lost
             self._store.count(hits=-self.counted, misses=self.counted)

@@ -11,8 +11,7 @@ import torch
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer
-from chunkcache.store.base import Entry, StoreStats, Tier, Where, expiry
-from chunkcache.store.codec import find_codec
+from chunkcache.store.base import Entry, StoreStats, Tier, Where
 from chunkcache.store.ledger import Ledger
 
 
@@ -45,13 +44,9 @@ class MemoryStore(Tier):
         codec: str = "raw",
         ttl: float | None = None,
     ) -> None:
-        super().__init__(max_bytes)
-        if ttl is not None and not ttl > 0:
-            raise StoreURLError(f"ttl={ttl} is no time to live; pass seconds, such as 3600")
+        super().__init__(max_bytes, codec, ttl)
         self.on_evict: Callable[[ChunkKey, ChunkKV], None] | None = None
         self._ledger = Ledger(max_bytes, evict, admit, tenant_bytes)
-        self._codec = find_codec(codec)
-        self._ttl = ttl
         self._lock = threading.RLock()
         self._held: dict[ChunkKey, tuple[ChunkKV, float | None]] = {}
 
@@ -88,7 +83,7 @@ class MemoryStore(Tier):
     def _write(self, key: ChunkKey, kv: ChunkKV) -> bool:
         kept = self._codec(kv)
         kept = kept.of_layers(tuple(map(self._placed, kept.layers)))
-        expires = expiry(kv, self._ttl)
+        expires = self._expiry(kv)
         entry = Entry.of(key, kept, expires)
         if not self.fits(entry.nbytes):
             return False

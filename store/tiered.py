@@ -12,10 +12,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import overload
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKey, ChunkKV, Layer
+from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
 from chunkcache.store.base import EVERYTHING, Entry, Heads, Store, StoreStats, Tier, Where
 from chunkcache.store.behind import WriteBehind
 from chunkcache.store.memory import MemoryStore
@@ -183,27 +182,16 @@ class _Demotion:
             self._below.count(refused=1)
 
 
-class _Kept(Sequence[Layer]):
+class _Kept(LazyLayers):
     """Layers that stay once they have been read, and are handed on when all have been."""
 
     def __init__(self, kv: ChunkKV, on_all: Callable[[tuple[Layer, ...]], None]) -> None:
+        super().__init__(kv.shapes, isinstance(kv.layers, LazyLayers) and kv.layers.waits)
         self._layers: Sequence[Layer] = kv.layers
         self._on_all = on_all
-        self.shapes = kv.shapes
-        self.waits: bool = getattr(kv.layers, "waits", True)
         self._read: dict[int, Layer] = {}
 
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    @overload
-    def __getitem__(self, index: int) -> Layer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
-    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        index = range(len(self))[index]
+    def read(self, index: int) -> Layer:
         if index not in self._read:
             self._read[index] = self._layers[index]
             if len(self._read) == len(self):

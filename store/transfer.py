@@ -7,7 +7,6 @@ says of itself, one entry of at most `MAX_ENTRY` bytes is in memory: so its memb
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 import time
@@ -19,7 +18,7 @@ from typing import BinaryIO
 from chunkcache.errors import EntryLostError, InputError
 from chunkcache.kv import ChunkKey, ChunkKV
 from chunkcache.store.base import EVERYTHING, Entry, Store, Tier, Where
-from chunkcache.store.bytestore import SECRET, ByteStore
+from chunkcache.store.bytestore import ByteStore, own_secret
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length, encode
 
 MAX_ENTRY = 4 * 2**30  # bytes; 8,000 tokens of a model of 70B parameters are 2.7 GB
@@ -101,7 +100,7 @@ def import_entries(store: Store, file: BinaryIO, on_entry: Callable[[Imported], 
         InputError: it is no uncompressed tar file.
     """
     done = Imported()
-    secret = next((tier.secret for tier in _tiers(store) if isinstance(tier, ByteStore)), _own_secret())
+    secret = next((tier.secret for tier in _tiers(store) if isinstance(tier, ByteStore)), own_secret())
     for member in _members(file, done):
         name = _NAME.fullmatch(PurePosixPath(member.name).name)
         if name is None:
@@ -212,7 +211,7 @@ def _write(file: BinaryIO, tier: Tier, entry: Entry) -> int:
         kv = kv.of_layers(tuple(kv.layers))
     except EntryLostError:
         return 0  # counted by the tier
-    secret = tier.secret if isinstance(tier, ByteStore) else _own_secret()
+    secret = tier.secret if isinstance(tier, ByteStore) else own_secret()
     header, blocks = encode(entry.key, kv, False, secret, entry.expires)
     info = tarfile.TarInfo(f"{entry.key.digest}.ckv")
     info.size = len(header) + sum(map(len, blocks))
@@ -237,7 +236,3 @@ def _fill(file: BinaryIO, buffer: memoryview) -> None:
 
 def _tiers(store: Store) -> list[Tier]:
     return [tier for tier in store.tiers().values() if isinstance(tier, Tier)]
-
-
-def _own_secret() -> bytes | None:
-    return os.environ.get(SECRET, "").encode() or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test downloads anything
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+
+from chunkcache import cli
 
 torch.set_num_threads(1)  # tiny models are slower on several threads
 transformers.logging.set_verbosity_error()
@@ -22,3 +25,17 @@ settings.load_profile("untimed")
 def fixed_seed():
     """Let every test start from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Run the command line; returns exit code, stdout and stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["chunkcache", *args])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return call

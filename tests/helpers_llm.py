@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def own_model(name: str = "llama", **options: Any) -> PreTrainedModel:
 def wrapped(model: PreTrainedModel | None = None, **options: Any) -> chunkcache.CachedLLM:
     """Wrap `model`, by default a tiny Llama, with a chat tokenizer and an empty store."""
     return chunkcache.wrap(model or tiny_model(), chat_tokenizer(), **options)
+
+
+def saved_model(folder: Path) -> str:
+    """Save a tiny Llama and its tokenizer in `folder`, and return its path as text."""
+    tiny_model().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def prompt_ids(llm: chunkcache.CachedLLM, question: str = QUESTION, chunks: Any = TEXTS) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-from helpers_llm import chat_tokenizer, tiny_model
+from helpers_llm import saved_model
 
 import chunkcache
 from chunkcache import cli
@@ -19,10 +18,7 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -33,17 +29,8 @@ def docs(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line; returns exit code, stdout and stderr."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["chunkcache", *args])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code or 0, captured.out, captured.err
-
-    return call
+def run(command_line):
+    return command_line
 
 
 def test_version(run):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from helpers_llm import chat_tokenizer, tiny_model
+from helpers_llm import chat_tokenizer, saved_model, tiny_model
 
 import chunkcache
 from chunkcache import cli, warm, warm_ray
@@ -34,10 +34,7 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
