@@ -51,13 +51,17 @@ class ChunkLibrary:
         self._variants = Variants()
         self.finder = Finder()
 
+    def key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
+        """Return the key of `token_ids` computed right behind `context`."""
+        return ChunkKey.of(self._fingerprint, context, token_ids, self._salt)
+
     def get(self, context: TokenIds, token_ids: TokenIds) -> ChunkKV | None:
         """Return the stored KV of `token_ids` computed right behind `context`, or None."""
-        return self._store.get(self._key(context, token_ids), token_ids, self._decoder.heads)
+        return self._store.get(self.key(context, token_ids), token_ids, self._decoder.heads)
 
     def holds(self, context: TokenIds, token_ids: TokenIds) -> bool:
         """Return whether the store has an entry for it, without counting a hit or a miss."""
-        return self._key(context, token_ids) in self._store
+        return self.key(context, token_ids) in self._store
 
     def holds_recorded(self, context: TokenIds, token_ids: TokenIds) -> bool:
         """Return whether the store has an entry for it that says what its tokens looked at."""
@@ -66,7 +70,7 @@ class ChunkLibrary:
 
     def know(self, context: TokenIds, token_ids: TokenIds) -> None:
         """Make a chunk findable, whoever stored it."""
-        self.finder.add(Known(self._key(context, token_ids), token_ids, context))
+        self.finder.add(Known(self.key(context, token_ids), token_ids, context))
 
     def find(self, known: Known) -> ChunkKV | None:
         """Return the stored KV of a chunk that the finder named, or None if it has gone since."""
@@ -77,7 +81,7 @@ class ChunkLibrary:
 
     def put(self, context: TokenIds, kv: ChunkKV, behind: Sequence[TokenIds] = ()) -> None:
         """Store `kv`, computed behind `context`, in which the chunks `behind` stand, and make it findable."""
-        self._store.put(self._key(context, kv.token_ids), self._signed(kv, behind))
+        self._store.put(self.key(context, kv.token_ids), self._signed(kv, behind))
         self.know(context, kv.token_ids)
 
     def belongs(self, chunk: TokenIds, document: str) -> None:
@@ -156,7 +160,7 @@ class ChunkLibrary:
 
         waiting = dict(chunks)
         while waiting:
-            with self._flights.board({ids: (self._key(waiting[ids], ids), record) for ids in waiting}) as flights:
+            with self._flights.board({ids: (self.key(waiting[ids], ids), record) for ids in waiting}) as flights:
                 for kv in self._encode({ids: waiting[ids] for ids in flights.mine}, record):
                     flights.land(kv.token_ids, kv)
                     done(kv)
@@ -228,9 +232,6 @@ class ChunkLibrary:
             kv.origin.compute_s,
         )
         return replace(kv, origin=origin)
-
-    def _key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
-        return ChunkKey.of(self._fingerprint, context, token_ids, self._salt)
 
     def _check_length(self, prefix: int, chunk: int) -> None:
         limit = self._decoder.max_tokens

@@ -41,10 +41,12 @@ from chunkcache.generation import (
     with_length,
 )
 from chunkcache.identity import check_tokenizer, fingerprint
-from chunkcache.kv import Context, chunk_name, label
+from chunkcache.known import KnownTexts
+from chunkcache.kv import ChunkKey, Context, chunk_name, label
 from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.messages import Message, MessageBuilder
 from chunkcache.planner import Planner
-from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
+from chunkcache.prompt import INSTRUCTION, Passage, Prompt, PromptBuilder
 from chunkcache.stats import RequestStats
 from chunkcache.store import Store, Where, open_store
 from chunkcache.tuning import Tuning
@@ -116,6 +118,8 @@ class CachedLLM:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.prompts = PromptBuilder(tokenizer, instruction, lead_in)
+        self._known = KnownTexts()
+        self._messages = MessageBuilder(self.prompts, self._known, tokenizer.chat_template)
         self.self_check = self_check(self._decoder)
         self.fingerprint = fingerprint(model, tokenizer)
         self.tuning = Tuning(self.fingerprint, calibration, len(self._decoder.layers))
@@ -123,6 +127,11 @@ class CachedLLM:
         self._library = ChunkLibrary(self._decoder, self.store, self.fingerprint, salt)
         self._planner = Planner(self._decoder, self._library, self.prompts)
         self._attachment = Attachment(self._decoder, self._library, self.tuning, self.policy)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return self._decoder.max_tokens
 
     # --- ahead of the request
 
@@ -149,20 +158,11 @@ class CachedLLM:
             PromptError: a text is empty, or there are more or fewer documents than texts.
             ContextLengthError: a text is longer than the model's context.
         """
-        if isinstance(texts, str):
-            raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
-        if documents is not None and len(documents) != len(texts):
-            raise PromptError(f"{len(documents)} documents for {len(texts)} texts; pass one document id per text")
         chosen = self.chosen(policy)
-        prefix = self.prompts.prefix(system)
-        token_ids = [self.prompts.chunk(text) for text in texts]
-        for chunk, document in zip(token_ids, documents or (), strict=False):
-            self._library.belongs(chunk, label("document", document))
-        chunks = {chunk: self._planner.behind(prefix, chunk, chosen) for chunk in token_ids}
+        chunks = dict(self._know(texts, system, chosen, documents))
         ready = self._library.holds_recorded if chosen.contextual else self._library.holds
         missing = {chunk: behind for chunk, behind in chunks.items() if not ready(behind, chunk)}
         for chunk, behind in chunks.items():
-            self._library.know(behind, chunk)
             if documents is not None and chunk not in missing:
                 self._library.relabel(behind, chunk)
         done = 0
@@ -172,6 +172,42 @@ class CachedLLM:
             self.store.flush()
             done += len(part)
         return Precomputed(len(chunks), len(missing), sum(map(len, missing)))
+
+    def know(
+        self,
+        texts: Sequence[str],
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        documents: Sequence[str] | None = None,
+    ) -> None:
+        """Make texts findable in messages and, while attached, in prompts; computes nothing. See `precompute`."""
+        self._know(texts, system, self.chosen(policy), documents)
+
+    def keys(
+        self, texts: Sequence[str], system: str | None = None, policy: str | Policy | None = None
+    ) -> list[ChunkKey]:
+        """Return the key under which the chunk KV of each text are stored. See `precompute`."""
+        prefix, chosen = self.prompts.prefix(system), self.chosen(policy)
+        chunks = [self.prompts.chunk(text) for text in texts]
+        return [self._library.key(self._planner.behind(prefix, chunk, chosen), chunk) for chunk in chunks]
+
+    def prefetch(
+        self,
+        texts: Sequence[str],
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        documents: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Make texts known, start bringing their chunk KV to the store's nearest tier, and return at once.
+
+        Returns:
+            the texts, each once, that are not stored. See `precompute` for the rest.
+        """
+        found = self._know(texts, system, self.chosen(policy), documents)
+        keys = {text: self._library.key(behind, ids) for text, (ids, behind) in zip(texts, found, strict=True)}
+        held = {text: key for text, key in keys.items() if key in self.store}
+        self.store.prefetch(held.values())
+        return [text for text in keys if text not in held]
 
     def update_document(
         self,
@@ -186,6 +222,7 @@ class CachedLLM:
         Chunks that are as they were, also those that only moved, keep their KV. See `precompute`.
         """
         done = self.precompute(texts, system, on_progress, policy, [document] * len(texts))
+        self._known.drop_document(document, but=texts)
         self._library.forget_stale(label("document", document), [self.prompts.chunk(text) for text in texts])
         return done
 
@@ -199,9 +236,12 @@ class CachedLLM:
             how many entries there were.
         """
         if document is not None:
+            self._known.drop_document(document)
             return self._library.forget(Where(document=label("document", document)))
         if texts:
+            self._known.drop(texts)
             return sum(self._library.forget(Where(chunk=chunk_name(self.prompts.chunk(text)))) for text in texts)
+        self._known.clear()
         return self._library.forget(Where())
 
     # --- the request
@@ -209,7 +249,7 @@ class CachedLLM:
     def generate(
         self,
         question: str,
-        chunks: Sequence[str] = (),
+        chunks: Sequence[str | Passage] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
@@ -239,7 +279,7 @@ class CachedLLM:
     def stream(
         self,
         question: str,
-        chunks: Sequence[str] = (),
+        chunks: Sequence[str | Passage] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
@@ -258,7 +298,7 @@ class CachedLLM:
     def prefill(
         self,
         question: str,
-        chunks: Sequence[str] = (),
+        chunks: Sequence[str | Passage] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
     ) -> Prefilled:
@@ -270,7 +310,7 @@ class CachedLLM:
     def inputs(
         self,
         question: str,
-        chunks: Sequence[str] = (),
+        chunks: Sequence[str | Passage] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
     ) -> dict[str, Any]:
@@ -284,6 +324,47 @@ class CachedLLM:
         prompt = self.prompts.build(question, chunks, system)
         plan, stats = self._planner.plan(prompt, chosen, started)
         return self._finished_inputs(prompt, plan, chosen, stats)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        policy: str | Policy | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Answer the last of some messages, reusing the chunks that are found in their texts.
+
+        Args:
+            messages: mappings with `role` and `content`, as for `apply_chat_template`. The content is text, in which
+                chunks are found that were precomputed, or made known, by this wrapper; or a list of texts and
+                `Passage`s, which read like the question and the chunks of `generate`.
+            policy: as in `generate`, and so are the others.
+
+        Raises:
+            PromptError: a message is not of this form, or the chat template refuses them.
+            ContextLengthError, PolicyError: as in `generate`.
+        """
+        started = time.perf_counter()
+        check_options(options)
+        chosen = self.chosen(policy)
+        return self.answer(self._messages.build(messages), chosen, started, with_length(options, max_new_tokens))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        policy: str | Policy | None = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """Answer like `chat`, piece by piece; see `stream`."""
+        started = time.perf_counter()
+        check_options(options)
+        prompt, chosen = self._messages.build(messages), self.chosen(policy)
+        return self.answer_in_pieces(prompt, chosen, started, with_length(options, max_new_tokens))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Return the prompt that `chat` would answer."""
+        return self._messages.build(messages)
 
     def conversation(self, system: str | None = None) -> Conversation:
         """Return a new conversation, in which each question goes on from the KV of those before it."""
@@ -374,6 +455,8 @@ class CachedLLM:
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
         if setting(self.model, options, "pad_token_id") is None:
             options["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        if options.get("stop_strings"):
+            options.setdefault("tokenizer", self.tokenizer)
         before = time.perf_counter()
         finished = needs_finished_cache(self.model, options)
         if finished:
@@ -401,6 +484,25 @@ class CachedLLM:
         return generation
 
     # --- inside
+
+    def _know(
+        self, texts: Sequence[str], system: str | None, policy: Policy, documents: Sequence[str] | None
+    ) -> list[tuple[TokenIds, TokenIds]]:
+        """Make texts findable; return of each its chunk's token ids, and those that it is computed behind."""
+        if isinstance(texts, str):
+            raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
+        if documents is not None and len(documents) != len(texts):
+            raise PromptError(f"{len(documents)} documents for {len(texts)} texts; pass one document id per text")
+        prefix = self.prompts.prefix(system)
+        chunks = [self.prompts.chunk(text) for text in texts]
+        found = [(chunk, self._planner.behind(prefix, chunk, policy)) for chunk in chunks]
+        for index, (chunk, behind) in enumerate(found):
+            document = None if documents is None else documents[index]
+            if document is not None:
+                self._library.belongs(chunk, label("document", document))
+            self._known.add(texts[index], system, document)
+            self._library.know(behind, chunk)
+        return found
 
     def _prefill(
         self, prompt: Prompt, plan: Plan, policy: Policy, stats: RequestStats, but_last: bool = False

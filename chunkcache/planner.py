@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from itertools import accumulate, pairwise
 
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment
 from chunkcache.encoder import TokenIds
@@ -57,8 +56,7 @@ class Planner:
                 segments.append(Segment(0, kv, 0, len(kv), exact=True))
             segments += self._chunk_segments(prompt, policy, stats)
             stats.lookup_s = time.perf_counter() - now - stats.compute_s
-        ends = accumulate(map(len, prompt.chunks), initial=len(prompt.prefix))
-        return Plan.of(ids, segments, list(pairwise(ends))), stats
+        return Plan.of(ids, segments, [(each.start, each.end) for each in prompt.placed]), stats
 
     def behind(self, prefix: TokenIds, chunk: TokenIds, policy: Policy) -> TokenIds:
         """Return what `chunk` is computed behind: prefix and lead-in, or the prefix where both leave no room."""
@@ -100,13 +98,14 @@ class Planner:
             computed = self._library.compute({chunk: self.behind(prompt.opening, chunk, policy) for chunk in missing})
             stats.compute_s = time.perf_counter() - before
         segments = []
-        start = len(prompt.prefix)
-        for chunk, (stored, exact) in zip(prompt.chunks, found, strict=True):
-            kv = stored or computed.get(chunk)
-            if kv is not None:
-                first = start == kv.position == len(prompt.opening) == len(prompt.prefix)
-                segments.append(Segment(start, kv, 0, len(kv), exact or first))
-            start += len(chunk)
+        for each, (stored, exact) in zip(prompt.placed, found, strict=True):
+            kv = stored or computed.get(each.chunk)
+            if kv is not None and exact:  # stored as it stands here
+                segments.append(Segment(each.start, kv, 0, len(kv), exact))
+            elif kv is not None:
+                begins = each.first == 0 and each.start == kv.position == len(prompt.prefix)
+                begins = begins and prompt.opening == prompt.prefix
+                segments.append(Segment(each.start, kv, each.first, each.last - each.first, begins))
         return segments
 
     def _found(self, prompt: Prompt, policy: Policy) -> list[tuple[ChunkKV | None, bool]]:
@@ -114,12 +113,13 @@ class Planner:
         names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
         found: list[tuple[ChunkKV | None, bool]] = []
         context, exact = prompt.prefix, True
-        for index, chunk in enumerate(prompt.chunks):
-            exact = exact and self._library.holds(context, chunk)
-            kv = self._library.get(context, chunk) if exact else None
+        for index, each in enumerate(prompt.placed):
+            chunk, context = each.chunk, (*context, *each.gap)
+            exact = exact and self._library.holds(context, each.standing)
+            kv = self._library.get(context, each.standing) if exact else None
             exact = kv is not None
             if exact:
-                context = (*context, *chunk)
+                context = (*context, *each.standing)
             elif policy.contextual:
                 overhead = partial(policy.overhead, before=names[:index])
                 kv = self._library.best(self.behind(prompt.opening, chunk, policy), chunk, overhead)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,23 @@ _LEAD_IN = Path(__file__).with_name("lead_in.txt")
 _CHUNKS = "[[the passages stand here]]"
 _QUESTION = "[[the question stands here]]"
 _ANSWER = "[[the answer stands here]]"
+_LABEL = "Question: "
+_KEPT = 1024  # chunks whose token ids are kept, since those that are asked for come again
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A retrieved text that is cached as one chunk, of which a part may be left out of the prompt.
+
+    Attributes:
+        text: the whole chunk.
+        first: index of its first character that stands in the prompt, when what is before it has been said.
+        goes_on: whether the next passage goes on where this one ends, so that nothing stands between them.
+    """
+
+    text: str
+    first: int = 0
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,11 +53,13 @@ class Prompt:
     """Token ids of one prompt in its three parts: prefix, chunks, question.
 
     Attributes:
-        prefix: all that stands before the chunks.
-        chunks: each chunk.
+        prefix: what stands before the chunks, and is likely to stand there again.
+        chunks: each chunk, as it is stored.
         question: all that stands behind them.
         head: KV of the first tokens of the prefix, if they are those of a conversation that goes on.
         behind: what the chunks were computed behind, if it is not the prefix.
+        gaps: what stands right before each chunk; () if nothing does.
+        parts: first and last + 1 index of what stands in the prompt of each chunk; () for the whole of each.
     """
 
     prefix: tuple[int, ...]
@@ -47,16 +67,51 @@ class Prompt:
     question: tuple[int, ...]
     head: ChunkKV | None = None
     behind: tuple[int, ...] | None = None
+    gaps: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def opening(self) -> tuple[int, ...]:
         """What the chunks were computed behind, a lead-in apart."""
         return self.prefix if self.behind is None else self.behind
 
-    @property
+    @cached_property
+    def placed(self) -> tuple[Placed, ...]:
+        """Where each chunk stands."""
+        placed, end = [], len(self.prefix)
+        for index, chunk in enumerate(self.chunks):
+            first, last = self.parts[index] if self.parts else (0, len(chunk))
+            gap = self.gaps[index] if self.gaps else ()
+            placed.append(Placed(chunk, first, last, gap, end + len(gap)))
+            end = placed[-1].end
+        return tuple(placed)
+
+    @cached_property
     def token_ids(self) -> tuple[int, ...]:
         """All token ids in order."""
-        return (*self.prefix, *(token for chunk in self.chunks for token in chunk), *self.question)
+        between = (token for each in self.placed for token in (*each.gap, *each.standing))
+        return (*self.prefix, *between, *self.question)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A chunk of a prompt: tokens `first` to `last` of it stand at position `start`, behind `gap`."""
+
+    chunk: tuple[int, ...]
+    first: int
+    last: int
+    gap: tuple[int, ...]
+    start: int
+
+    @property
+    def standing(self) -> tuple[int, ...]:
+        """The token ids of it that stand in the prompt."""
+        return self.chunk[self.first : self.last]
+
+    @property
+    def end(self) -> int:
+        """Position right after the last of them."""
+        return self.start + self.last - self.first
 
 
 class PromptBuilder:
@@ -77,8 +132,9 @@ class PromptBuilder:
         self._lock = threading.Lock()
         self._frame = lru_cache(maxsize=64)(self._render_frame)
         self._between = lru_cache(maxsize=64)(self._render_between)
+        self._stripped_chunk = lru_cache(maxsize=_KEPT)(lambda text: self.encode(text + SEPARATOR))
 
-    def build(self, question: str, chunks: Sequence[str], system: str | None = None) -> Prompt:
+    def build(self, question: str, chunks: Sequence[str | Passage], system: str | None = None) -> Prompt:
         """Return the prompt for `question` over `chunks`.
 
         Raises:
@@ -94,11 +150,36 @@ class PromptBuilder:
         if isinstance(chunks, str):
             raise PromptError(f"chunks is one string of {len(chunks)} characters; pass a list of texts")
         prefix, label, tail = self._frame(system)
-        return Prompt(
-            prefix=prefix,
-            chunks=tuple(self.chunk(text) for text in chunks),
-            question=(*self._encode(label + question.strip()), *tail),
-        )
+        asked = (*self.encode(label + question.strip()), *tail)
+        if not any(isinstance(chunk, Passage) for chunk in chunks):
+            return Prompt(prefix, tuple(map(self.chunk, chunks)), asked)  # type: ignore[arg-type]
+        passages = [chunk if isinstance(chunk, Passage) else Passage(chunk) for chunk in chunks]
+        ids, parts, gaps = zip(*map(self.part, passages), strict=True)
+        gaps = ((), *gaps)  # what is over of one passage stands before the next
+        return Prompt(prefix, ids, (*gaps[-1], *asked), gaps=gaps[:-1], parts=parts)
+
+    def frame_texts(self) -> tuple[str, str]:
+        """Return what stands before the chunks in a message, and between them and the question."""
+        return f"{self._instruction}{SEPARATOR}", _LABEL
+
+    def part(self, passage: Passage) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, ...]]:
+        """Return the ids of a passage's chunk, which of them stand in the prompt, and what stands right behind them.
+
+        Behind them is only what is tokenised differently for want of a separator.
+        """
+        ids, text = self.chunk(passage.text), passage.text.strip()
+        first, last = 0, len(ids)
+        over: tuple[int, ...] = ()
+        if passage.goes_on:
+            alone = self.encode(text)
+            last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False)))
+            over = alone[last:]
+        if passage.first and self._tokenizer.is_fast:
+            with self._lock:
+                spans = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                                        return_offsets_mapping=True).offset_mapping  # fmt: skip
+            first = next((index for index, (start, _) in enumerate(spans) if start >= passage.first), last)
+        return ids, (min(first, last), last), over
 
     def prefix(self, system: str | None = None) -> tuple[int, ...]:
         """Return the token ids that stand before the first chunk."""
@@ -133,19 +214,25 @@ class PromptBuilder:
         """
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"a chunk is {text!r}; every chunk must be a string with text in it")
-        return self._encode(text.strip() + SEPARATOR)
+        return self._stripped_chunk(text.strip())
+
+    def encode(self, text: str, trusted: bool = False) -> tuple[int, ...]:
+        """Return the ids of `text`; only in the template's own text are special tokens what they look like."""
+        with self._lock:
+            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not trusted).input_ids
+        return tuple(ids)
 
     def _render_frame(self, system: str | None) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
         """Return the ids before the chunks, the text between chunks and question, the ids after the question."""
         tokenizer = self._tokenizer
-        body = f"{self._instruction}{SEPARATOR}{_CHUNKS}Question: {_QUESTION}"
+        body = f"{self._instruction}{SEPARATOR}{_CHUNKS}{_LABEL}{_QUESTION}"
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": system}] if system else []
-            rendered: Any = self._render([*messages, {"role": "user", "content": body}])
+            rendered: Any = self.render([*messages, {"role": "user", "content": body}])
             start: tuple[int, ...] = ()
         else:
             rendered = f"{system}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"
-            start = self._leading_special_tokens()
+            start = self.leading_special_tokens()
         before, chunks_mark, rest = rendered.partition(_CHUNKS)
         label, question_mark, after = rest.partition(_QUESTION)
         if not (chunks_mark and question_mark) or _CHUNKS in rest or _QUESTION in after:
@@ -153,28 +240,28 @@ class PromptBuilder:
                 "the tokenizer's chat template does not keep the user's message in one piece, so chunks have no "
                 "place in it; set tokenizer.chat_template to one that does, or to None for plain text"
             )
-        return (*start, *self._encode(before, trusted=True)), label, self._encode(after, trusted=True)
+        return (*start, *self.encode(before, trusted=True)), label, self.encode(after, trusted=True)
 
     def _render_between(self, system: str | None) -> tuple[int, ...]:
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}"
         if not self._tokenizer.chat_template:
-            return self._encode(f"{SEPARATOR}{body}".partition(_CHUNKS)[0], trusted=True)
+            return self.encode(f"{SEPARATOR}{body}".partition(_CHUNKS)[0], trusted=True)
         messages = [{"role": "system", "content": system}] if system else []
         messages += [
             {"role": "user", "content": _QUESTION},
             {"role": "assistant", "content": _ANSWER},
             {"role": "user", "content": body},
         ]
-        rendered: Any = self._render(messages)
+        rendered: Any = self.render(messages)
         _, answer_mark, rest = rendered.partition(_ANSWER)
         between, chunks_mark, _ = rest.partition(_CHUNKS)
         if not (answer_mark and chunks_mark):
             raise PromptError(
                 "the tokenizer's chat template keeps no place for a second question; ask it in a new conversation"
             )
-        return self._encode(between, trusted=True)
+        return self.encode(between, trusted=True)
 
-    def _render(self, messages: list[dict[str, str]]) -> Any:
+    def render(self, messages: list[dict[str, str]]) -> Any:
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
@@ -183,14 +270,8 @@ class PromptBuilder:
                 "leave out system=, or put its text into instruction="
             ) from error
 
-    def _leading_special_tokens(self) -> tuple[int, ...]:
+    def leading_special_tokens(self) -> tuple[int, ...]:
         """Return what the tokenizer puts before any plain text, such as BOS."""
-        first, *_ = self._encode("x")
+        first, *_ = self.encode("x")
         ids = tuple(self._tokenizer("x").input_ids)
         return ids[: ids.index(first)] if first in ids else ()
-
-    def _encode(self, text: str, trusted: bool = False) -> tuple[int, ...]:
-        """Return the ids of `text`; only in the template's own text are special tokens what they look like."""
-        with self._lock:
-            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not trusted).input_ids
-        return tuple(ids)
