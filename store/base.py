@@ -186,7 +186,7 @@ class Store(ABC):
         """Start bringing `keys` nearer to the model; returns at once. A tier with nothing nearer ignores it."""
 
     def credit(self, key: ChunkKey, worth: float) -> None:  # noqa: B027
-        """Add to the use frequency of an entry that is held what a use of it was worth. See `evict=cost`."""
+        """Add to the use frequency of an entry, held now or not, what a use of it was worth. See `evict=cost`."""
 
     def pin(self, key: ChunkKey, pinned: bool = True) -> None:  # noqa: B027
         """Keep the entry under `key` from being evicted, until it is unpinned by `pinned=False`."""

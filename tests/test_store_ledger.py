@@ -261,6 +261,146 @@ def test_only_so_many_deletions_are_remembered(monkeypatch):
     assert [ledger.buried(entry(token, created=1.0)) for token in range(6)] == [False] * 3 + [True] * 3
 
 
+# Ghosts: uses of what is not held
+
+
+def uses(ledger):
+    return {tokens([known.key])[0]: known.uses for known in ledger.entries(EVERYTHING)}
+
+
+def ghosts(ledger):
+    ledger._write_uses()
+    known = dict(ledger._db.execute("SELECT key, uses FROM ghosts").fetchall())
+    return {token: known[key(token).digest] for token in range(100) if key(token).digest in known}
+
+
+@pytest.mark.parametrize("evict", ["lfu", "cost"])
+def test_what_was_evicted_comes_back_with_its_uses(evict):
+    ledger = Ledger(20, evict)
+    add(ledger, entry(1, compute_s=1.0), entry(2, compute_s=1.0))
+    for token in (1, 1, 2, 2, 2):
+        ledger.use(key(token))
+    assert add(ledger, entry(3, compute_s=1.0)) == [1]
+    assert ghosts(ledger) == {1: 2.0}
+    ledger.use(key(3))
+    assert add(ledger, entry(1, compute_s=1.0)) == [3]
+    assert uses(ledger) == {1: 2.0, 2: 3.0}
+    assert ghosts(ledger) == {3: 1.0}
+
+
+def test_what_is_popular_before_it_is_held_is_not_the_first_to_go():
+    ledger = Ledger(20, "lfu")
+    ledger.credit(key(1), 3.0)
+    ledger.credit(key(1), 1.0)
+    ledger.asked(key(1))  # and missed
+    add(ledger, entry(1), entry(2))
+    for _ in range(4):
+        ledger.use(key(2))
+    assert uses(ledger) == {1: 5.0, 2: 4.0}
+    assert add(ledger, entry(3)) == [2]
+    assert ghosts(ledger) == {2: 4.0}
+
+
+def test_a_hit_counts_once_and_a_miss_too():
+    ledger = Ledger(20, "lfu")
+    add(ledger, entry(1))
+    for token in (1, 2, 2, 1):
+        ledger.asked(key(token))
+        if token == 1:
+            ledger.use(key(1))
+    assert (uses(ledger), ghosts(ledger)) == ({1: 2.0}, {2: 2.0})
+
+
+def test_what_expires_leaves_its_uses_and_what_is_deleted_does_not():
+    ledger = Ledger(100, "lfu")
+    add(ledger, entry(1, expires=10.0), entry(2))
+    ledger.use(key(1))
+    ledger.use(key(2))
+    assert list(ledger.expired(20.0)) == [key(1)]
+    ledger.drop(key(1))
+    ledger.credit(key(2), 1.0)
+    ledger.drop(key(2))
+    assert ghosts(ledger) == {1: 1.0}
+    add(ledger, entry(2))
+    assert uses(ledger) == {2: 0.0}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"evict": "lfu"}, {"max_bytes": 20}, {"max_bytes": 20, "evict": "lfu", "ghosts": 0}]
+)
+def test_where_uses_decide_nothing_none_are_remembered(options):
+    ledger = Ledger(**options)
+    ledger.credit(key(1), 5.0)
+    ledger.asked(key(1))
+    add(ledger, entry(1), entry(2))
+    ledger.use(key(1))
+    for victim in ledger.victims(entry(3, nbytes=20)):
+        ledger.drop(victim)
+    assert ghosts(ledger) == {}
+
+
+def test_only_so_many_are_remembered_those_of_most_uses(monkeypatch):
+    monkeypatch.setattr(module, "_AGE_LEAST", 10_000)
+    ledger = Ledger(20, "lfu", ghosts=20)
+    for token in range(50):
+        ledger.credit(key(token), 2.0 + token % 2)
+    kept = ghosts(ledger)
+    assert len(kept) == 20
+    assert all(token % 2 for token in kept)
+    assert kept[49] == 3.0
+
+
+def test_ghosts_fade_with_the_use_of_others_until_they_are_forgotten():
+    ledger = Ledger(20, "lfu")
+    add(ledger, entry(1))
+    ledger.credit(key(2), 4.0)
+    for _ in range(70):
+        ledger.use(key(1))
+    assert 0 < ghosts(ledger)[2] <= 2.0
+    for _ in range(500):
+        ledger.use(key(1))
+    assert ghosts(ledger) == {}
+    assert uses(ledger)[1] < 200
+
+
+def test_a_small_tier_forgets_sooner_than_a_large_one():
+    left = []
+    for entries in (10, 2000):
+        ledger = Ledger(10 * entries, "lfu")
+        ledger.add_all(entry(token) for token in range(entries))
+        ledger.use(key(0), worth=64.0)
+        for _ in range(600):
+            ledger.use(key(1))
+        left.append(next(known.uses for known in ledger.entries(EVERYTHING) if known.key == key(0)))
+    assert left[0] < 1
+    assert left[1] >= 32
+
+
+def test_processes_that_share_a_file_share_what_is_remembered(tmp_path):
+    one, other = (Ledger(20, "lfu", path=tmp_path / "index") for _ in range(2))
+    add(one, entry(1), entry(2))
+    one.use(key(2))
+    one.credit(key(3), 5.0)
+    one.close()
+    add(other, entry(3))
+    assert uses(other) == {2: 1.0, 3: 5.0}
+    other.close()
+
+
+def test_a_file_from_before_there_were_ghosts_is_taken_as_it_is(tmp_path):
+    older = Ledger(20, path=tmp_path / "index")
+    older._db.execute("DROP TABLE ghosts")
+    older._db.execute("DROP INDEX by_use")
+    add(older, entry(1))
+    ledger = Ledger(20, "lfu", path=tmp_path / "index")
+    ledger.use(key(1))
+    assert uses(ledger) == {1: 1.0}
+    older.use(key(1))
+    assert [known.uses for known in older.entries(EVERYTHING)] == [2.0]
+    older.close()
+    ledger.close()
+
+
 # One file
 
 
