@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +17,17 @@ import click
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from chunkcache.cli_bench import COMPARED, bench, compare_policies, show_comparison
+from chunkcache.cli_bench_rag import bench_chain, bench_hints, bench_order, bench_retrieval
 from chunkcache.cli_fill import export_file, import_file, warm
+from chunkcache.cli_inputs import draw_questions, load, read_cases
 from chunkcache.cli_store import store_commands
-from chunkcache.console import err, out, progress, status, table, wide
+from chunkcache.console import err, out, progress, table
 from chunkcache.errors import ChunkCacheError, DocumentError, InputError
 from chunkcache.options import (
     STORE_VARIABLE,
     data_options,
     device_options,
-    json_file_option,
     json_option,
     model_options,
     policy_option,
@@ -37,17 +36,13 @@ from chunkcache.options import (
 )
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only a command that needs them does
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from chunkcache.eval import Case
-    from chunkcache.eval.compare import Comparison
-    from chunkcache.eval.stores import StoreBench
     from chunkcache.llm import CachedLLM
+    from chunkcache.prompt import Passage
     from chunkcache.retriever import Hit, Retriever
-    from chunkcache.store import Store
 
 EXAMPLES = Path(__file__).with_name("examples")
-COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,8 +57,21 @@ def cli(verbose: bool) -> None:
 @cli.command()
 @click.argument("questions", nargs=-1, required=True)
 @click.option("--docs", required=True, type=click.Path(path_type=Path), help="Folder or file of documents.")
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to keep the index in: the next time only documents that have changed are read into it.",
+)
 @model_options
 @retrieval_options
+@click.option(
+    "--search",
+    "mode",
+    type=click.Choice(["hybrid", "dense", "keyword"]),
+    default="hybrid",
+    show_default=True,
+    help="How chunks are searched for.",
+)
 @policy_option
 @click.option(
     "--store",
@@ -86,11 +94,13 @@ def cli(verbose: bool) -> None:
 def ask(
     questions: tuple[str, ...],
     docs: Path,
+    index: Path | None,
     model_name: str,
     device: str | None,
     dtype: str,
     top_k: int,
     chunk_tokens: int,
+    mode: str,
     policy: str,
     store: str,
     system: str | None,
@@ -100,6 +110,7 @@ def ask(
 ) -> None:
     """Answer QUESTIONS over the documents in --docs."""
     from chunkcache.blend import parse_policy
+    from chunkcache.corpus import Corpus
     from chunkcache.llm import wrap
     from chunkcache.retriever import load_documents
     from chunkcache.store import open_store
@@ -109,15 +120,24 @@ def ask(
         if not question.strip():
             raise InputError(f"the question is empty ({question!r}); pass the text to be answered")
     documents = load_documents(docs)
-    model, tokenizer = _load(model_name, device, dtype)
+    model, tokenizer = load(model_name, device, dtype)
     llm = wrap(model, tokenizer, store=opened, policy=chosen)
-    retriever = _index(documents, tokenizer, chunk_tokens)
-    found = [retriever.search(question, top_k) for question in questions]
-    ahead = retriever.chunks if precompute == "all" else [hit.chunk for hits in found for hit in hits]
+    everything = precompute == "all"
+    corpus = Corpus(llm, _indexed(documents, tokenizer, chunk_tokens, index), system=system, ahead=everything)
     with progress("precomputing chunks") as on_progress:
-        llm.precompute([chunk.text for chunk in ahead], system=system, on_progress=on_progress)
+        change = corpus.sync(documents, on_progress)
+        if everything:
+            corpus.precompute(on_progress)
+    if index is not None and (change.added or change.removed or not index.exists()):
+        corpus.retriever.save(index)
+    found = [corpus.search(question, top_k, mode) for question in questions]
+    if not everything:
+        chunks = [hit.chunk for hits in found for hit in hits]
+        with progress("precomputing chunks") as on_progress:
+            owners = [chunk.document_id for chunk in chunks]
+            llm.precompute([chunk.text for chunk in chunks], system, on_progress, documents=owners)
     answers = [
-        _answer(llm, question, hits, system, max_new_tokens, quiet=as_json)
+        _answer(llm, question, hits, corpus.passages(hits), system, max_new_tokens, quiet=as_json)
         for question, hits in zip(questions, found, strict=True)
     ]
     if as_json:
@@ -158,29 +178,30 @@ def demo(
     from chunkcache.retriever import load_documents
 
     chosen = parse_policy(policy)
-    asked = _draw_questions(questions_file or EXAMPLES / "questions.jsonl", count, seed)
+    asked = draw_questions(questions_file or EXAMPLES / "questions.jsonl", count, seed)
     documents = load_documents(docs or EXAMPLES / "corpus")
-    model, tokenizer = _load(model_name, device, dtype)
-    retriever = _index(documents, tokenizer, chunk_tokens)
+    model, tokenizer = load(model_name, device, dtype)
+    retriever = _indexed(documents, tokenizer, chunk_tokens)
     found = [retriever.search(row["question"], top_k) for row in asked]
     llm = wrap(model, tokenizer, store="memory://?max_bytes=2GiB", policy=chosen)
     with progress("precomputing chunks") as on_progress:
         llm.precompute([hit.chunk.text for hits in found for hit in hits], on_progress=on_progress)
     answers = []
     for row, hits in zip(asked, found, strict=True):
-        answers.append(_answer(llm, row["question"], hits, None, 48, quiet=as_json))
+        chunks = [hit.chunk.text for hit in hits]
+        answers.append(_answer(llm, row["question"], hits, chunks, None, 48, quiet=as_json))
         if not as_json:
-            full = llm.generate(row["question"], [hit.chunk.text for hit in hits], policy="full", max_new_tokens=48)
+            full = llm.generate(row["question"], chunks, policy="full", max_new_tokens=48)
             err.print(f"  [dim]full prefill, first token after {full.ttft_s:.2f} s: {escape(full.text)}[/]")
             err.print(f"  [dim]expected: {escape(' / '.join(row['answers']))}[/]\n")
     cases = [
         Case(row["question"], tuple(hit.chunk.text for hit in hits)) for row, hits in zip(asked, found, strict=True)
     ]
-    comparison = _compare(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, policy))), llm.store)
+    comparison = compare_policies(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, policy))), llm.store)
     if as_json:
         click.echo(json.dumps({"answers": answers, "comparison": comparison.as_dict()}, indent=2))
     else:
-        _show(comparison)
+        show_comparison(comparison)
 
 
 @cli.command("check-model")
@@ -192,7 +213,7 @@ def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) 
     from chunkcache.blend import Decoder, self_check
     from chunkcache.identity import fingerprint
 
-    model, tokenizer = _load(model_name, device, dtype)
+    model, tokenizer = load(model_name, device, dtype)
     decoder = Decoder(model)
     check = self_check(decoder)
     facts = {
@@ -249,10 +270,10 @@ def calibrate(
 
     for policy in (target, guarded):
         parse_policy(policy)
-    cases = _cases(data, chunks, prompts, skip)
+    cases = read_cases(data, chunks, prompts, skip)
     if len(cases) < 10:
         raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
-    model, tokenizer = _load(model_name, device, dtype)
+    model, tokenizer = load(model_name, device, dtype)
     with progress("calibrating") as on_step:
         found = run(model, tokenizer, cases, target, guarded, (only,) if only else PARTS, on_step)
     found = found.over(load_calibration(found.fingerprint, out if out and out.exists() else None))
@@ -264,194 +285,45 @@ def calibrate(
         err.print(f"[dim]written to {escape(str(path))}[/]")
 
 
-@cli.group()
-def bench() -> None:
-    """Measure speed and fidelity."""
-
-
-@bench.command("policies")
-@data_options
-@click.option(
-    "--policy", "policies", multiple=True, default=COMPARED, show_default=True, help="May be given several times."
-)
-@model_options
-@json_file_option
-def bench_policies(
-    data: Path,
-    policies: Sequence[str],
-    chunks: int,
-    prompts: int,
-    skip: int,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    json_file: Path | None,
-) -> None:
-    """Compare policies with full prefill on the prompts of DATA (CacheBlend, HotpotQA, MuSiQue, LongBench, SQuAD)."""
-    from chunkcache.blend import parse_policy
-    from chunkcache.store import open_store
-
-    for policy in policies:
-        parse_policy(policy)
-    cases = _cases(data, chunks, prompts, skip)
-    model, tokenizer = _load(model_name, device, dtype)
-
-    _show(_compare(model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"), _writer(json_file)))
-
-
-@bench.command("selection")
-@data_options
-@click.option("--ratio", default=0.03, show_default=True, type=click.FloatRange(0, 1), help="Share recomputed.")
-@model_options
-@json_file_option
-def bench_selection(
-    data: Path,
-    chunks: int,
-    prompts: int,
-    skip: int,
-    ratio: float,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    json_file: Path | None,
-) -> None:
-    """Compare ways to select what is recomputed, at equal cost, by fidelity alone."""
-    from chunkcache.eval.ablation import ablate
-
-    cases = _cases(data, chunks, prompts, skip)
-    model, tokenizer = _load(model_name, device, dtype)
-    with progress("measuring selections") as on_prompt:
-        results = ablate(model, tokenizer, cases, ratio, on_prompt)
-    rows = [
-        [r.variant, f"{r.recomputed_share:.1%}", f"{r.kl_first:.4f}", f"{r.kl_mean:.4f}", f"{r.agreement:.1%}"]
-        for r in results
-    ]
-    columns = ["selection", "recomputed", "KL first", "KL mean", "agreement"]
-    out.print(table(f"{len(cases)} prompts, ratio {ratio}: means, KL in nats", columns, rows))
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(result) for result in results], indent=2))
-
-
-@bench.command("store")
-@data_options
-@click.option(
-    "--store",
-    "stores",
-    multiple=True,
-    help="URL of a store to compare with memory; may be given several times. By default a folder on disk, with each "
-    "of the codecs.",
-)
-@policy_option
-@model_options
-@json_file_option
-def bench_store(
-    data: Path,
-    stores: Sequence[str],
-    policy: str,
-    chunks: int,
-    prompts: int,
-    skip: int,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    json_file: Path | None,
-) -> None:
-    """Compare stores on the prompts of DATA: put and get, time to first token over memory's, fidelity of codecs."""
-    from chunkcache.blend import parse_policy
-    from chunkcache.eval.stores import CODECS, bench_stores
-    from chunkcache.store import open_store
-
-    parse_policy(policy)
-    with tempfile.TemporaryDirectory(prefix="chunkcache-") as folder, ExitStack() as opened:
-        urls = stores or [f"disk://{folder}/{number}{options}" for number, options in enumerate(CODECS)]
-        stands = {url: opened.enter_context(open_store(url)) for url in urls}
-        cases = _cases(data, chunks, prompts, skip)
-        model, tokenizer = _load(model_name, device, dtype)
-
-        with progress("measuring stores") as on_prompt:
-            measured = bench_stores(model, tokenizer, cases, stands, policy, on_prompt, _writer(json_file))
-    _show_stores(measured)
-
-
-@bench.command("packing")
-@click.option(
-    "--chunk-tokens",
-    "lengths",
-    multiple=True,
-    default=(64, 256, 512),
-    show_default=True,
-    type=click.IntRange(1),
-    help="Length of a chunk; may be given several times.",
-)
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
-@model_options
-@json_option
-def bench_packing(
-    lengths: tuple[int, ...], rounds: int, model_name: str, device: str | None, dtype: str, as_json: bool
-) -> None:
-    """Measure how many chunks are precomputed per second, packed and one by one."""
-    from chunkcache.eval.packing import bench_packing as run
-
-    model, tokenizer = _load(model_name, device, dtype)
-    with progress("measuring packing") as on_round:
-        found = run(model, tokenizer, lengths, rounds=rounds, on_round=on_round)
-    if as_json:
-        click.echo(json.dumps([asdict(each) for each in found], indent=2))
-        return
-    rows = [
-        [each.behind, str(each.chunk_tokens), f"{each.one_by_one:.2f}", f"{each.packed:.2f}", f"{each.ratio:.2f}"]
-        for each in found
-    ]
-    wide(table("chunks per second (medians)", ["behind", "tokens", "one by one", "packed", "ratio"], rows))
-
-
+for command in (bench_retrieval, bench_chain, bench_hints, bench_order):
+    bench.add_command(command)
+cli.add_command(bench)
 cli.add_command(store_commands)
 for command in (warm, export_file, import_file):
     store_commands.add_command(command)
 
 
-def _writer(json_file: Path | None) -> Callable[[Comparison | StoreBench], None]:
-    """Return what writes results to a file after every prompt: a run that is interrupted leaves what it had."""
-
-    def write(measured: Comparison | StoreBench) -> None:
-        if json_file is not None:
-            json_file.write_text(json.dumps(measured.as_dict(), indent=2))
-
-    return write
-
-
-def _cases(data: Path, chunks: int, prompts: int, skip: int) -> list[Case]:
-    from chunkcache.eval import load_cases
-
-    cases = load_cases(data, chunks or None, skip + prompts, least=chunks or 2)[skip:]
-    if not cases:
-        raise DocumentError(f"{data} has no prompts after the first {skip}; lower --skip")
-    if len(cases) < prompts:
-        err.print(f"[yellow]only {len(cases)} prompts of {escape(str(data))} can be used, not {prompts}[/]")
-    return cases
-
-
-def _load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with status(f"loading {name}") as on_status:
-        from chunkcache.models import load_model
-
-        return load_model(name, device=device, dtype=dtype, on_status=on_status)
-
-
-def _index(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int) -> Retriever:
+def _indexed(
+    documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase, chunk_tokens: int, folder: Path | None = None
+) -> Retriever:
+    """Return the index that was saved in a folder, or else one that is built of the documents."""
     from chunkcache.retriever import Retriever
 
-    with progress("indexing documents") as on_progress:
-        return Retriever.build(documents, tokenizer, size=chunk_tokens, on_progress=on_progress)
+    if folder is None or not folder.exists():
+        with progress("indexing documents") as on_progress:
+            return Retriever.build(documents, tokenizer, size=chunk_tokens, on_progress=on_progress)
+    retriever = Retriever.load(folder, tokenizer)
+    if retriever.size != chunk_tokens:
+        raise InputError(
+            f"the index in {str(folder)!r} has chunks of {retriever.size} tokens, not {chunk_tokens}: pass "
+            f"--chunk-tokens {retriever.size}, or another folder"
+        )
+    return retriever
 
 
 def _answer(
-    llm: CachedLLM, question: str, hits: Sequence[Hit], system: str | None, max_new_tokens: int, quiet: bool
+    llm: CachedLLM,
+    question: str,
+    hits: Sequence[Hit],
+    chunks: Sequence[str | Passage],
+    system: str | None,
+    max_new_tokens: int,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Stream one answer to stdout unless `quiet`; return it with its sources and stats."""
     if not quiet:
         err.print(f"[bold]{escape(question)}[/]")
-    stream = llm.stream(question, [hit.chunk.text for hit in hits], system=system, max_new_tokens=max_new_tokens)
+    stream = llm.stream(question, chunks, system=system, max_new_tokens=max_new_tokens)
     for piece in stream:
         if not quiet:
             click.echo(piece, nl=False)
@@ -468,71 +340,6 @@ def _answer(
         {"document": hit.chunk.document_id, "chunk": hit.chunk.index, "score": round(hit.score, 4)} for hit in hits
     ]
     return {"question": question, "answer": result.text, "sources": sources, "stats": result.stats.as_dict()}
-
-
-def _draw_questions(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [{"question": str(row["question"]), "answers": list(row.get("answers", ()))} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DocumentError(f"{path} is not JSON Lines with a question in each: {error!r}") from None
-    return random.Random(seed).sample(rows, min(count, len(rows)))
-
-
-def _compare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cases: Sequence[Any],
-    policies: Sequence[str],
-    store: Store,
-    on_rows: Callable[[Comparison], None] | None = None,
-) -> Comparison:
-    from chunkcache.eval import compare
-
-    with progress("comparing policies") as on_prompt:
-        return compare(model, tokenizer, cases, policies, store, on_prompt, on_rows)
-
-
-def _show_stores(measured: StoreBench) -> None:
-    from chunkcache.store.url import shown
-
-    sums = measured.summaries()
-
-    def number(value: float | None, digits: int) -> str:
-        return "n/a" if value is None else f"{value:.{digits}f}"
-
-    bytes_rows = [
-        [
-            shown(s["store"]),
-            str(s["chunks"]),
-            f"{s['bytes_per_token']:.0f}",
-            f"{s['put_s'] * 1e3:.0f}",
-            f"{s['get_s'] * 1e3:.0f}",
-            f"{s['get_bytes_per_s'] / 1e9:.2f}",
-            f"{s['put_of_floor']:.2f}",
-            f"{s['get_of_floor']:.2f}",
-        ]
-        for s in sums
-    ]
-    columns = ["store", "chunks", "bytes/token", "put ms", "get ms", "get GB/s", "put/floor", "get/floor"]
-    wide(table("all chunks of a prompt (medians; floor: a plain copy of as many bytes)", columns, bytes_rows))
-    ttft_rows = [
-        [
-            shown(s["store"]),
-            str(s["chunks"]),
-            f"{s['ttft_s']:.3f}",
-            f"{s['ttft_ratio']:.3f}",
-            number(s["cold_ttft_ratio"], 3),
-            f"{s['load_s']:.3f}",
-            number(s["peak_ratio"], 2),
-            f"{abs(s['kl_first']):.4f}",
-            f"{abs(s['kl_memory']):.5f}",
-            str(s["lost"]),
-        ]
-        for s in sums
-    ]
-    columns = ["store", "chunks", "TTFT s", "of memory", "cold", "load s", "peak/KV", "KL first", "KL to raw", "lost"]
-    wide(table("requests (medians; KL: means, in nats)", columns, ttft_rows))
 
 
 def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
@@ -552,43 +359,6 @@ def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
         ]
         title = f"guard of {report['guarded']} (cross-validated)"
         out.print(table(title, ["bound", "broken", "full prefill", "passes", "KL first"], rows))
-
-
-def _show(comparison: Comparison) -> None:
-    meta = comparison.meta
-    summaries = comparison.summaries()
-    out.print(
-        f"{meta['prompts']} prompts, {meta['dtype']}, {meta['device']}, {meta['threads']} threads, "
-        f"torch {meta['torch']}, transformers {meta['transformers']}"
-    )
-    speed = [
-        [
-            s.policy,
-            f"{s.ttft_s:.3f}",
-            f"{s.ttft_ratio:.3f}",
-            f"{s.ttft_ratio_p90:.3f}",
-            f"{s.assemble_ratio:.4f}",
-            "n/a" if s.peak_ratio is None else f"{s.peak_ratio:.2f}",
-        ]
-        for s in summaries
-    ]
-    out.print(table("time to first token (medians)", ["policy", "s", "of full", "p90", "assembly", "peak/KV"], speed))
-    fidelity = [
-        [
-            s.policy,
-            f"{s.recomputed_share:.1%}",
-            f"{abs(s.kl_first):.4f}",
-            f"{abs(s.kl_mean):.4f}",
-            f"{s.agreement:.1%}",
-        ]
-        for s in summaries
-    ]
-    columns = ["policy", "recomputed", "KL first", "KL mean", "agreement"]
-    out.print(table("fidelity to full prefill (means; KL in nats)", columns, fidelity))
-    scored = [s for s in summaries if s.f1 is not None]
-    if scored:
-        answers = [[s.policy, f"{s.f1:.3f}", f"{s.rouge_l:.3f}"] for s in scored]
-        out.print(table("answers against the accepted ones (means)", ["policy", "F1", "ROUGE-L"], answers))
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def test_a_failure_is_exit_code_1(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("broken\nin two lines")
 
-    monkeypatch.setattr(cli, "_load", fail)
+    monkeypatch.setattr(cli, "load", fail)
     assert run("check-model", "x") == (1, "", "error: RuntimeError: broken in two lines\n")
 
 

@@ -1,0 +1,45 @@
+"""What several commands read first: a model, a data set, questions."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from chunkcache.console import err, status
+from chunkcache.errors import DocumentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from chunkcache.eval import Case
+
+
+def read_cases(data: Path, chunks: int, prompts: int, skip: int) -> list[Case]:
+    from chunkcache.eval import load_cases
+
+    cases = load_cases(data, chunks or None, skip + prompts, least=chunks or 2)[skip:]
+    if not cases:
+        raise DocumentError(f"{data} has no prompts after the first {skip}; lower --skip")
+    if len(cases) < prompts:
+        err.print(f"[yellow]only {len(cases)} prompts of {escape(str(data))} can be used, not {prompts}[/]")
+    return cases
+
+
+def load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with status(f"loading {name}") as on_status:
+        from chunkcache.models import load_model
+
+        return load_model(name, device=device, dtype=dtype, on_status=on_status)
+
+
+def draw_questions(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [{"question": str(row["question"]), "answers": list(row.get("answers", ()))} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DocumentError(f"{path} is not JSON Lines with a question in each: {error!r}") from None
+    return random.Random(seed).sample(rows, min(count, len(rows)))
