@@ -1,9 +1,22 @@
-"""Text in, ranked chunks out: load documents, split them token-exactly, embed, index and search them."""
+"""Text in, ranked chunks out: load documents, split them token-exactly, embed, index, search, and follow changes."""
 
 from chunkcache.retriever.chunking import Chunk, split
 from chunkcache.retriever.documents import Document, load_documents
 from chunkcache.retriever.embedder import Embedder
-from chunkcache.retriever.index import FlatIndex
-from chunkcache.retriever.retriever import Hit, Retriever
+from chunkcache.retriever.index import VectorIndex
+from chunkcache.retriever.reranker import CrossEncoderReranker, Reranker
+from chunkcache.retriever.retriever import Change, Hit, Retriever
 
-__all__ = ["Chunk", "Document", "Embedder", "FlatIndex", "Hit", "Retriever", "load_documents", "split"]
+__all__ = [
+    "Change",
+    "Chunk",
+    "CrossEncoderReranker",
+    "Document",
+    "Embedder",
+    "Hit",
+    "Reranker",
+    "Retriever",
+    "VectorIndex",
+    "load_documents",
+    "split",
+]

