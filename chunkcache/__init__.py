@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chunkcache.conversation import Conversation
+    from chunkcache.corpus import Corpus
     from chunkcache.errors import (
         CalibrationError,
         ChunkCacheError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from chunkcache.generation import Generation, TextStream
     from chunkcache.llm import CachedLLM, Precomputed, Prefilled, wrap
     from chunkcache.models import load_model
+    from chunkcache.prompt import Passage
     from chunkcache.stats import RequestStats
     from chunkcache.store import Store, open_store
 
@@ -46,11 +48,13 @@ __all__ = [
     "ChunkCacheError",
     "ContextLengthError",
     "Conversation",
+    "Corpus",
     "DocumentError",
     "EntryLostError",
     "Generation",
     "InputError",
     "ModelNotFoundError",
+    "Passage",
     "PolicyError",
     "Precomputed",
     "Prefilled",
@@ -70,9 +74,11 @@ __all__ = [
 
 _HOMES = {
     "conversation": ("Conversation",),
+    "corpus": ("Corpus",),
     "generation": ("Generation", "TextStream"),
     "llm": ("CachedLLM", "Precomputed", "Prefilled", "wrap"),
     "models": ("load_model",),
+    "prompt": ("Passage",),
     "stats": ("RequestStats",),
     "store": ("Store", "open_store"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from chunkcache.options import chunk_tokens_option, data_options, json_file_opti
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("questions", type=click.Path(path_type=Path))
 @click.option("--add-context", is_flag=True, help="Add the questions' own paragraphs that the corpus lacks.")
-@click.option("--reranker", help="Cross-encoder that ranks once more: a folder or a Hugging Face id.")
+@click.option(
+    "--precompute",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Documents of which the KV are computed as well, packed and one by one.",
+)
 @chunk_tokens_option
 @model_options
 @json_file_option
@@ -26,7 +33,7 @@ def bench_retrieval(
     corpus: Path,
     questions: Path,
     add_context: bool,
-    reranker: str | None,
+    precompute: int,
     chunk_tokens: int,
     model_name: str,
     device: str | None,
@@ -34,12 +41,13 @@ def bench_retrieval(
     json_file: Path | None,
 ) -> None:
     """Measure how much of what supports the answers to QUESTIONS is found in CORPUS, and how fast it is indexed."""
+    from chunkcache.eval.packing import precompute_speed
     from chunkcache.eval.retrieval import bench_retrieval as run
     from chunkcache.eval.retrieval import load_questions
     from chunkcache.retriever import load_documents
 
     asked, documents = load_questions(questions), load_documents(corpus)
-    _, tokenizer = load(model_name, device, dtype)
+    model, tokenizer = load(model_name, device, dtype)
     with progress("embedding passages") as on_progress:
         found = run(documents, asked, tokenizer, size=chunk_tokens, add_context=add_context, on_progress=on_progress)
     speed = [f"{value:.0f}" for value in (found.split_per_s, found.embed_per_s, found.index_per_s, found.build_per_s)]
@@ -54,7 +62,18 @@ def bench_retrieval(
         "documents are there"
     )
     wide(table(title, ["search", *(f"recall@{k}" for k in found.modes[0].recall), "ms"], rows))
-    _write(json_file, found)
+    results = found.as_dict()
+    if precompute:
+        with progress("precomputing chunks") as on_round:
+            speeds = precompute_speed(model, tokenizer, documents[:precompute], chunk_tokens, on_round)
+        results["precompute"] = asdict(speeds)
+        rows = [
+            [way, f"{rate:.2f}", f"{1 / (1 / rate + 1 / found.build_per_s):.2f}"]
+            for way, rate in (("packed", speeds.packed_per_s), ("one by one", speeds.one_by_one_per_s))
+        ]
+        title = f"{speeds.documents} documents, {speeds.chunks} chunks, {speeds.tokens} tokens: documents a second"
+        wide(table(title, ["", "precomputed", "with indexing"], rows))
+    _write(json_file, results)
 
 
 @click.command("chain")
@@ -88,7 +107,8 @@ def bench_chain(
         "chain_ttft_s": "the plug-in, s",
         "direct_ttft_s": "direct call, s",
         "retrieve_s": "of the plug-in: its retriever, s",
-        "overhead_ms": "overhead of LangChain, ms",
+        "layer_ms": "of the plug-in: outside of llm.chat_stream, ms",
+        "overhead_ms": "the plug-in less the direct call, ms",
         "speedup": "plain over plug-in",
         "equal": "answers equal the direct call's",
         "plain_equal": "answers equal plain transformers'",
@@ -97,7 +117,7 @@ def bench_chain(
     }
     rows = [[text, "n/a" if sums[name] is None else f"{sums[name]:.3f}"] for name, text in names.items()]
     wide(table(f"{len(cases)} prompts: medians of times, means of the rest", ["first token", ""], rows))
-    _write(json_file, found)
+    _write(json_file, found.as_dict())
 
 
 @click.command("hints")
@@ -141,7 +161,7 @@ def bench_hints(sessions: Path | None, blocks: Path | None, seeds: int, json_fil
     columns = ["budget", "variant", "held", "over lru", "ready", "fetched"]
     wide(table(f"{traces[0].name}, {len(traces)} seeds: share of chunks in the nearest tier", columns, shown))
     err.print("[dim]held: when they were retrieved; ready: when the request came, prefetch included[/]")
-    _write(json_file, found)
+    _write(json_file, found.as_dict())
 
 
 @click.command("order")
@@ -170,7 +190,11 @@ def bench_order(
     model, tokenizer = load(model_name, device, dtype)
     with progress("serving requests") as on_request:
         found = run(
-            model, tokenizer, similar(cases, visits), on_request=on_request, on_rows=lambda b: _write(json_file, b)
+            model,
+            tokenizer,
+            similar(cases, visits),
+            on_request=on_request,
+            on_rows=lambda b: _write(json_file, b.as_dict()),
         )
 
     def number(value: float | None) -> str:
@@ -196,6 +220,6 @@ def bench_order(
     err.print("[dim]full: full prefill of the new order; KL to full prefill of the retriever's order, in nats[/]")
 
 
-def _write(json_file: Path | None, found: Any) -> None:
+def _write(json_file: Path | None, found: dict[str, Any]) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=2))
+        json_file.write_text(json.dumps(found, indent=2))

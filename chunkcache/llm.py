@@ -141,7 +141,7 @@ class CachedLLM:
         system: str | None = None,
         on_progress: Progress | None = None,
         policy: str | Policy | None = None,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | None] | None = None,
     ) -> Precomputed:
         """Compute and store the KV of `texts` behind the prefix of `system`; what is stored already is left.
 
@@ -151,7 +151,7 @@ class CachedLLM:
             on_progress: called with (chunks done, chunks to do) after every chunk.
             policy: the policy that requests will use; None for the wrapper's. It says which lead-in stands before
                 a chunk while it is computed, and whether what its tokens look at is recorded.
-            documents: for each text the id of the document that it is from, by which it can be deleted.
+            documents: for each text the id of the document that it is from, by which it can be deleted, or None.
 
         Raises:
             PolicyError: the policy is unknown.
@@ -178,7 +178,7 @@ class CachedLLM:
         texts: Sequence[str],
         system: str | None = None,
         policy: str | Policy | None = None,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | None] | None = None,
     ) -> None:
         """Make texts findable in messages and, while attached, in prompts; computes nothing. See `precompute`."""
         self._know(texts, system, self.chosen(policy), documents)
@@ -196,7 +196,7 @@ class CachedLLM:
         texts: Sequence[str],
         system: str | None = None,
         policy: str | Policy | None = None,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | None] | None = None,
     ) -> list[str]:
         """Make texts known, start bringing their chunk KV to the store's nearest tier, and return at once.
 
@@ -216,15 +216,21 @@ class CachedLLM:
         system: str | None = None,
         on_progress: Progress | None = None,
         policy: str | Policy | None = None,
+        compute: bool = True,
     ) -> Precomputed:
         """Precompute the chunks of a document that was edited, and delete those that are no longer in it.
 
-        Chunks that are as they were, also those that only moved, keep their KV. See `precompute`.
+        Chunks that are as they were, also those that only moved, keep their KV. With `compute=False` what is new is
+        left to the requests that ask for it. See `precompute`.
         """
-        done = self.precompute(texts, system, on_progress, policy, [document] * len(texts))
-        self._known.drop_document(document, but=texts)
-        self._library.forget_stale(label("document", document), [self.prompts.chunk(text) for text in texts])
-        return done
+        try:
+            if not compute:
+                self.know(texts, system, policy, [document] * len(texts))
+                return Precomputed(len(texts), 0, 0)
+            return self.precompute(texts, system, on_progress, policy, [document] * len(texts))
+        finally:  # what is stale goes, whatever became of the new
+            self._known.drop_document(document, but=texts)
+            self._library.forget_stale(label("document", document), [self.prompts.chunk(text) for text in texts])
 
     def forget(self, document: str | None = None, texts: Sequence[str] = ()) -> int:
         """Delete, from every tier, all KV of this model and tenant that were computed from a document or from texts.
@@ -486,7 +492,7 @@ class CachedLLM:
     # --- inside
 
     def _know(
-        self, texts: Sequence[str], system: str | None, policy: Policy, documents: Sequence[str] | None
+        self, texts: Sequence[str], system: str | None, policy: Policy, documents: Sequence[str | None] | None
     ) -> list[tuple[TokenIds, TokenIds]]:
         """Make texts findable; return of each its chunk's token ids, and those that it is computed behind."""
         if isinstance(texts, str):

@@ -100,6 +100,8 @@ class Planner:
         segments = []
         for each, (stored, exact) in zip(prompt.placed, found, strict=True):
             kv = stored or computed.get(each.chunk)
+            if stored is None and kv is not None:
+                stats.computed_tokens += each.last - each.first
             if kv is not None and exact:  # stored as it stands here
                 segments.append(Segment(each.start, kv, 0, len(kv), exact))
             elif kv is not None:

@@ -38,7 +38,7 @@ class Passage:
     """A retrieved text that is cached as one chunk, of which a part may be left out of the prompt.
 
     Attributes:
-        text: the whole chunk.
+        text: the whole chunk; space round it does not count.
         first: index of its first character that stands in the prompt, when what is before it has been said.
         goes_on: whether the next passage goes on where this one ends, so that nothing stands between them.
     """

@@ -28,7 +28,8 @@ class RequestStats:
         lost: hits whose KV proved damaged or gone while they were loaded, and were computed with the prompt.
         misses: chunks that were computed for this request because the store did not hold them.
         reused_tokens: tokens that stored KV was put in place for.
-        exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
+        computed_tokens: of these, tokens of chunks that were computed for this request.
+        exact_tokens: of the reused tokens, tokens whose stored KV is what a full prefill would compute.
         recomputed_share: token-layers computed, a scout's included, as a share of all token-layers of the prompt.
         guard_passes: partial recomputations that the fidelity guard tried; 0 without a guard.
         guard_predicted: KL of the first token that it predicts at most, in nats; 0 after full prefill.
@@ -50,6 +51,7 @@ class RequestStats:
     misses: int = 0
     lost: int = 0
     reused_tokens: int = 0
+    computed_tokens: int = 0
     exact_tokens: int = 0
     recomputed_share: float = 1.0
     guard_passes: int = 0

@@ -1,0 +1,205 @@
+"""Documents that can be searched and asked: a retriever and a wrapped model's store, kept in step.
+
+Whatever changes in a document is searched as it now is from that moment on, and KV of what it no longer says are gone
+from every tier when the change returns. What a search finds is on its way to the model before the question is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from chunkcache.errors import InputError
+from chunkcache.generation import Generation, TextStream
+from chunkcache.hints import Hints
+from chunkcache.kv import ChunkKey
+from chunkcache.library import Progress
+from chunkcache.llm import CachedLLM
+from chunkcache.order import ServedOrders, distinct
+from chunkcache.prompt import Passage
+from chunkcache.retriever import Change
+
+if TYPE_CHECKING:
+    from chunkcache.blend import Policy
+    from chunkcache.retriever import Chunk, Document, Hit, Retriever
+
+_KEYS = 65_536  # of chunks, remembered
+_GUESSES = 4  # of each kind: neighbours of what was found, and what ranked right behind it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question, and the chunks it was asked over, best first."""
+
+    generation: Generation
+    hits: list[Hit]
+
+    @property
+    def text(self) -> str:
+        """The answer, without special tokens."""
+        return self.generation.text
+
+
+class Corpus:
+    """Some documents, and who answers questions over them.
+
+    Args:
+        llm: the wrapped model.
+        retriever: holds the documents; change them through the corpus only.
+        system: system prompt of all questions; None for the chat template's own.
+        policy: which reused tokens are recomputed; None for the wrapper's.
+        ahead: whether the KV of documents are computed when they are added or updated, or when they are asked for.
+        reorder: by how many ranks a chunk may leave the retriever's order, so that more chunks stand behind the same
+            ones as in an earlier prompt. That helps policies that store chunks in their context: `prefix`,
+            `cachecraft`. 0 keeps the order.
+        hints: whether the store is told what is retrieved, and what is likely to be next; see `Hints`.
+
+    Raises:
+        PolicyError: the policy is unknown.
+        InputError: `reorder` is negative.
+    """
+
+    def __init__(
+        self,
+        llm: CachedLLM,
+        retriever: Retriever,
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        ahead: bool = True,
+        reorder: int = 0,
+        hints: bool = True,
+    ) -> None:
+        if reorder < 0:
+            raise InputError(f"reorder = {reorder} is no number of ranks: give 0 or more")
+        self.llm, self.retriever = llm, retriever
+        self._system, self._policy = system, llm.chosen(policy)
+        self._ahead, self._reorder = ahead, reorder
+        self._orders = ServedOrders()
+        self._hints = Hints(llm.store, likely=2 * _GUESSES) if hints else None
+        self._key = lru_cache(maxsize=_KEYS)(self._find_key)
+
+    def precompute(self, on_progress: Progress | None = None) -> int:
+        """Compute and store the KV of every chunk that the store lacks; return how many these were.
+
+        `on_progress(done, total)` counts chunks.
+        """
+        return self._compute(self.retriever.chunks, on_progress)
+
+    def add(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
+        """Add documents, and compute the KV of their chunks; see `Retriever.add`."""
+        change = self.retriever.add(documents)
+        if self._ahead:
+            self._compute(change.added, on_progress)
+        return change
+
+    def update(self, document: Document, on_progress: Progress | None = None) -> Change:
+        """Put a new version of a document in the place of the old one; see `Retriever.update`.
+
+        Only what is new is computed. KV of what is gone are gone from every tier when this returns, and KV of other
+        chunks that were computed behind it in a prompt as well.
+        """
+        change = self.retriever.update(document)
+        if change.added or change.removed:
+            texts = [chunk.text for chunk in (*change.kept, *change.added)]
+            self.llm.update_document(document.id, texts, self._system, on_progress, self._policy, self._ahead)
+        return change
+
+    def delete(self, document_id: str) -> Change:
+        """Take out a document, and delete its KV from every tier, but for chunks that other documents have too."""
+        change = self.retriever.delete(document_id)
+        self.llm.update_document(document_id, [])
+        return change
+
+    def sync(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
+        """Make these the documents: add what is new, update what differs, delete the rest.
+
+        `on_progress(done, total)` counts chunks of new documents. Returns all changes as one.
+        """
+        now, before = {document.id for document in documents}, set(self.retriever.documents)
+        changes = [self.delete(gone) for gone in before - now]
+        changes += [self.update(document) for document in documents if document.id in before]
+        changes.append(self.add([document for document in documents if document.id not in before], on_progress))
+        parts = zip(*((change.added, change.removed, change.kept) for change in changes), strict=True)
+        return Change(*(tuple(chain.from_iterable(each)) for each in parts))
+
+    def search(self, query: str, k: int = 4, mode: str | None = None) -> list[Hit]:
+        """Return the best `k` chunks, and start bringing their KV to the store's nearest tier.
+
+        See `Retriever.search`.
+        """
+        found = self.retriever.search(query, k + _GUESSES if self._hints else k, mode)
+        hits, near = found[:k], found[k:]
+        chunks = [hit.chunk for hit in hits]
+        owners = [chunk.document_id for chunk in chunks]
+        self.llm.know([chunk.text for chunk in chunks], self._system, self._policy, owners)
+        if self._hints is not None:
+            beside = [other for chunk in chunks for other in reversed(self.retriever.neighbours(chunk))][:_GUESSES]
+            likely = [*beside, *(hit.chunk for hit in near)]
+            self._hints.retrieved(*([self._key(chunk.text) for chunk in each] for each in (chunks, likely)))
+        else:
+            self.llm.store.prefetch([self._key(chunk.text) for chunk in chunks])
+        return hits
+
+    def passages(self, hits: Sequence[Hit]) -> list[Passage]:
+        """Return what stands in the prompt of these hits, in order.
+
+        A chunk that says nothing new is left out. Of chunks that overlap the later one follows right behind the
+        earlier, and goes on where that ends; KV of both are reused.
+        """
+        chunks = [hits[index].chunk for index in distinct([hit.chunk.text for hit in hits])]
+        runs = _runs(chunks)
+        names = [tuple(self._key(chunk.text) for chunk in run) for run in runs]
+        runs = [runs[index] for index in self._orders.arrange(names, self._reorder)]
+        self._orders.record([tuple(self._key(chunk.text) for chunk in run) for run in runs])
+        return list(chain.from_iterable(map(_joined, runs)))
+
+    def generate(self, question: str, k: int = 4, **options: Any) -> Answer:
+        """Answer a question over the best `k` chunks; options are those of `CachedLLM.generate`."""
+        hits = self.search(question, k)
+        passages = self.passages(hits)
+        return Answer(self.llm.generate(question, passages, self._system, self._policy, **options), hits)
+
+    def stream(self, question: str, k: int = 4, **options: Any) -> tuple[TextStream, list[Hit]]:
+        """Answer like `generate`, piece by piece; returns the stream, and the chunks it is asked over."""
+        hits = self.search(question, k)
+        passages = self.passages(hits)
+        return self.llm.stream(question, passages, self._system, self._policy, **options), hits
+
+    def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
+        texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
+        return self.llm.precompute(texts, self._system, on_progress, self._policy, owners).computed
+
+    def _find_key(self, text: str) -> ChunkKey:
+        return self.llm.keys([text], self._system, self._policy)[0]
+
+
+def _runs(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Group chunks that overlap in their document, each group at the rank of its best, in the document's order."""
+    runs: list[list[Chunk]] = []
+    for chunk in chunks:
+        touched = [run for run in runs if any(_overlap(chunk, other) for other in run)]
+        if not touched:
+            runs.append([chunk])
+            continue
+        touched[0] += [chunk, *chain.from_iterable(touched[1:])]
+        touched[0].sort(key=lambda each: each.start)
+        runs = [run for run in runs if not any(run is later for later in touched[1:])]
+    return runs
+
+
+def _overlap(one: Chunk, other: Chunk) -> bool:
+    first, second = sorted((one, other), key=lambda each: each.start)
+    return one.document_id == other.document_id and first.start + len(first.text) > second.start
+
+
+def _joined(run: Sequence[Chunk]) -> list[Passage]:
+    passages, said = [], 0
+    for index, chunk in enumerate(run):
+        goes_on = index + 1 < len(run)
+        passages.append(Passage(chunk.text, max(said - chunk.start, 0) if index else 0, goes_on))
+        said = max(said, chunk.start + len(chunk.text))
+    return passages
