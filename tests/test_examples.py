@@ -1,0 +1,53 @@
+"""The examples run as they stand, in a process of their own, and are short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+ANSWERS = {  # what the packaged model says about the corpus, greedily
+    "langchain_rag.py": "lighthouse",
+    "llamaindex_rag.py": "44 met",
+    "transformers_rag.py": "44 met",
+}
+LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def lines_of_code(path: Path) -> int:
+    """Return how many lines have code on them, the docstring counted as one."""
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in LAYOUT]
+    return len({token.start[0] for token in tokens[1:]})  # the first is the encoding
+
+
+def test_all_examples_are_known():
+    assert [path.name for path in EXAMPLES] == sorted(ANSWERS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_it_is_under_thirty_lines(path):
+    assert lines_of_code(path) < 30
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_it_runs_and_answers(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,  # not where it lies
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ANSWERS[path.name] in done.stdout
+    assert len(done.stdout.split()) > 5
+    assert "Traceback" not in done.stderr
