@@ -34,8 +34,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from chunkcache.generation import Generation, TextStream
-    from chunkcache.llm import CachedLLM, Precomputed, Prefilled, wrap
+    from chunkcache.llm import CachedLLM, Prefilled, wrap
     from chunkcache.models import load_model
+    from chunkcache.precompute import Precomputed
     from chunkcache.prompt import Passage
     from chunkcache.stats import RequestStats
     from chunkcache.store import Store, open_store
@@ -76,8 +77,9 @@ _HOMES = {
     "conversation": ("Conversation",),
     "corpus": ("Corpus",),
     "generation": ("Generation", "TextStream"),
-    "llm": ("CachedLLM", "Precomputed", "Prefilled", "wrap"),
+    "llm": ("CachedLLM", "Prefilled", "wrap"),
     "models": ("load_model",),
+    "precompute": ("Precomputed",),
     "prompt": ("Passage",),
     "stats": ("RequestStats",),
     "store": ("Store", "open_store"),

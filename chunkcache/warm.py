@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from chunkcache.kv import chunk_name, label
-from chunkcache.llm import CachedLLM, Precomputed, wrap
+from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
+from chunkcache.precompute import Precomputed
 from chunkcache.retriever import Chunk, Document, split
 from chunkcache.store import Store, Where
 from chunkcache.store.bytestore import SECRET

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkcache.errors import ChunkCacheError, InputError
-from chunkcache.llm import Precomputed
+from chunkcache.precompute import Precomputed
 from chunkcache.store.bytestore import SECRET
 from chunkcache.warm import Crew, Job, OnStatus, Share, Worker
 

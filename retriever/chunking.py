@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -27,13 +27,10 @@ from numpy.typing import NDArray
 
 from chunkcache.errors import InputError
 from chunkcache.retriever.documents import Document
-from chunkcache.retriever.sentences import Piece, pieces
+from chunkcache.retriever.sentences import Count, Piece, Span, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    Span = tuple[int, int]
-    Count = Callable[[Sequence[str]], list[int]]
 
 _WORD = re.compile(r"\S+")
 # Characters on each side of a border that its hash sees: more would let more edits move it, fewer would make

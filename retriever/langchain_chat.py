@@ -20,8 +20,9 @@ from chunkcache.errors import InputError
 from chunkcache.generation import Generation, TextStream, setting
 from chunkcache.llm import DEFAULT_POLICY, CachedLLM
 from chunkcache.prompt import INSTRUCTION
+from chunkcache.retriever.answering import SETTINGS, chat_options, said
 from chunkcache.retriever.langchain_messages import as_chat
-from chunkcache.retriever.stops import cut, listed, stripped, until
+from chunkcache.retriever.stops import listed, stripped, until
 from chunkcache.store import Store
 
 
@@ -161,26 +162,8 @@ class ChatChunkCache(BaseChatModel):
 
     def _options(self, stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords of `llm.chat`."""
-        options = {name: value for name, value in given.items() if name != "stream"}  # LangChain's own
-
-        def taken(name: str) -> Any:
-            value = options.pop(name, None)
-            return getattr(self, name) if value is None else value
-
-        stops = listed(self.stop if stop is None else stop)
-        temperature, top_p, max_tokens = taken("temperature"), taken("top_p"), taken("max_tokens")
-        settings: dict[str, Any] = {"policy": taken("policy")}
-        if stops:
-            settings["stop_strings"] = stops
-        if max_tokens is not None:
-            settings["max_new_tokens"] = max_tokens
-        if temperature == 0:
-            settings["do_sample"] = False
-        elif temperature is not None or top_p is not None:
-            sampling = {"temperature": temperature, "top_p": top_p}
-            settings["do_sample"] = True
-            settings.update((name, value) for name, value in sampling.items() if value is not None)
-        return {**settings, **options}
+        call = {name: value for name, value in given.items() if name != "stream"}  # LangChain's own
+        return chat_options({name: getattr(self, name) for name in SETTINGS}, {**call, "stop": stop})
 
     def _chunks(self, stream: TextStream, options: dict[str, Any]) -> Iterator[ChatGenerationChunk]:
         """Yield the answer in pieces, and at its end a piece with no text that says how it went."""
@@ -198,14 +181,10 @@ class ChatChunkCache(BaseChatModel):
 
     def _said(self, generation: Generation, options: dict[str, Any]) -> tuple[str, str]:
         """Return the answer without its stop string, and why it ended."""
-        if stops := options.get("stop_strings"):  # by the tokens: one of white space is not in the text any more
-            whole = str(self.llm.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
-            text = cut(whole, stops)
-            if len(text) < len(whole):
-                return text.strip(), "stop"
+        text, stopped = said(self.llm, generation, options)
         ends = setting(self.llm.model, options, "eos_token_id")
         ended = generation.token_ids and generation.token_ids[-1] in (ends if isinstance(ends, list) else [ends])
-        return generation.text, "stop" if ended else "length"
+        return text, "stop" if stopped or ended else "length"
 
     def _told(self, generation: Generation) -> dict[str, Any]:
         """Return the metadata of an answer."""

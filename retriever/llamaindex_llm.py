@@ -28,7 +28,8 @@ from chunkcache.errors import PromptError
 from chunkcache.generation import DEFAULT_NEW_TOKENS, Generation
 from chunkcache.llm import DEFAULT_POLICY, CachedLLM
 from chunkcache.prompt import INSTRUCTION
-from chunkcache.retriever.stops import cut, listed, stripped, until
+from chunkcache.retriever.answering import SETTINGS, chat_options, said
+from chunkcache.retriever.stops import listed, stripped, until
 from chunkcache.store import Store
 
 _ROLES = {
@@ -188,45 +189,28 @@ class ChunkCacheLLM(CustomLLM):
         text = prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
         return [{"role": "user", "content": text}]
 
-    def _options(self, given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-        """Return the stop strings and the keywords of `llm.chat`."""
-        options = {**self.options, **given}
-
-        def taken(name: str) -> Any:
-            value = options.pop(name, None)
-            return getattr(self, name) if value is None else value
-
-        stops, temperature, max_tokens = listed(taken("stop")), taken("temperature"), taken("max_tokens")
-        settings: dict[str, Any] = {"policy": taken("policy")}
-        if stops:
-            settings["stop_strings"] = stops
-        if max_tokens is not None:
-            settings["max_new_tokens"] = max_tokens
-        if temperature is not None:
-            settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        return stops, {**settings, **options}
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of `llm.chat`."""
+        fields = {name: getattr(self, name, None) for name in SETTINGS}
+        return chat_options(fields, {**self.options, **given})
 
     def _answer(
         self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
     ) -> Response:
-        stops, options = self._options(given)
+        options = self._options(given)
         generation = self.llm.chat(messages, **options)
-        text = generation.text
-        if stops:  # in what was said: a stop string of white space is not in the text any more
-            said = str(self.llm.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
-            text = cut(said, stops).strip()
-        return _told(response(text, None), generation)
+        return _told(response(said(self.llm, generation, options)[0], None), generation)
 
     def _stream(
         self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
     ) -> Generator[Response, None, None]:
-        stops, options = self._options(given)
+        options = self._options(given)
 
         def pieces() -> Generator[Response, None, None]:
             stream = self.llm.chat_stream(messages, **options)  # here, because it begins at once
             text = ""
             try:
-                for piece in stripped(until(stream, stops)):
+                for piece in stripped(until(stream, options.get("stop_strings"))):
                     text += piece
                     yield response(text, piece)
             finally:  # also when the caller stops listening
