@@ -178,3 +178,25 @@ def test_bench_selection_compares_every_variant(run, model_folder, data, tmp_pat
     assert all(row["kl_first"] > -1e-6 for row in results.values())
     assert results["nothing recomputed"]["recomputed_share"] < results["random tokens"]["recomputed_share"]
     assert run(*args, "--skip", "50")[0] == 2
+
+
+def test_a_kept_index_follows_the_folder(run, model_folder, tmp_path):
+    docs, index = tmp_path / "docs", tmp_path / "index"
+    docs.mkdir()
+    for name, text in PAGES.items():
+        (docs / name).write_text(text)
+    args = ["--docs", str(docs), "--index", str(index), "--store", f"disk://{tmp_path}/kv", "--model", model_folder]
+
+    def sources(*more):
+        code, out, err = run("ask", "When was the bridge opened?", *args, "--json", *more)
+        assert code == 0, err
+        return {source["document"] for source in json.loads(out)["answers"][0]["sources"]}
+
+    assert sources() == {"bridge.md", "ferry.txt"}
+    written = {path.name for path in index.iterdir()}
+    (docs / "ferry.txt").unlink()
+    (docs / "keeper.txt").write_text("The keeper of the lighthouse wrote down the weather.")
+    assert sources() == {"bridge.md", "keeper.txt"}
+    assert {path.name for path in index.iterdir()} != written
+    code, _, err = run("ask", "Why?", *args, "--chunk-tokens", "64")
+    assert (code, "pass --chunk-tokens 256" in err) == (2, True)

@@ -17,9 +17,7 @@ from chunkcache.store import Where, open_store
 
 BRIDGE = Document("bridge.md", "Bridge", "The bridge over the river was opened to all in 1931, after years of work.")
 FERRY = Document("ferry.md", "Ferry", "In winter the ferry sails only when the sea is calm, twice a day.")
-KEEPER = Document(
-    "keeper.md", "Keeper", "The lighthouse keeper wrote down the weather each morning, for years."
-)
+KEEPER = Document("keeper.md", "Keeper", "The lighthouse keeper wrote down the weather each morning, for years.")
 NOTICE = "This text is the property of the harbour office, and part of more than one document."
 QUESTION = "When was the bridge opened?"
 
