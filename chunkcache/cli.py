@@ -125,10 +125,10 @@ def ask(
     everything = precompute == "all"
     corpus = Corpus(llm, _indexed(documents, tokenizer, chunk_tokens, index), system=system, ahead=everything)
     with progress("precomputing chunks") as on_progress:
-        change = corpus.sync(documents, on_progress)
+        corpus.sync(documents, on_progress)
         if everything:
             corpus.precompute(on_progress)
-    if index is not None and (change.added or change.removed or not index.exists()):
+    if index is not None and corpus.retriever.unsaved:
         corpus.retriever.save(index)
     found = [corpus.search(question, top_k, mode) for question in questions]
     if not everything:
@@ -299,7 +299,7 @@ def _indexed(
     """Return the index that was saved in a folder, or else one that is built of the documents."""
     from chunkcache.retriever import Retriever
 
-    if folder is None or not folder.exists():
+    if folder is None or not Retriever.saved_in(folder):
         with progress("indexing documents") as on_progress:
             return Retriever.build(documents, tokenizer, size=chunk_tokens, on_progress=on_progress)
     retriever = Retriever.load(folder, tokenizer)

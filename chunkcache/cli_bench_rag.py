@@ -198,7 +198,7 @@ def bench_order(
         )
 
     def number(value: float | None) -> str:
-        return "n/a" if value is None else f"{value:.3f}"
+        return "n/a" if value is None else f"{round(value, 3) + 0.0:.3f}"  # no -0.000
 
     columns = [
         "tolerance",

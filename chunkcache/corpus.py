@@ -6,20 +6,22 @@ from every tier when the change returns. What a search finds is on its way to th
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.errors import InputError
-from chunkcache.generation import Generation, TextStream
+from chunkcache.generation import Generation, TextStream, check_options, with_length
 from chunkcache.hints import Hints
 from chunkcache.kv import ChunkKey
 from chunkcache.library import Progress
 from chunkcache.llm import CachedLLM
 from chunkcache.order import ServedOrders, distinct
-from chunkcache.prompt import Passage
+from chunkcache.prompt import Passage, Prompt
 from chunkcache.retriever import Change
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Corpus:
         self._ahead, self._reorder = ahead, reorder
         self._orders = ServedOrders()
         self._hints = Hints(llm.store, likely=2 * _GUESSES) if hints else None
+        self._changing = threading.Lock()  # or index and store might see two changes in different orders
         self._key = lru_cache(maxsize=_KEYS)(self._find_key)
 
     def precompute(self, on_progress: Progress | None = None) -> int:
@@ -91,10 +94,11 @@ class Corpus:
 
     def add(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
         """Add documents, and compute the KV of their chunks; see `Retriever.add`."""
-        change = self.retriever.add(documents)
-        if self._ahead:
-            self._compute(change.added, on_progress)
-        return change
+        with self._changing:
+            change = self.retriever.add(documents)
+            if self._ahead:
+                self._compute(change.added, on_progress)
+            return change
 
     def update(self, document: Document, on_progress: Progress | None = None) -> Change:
         """Put a new version of a document in the place of the old one; see `Retriever.update`.
@@ -102,27 +106,32 @@ class Corpus:
         Only what is new is computed. KV of what is gone are gone from every tier when this returns, and KV of other
         chunks that were computed behind it in a prompt as well.
         """
-        change = self.retriever.update(document)
-        if change.added or change.removed:
-            texts = [chunk.text for chunk in (*change.kept, *change.added)]
-            self.llm.update_document(document.id, texts, self._system, on_progress, self._policy, self._ahead)
-        return change
+        with self._changing:
+            change = self.retriever.update(document)
+            if change.added or change.removed:
+                texts = [chunk.text for chunk in (*change.kept, *change.added)]
+                self.llm.update_document(document.id, texts, self._system, on_progress, self._policy, self._ahead)
+            return change
 
     def delete(self, document_id: str) -> Change:
         """Take out a document, and delete its KV from every tier, but for chunks that other documents have too."""
-        change = self.retriever.delete(document_id)
-        self.llm.update_document(document_id, [])
-        return change
+        with self._changing:
+            change = self.retriever.delete(document_id)
+            self.llm.update_document(document_id, [])
+            return change
 
     def sync(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
         """Make these the documents: add what is new, update what differs, delete the rest.
 
-        `on_progress(done, total)` counts chunks of new documents. Returns all changes as one.
+        `on_progress(done, total)` counts chunks of new documents. Returns all changes as one. Raises InputError when
+        two documents have the same id, before anything is changed.
         """
         now, before = {document.id for document in documents}, set(self.retriever.documents)
-        changes = [self.delete(gone) for gone in before - now]
+        if len(now) < len(documents):
+            raise InputError(f"{len(documents)} documents have {len(now)} ids: give each an id of its own")
+        changes = [self.add([document for document in documents if document.id not in before], on_progress)]
         changes += [self.update(document) for document in documents if document.id in before]
-        changes.append(self.add([document for document in documents if document.id not in before], on_progress))
+        changes += [self.delete(gone) for gone in before - now]  # last, for a document may only have a new name
         parts = zip(*((change.added, change.removed, change.kept) for change in changes), strict=True)
         return Change(*(tuple(chain.from_iterable(each)) for each in parts))
 
@@ -131,11 +140,11 @@ class Corpus:
 
         See `Retriever.search`.
         """
+        if k < 1:
+            raise InputError(f"k = {k} asks for no chunks: give 1 or more")
         found = self.retriever.search(query, k + _GUESSES if self._hints else k, mode)
         hits, near = found[:k], found[k:]
         chunks = [hit.chunk for hit in hits]
-        owners = [chunk.document_id for chunk in chunks]
-        self.llm.know([chunk.text for chunk in chunks], self._system, self._policy, owners)
         if self._hints is not None:
             beside = [other for chunk in chunks for other in reversed(self.retriever.neighbours(chunk))][:_GUESSES]
             likely = [*beside, *(hit.chunk for hit in near)]
@@ -150,24 +159,47 @@ class Corpus:
         A chunk that says nothing new is left out. Of chunks that overlap the later one follows right behind the
         earlier, and goes on where that ends; KV of both are reused.
         """
+        owners = [hit.chunk.document_id for hit in hits]
+        self.llm.know([hit.chunk.text for hit in hits], self._system, self._policy, owners)
         chunks = [hits[index].chunk for index in distinct([hit.chunk.text for hit in hits])]
         runs = _runs(chunks)
         names = [tuple(self._key(chunk.text) for chunk in run) for run in runs]
         runs = [runs[index] for index in self._orders.arrange(names, self._reorder)]
         self._orders.record([tuple(self._key(chunk.text) for chunk in run) for run in runs])
+        if not self.llm.tokenizer.is_fast:  # it does not say where in a chunk the overlap ends
+            return [Passage(chunk.text) for chunk in chain.from_iterable(runs)]
         return list(chain.from_iterable(map(_joined, runs)))
 
     def generate(self, question: str, k: int = 4, **options: Any) -> Answer:
-        """Answer a question over the best `k` chunks; options are those of `CachedLLM.generate`."""
-        hits = self.search(question, k)
-        passages = self.passages(hits)
-        return Answer(self.llm.generate(question, passages, self._system, self._policy, **options), hits)
+        """Answer a question over the best `k` chunks.
+
+        Options are those of `CachedLLM.generate`, but for system prompt and policy, which are the corpus's.
+        """
+        hits, asked = self._asked(question, k, options)
+        return Answer(self.llm.answer(*asked, partial(self._sweep, hits)), hits)
 
     def stream(self, question: str, k: int = 4, **options: Any) -> tuple[TextStream, list[Hit]]:
         """Answer like `generate`, piece by piece; returns the stream, and the chunks it is asked over."""
+        hits, asked = self._asked(question, k, options)
+        return self.llm.answer_in_pieces(*asked, partial(self._sweep, hits)), hits
+
+    def _asked(
+        self, question: str, k: int, options: dict[str, Any]
+    ) -> tuple[list[Hit], tuple[Prompt, Policy, float, dict[str, Any]]]:
+        """Return what a question is asked over, and how `llm.answer` is asked."""
+        check_options(options)
+        given = with_length(options, options.pop("max_new_tokens", None))
         hits = self.search(question, k)
-        passages = self.passages(hits)
-        return self.llm.stream(question, passages, self._system, self._policy, **options), hits
+        started = time.perf_counter()  # as for everyone: the chunks are in hand
+        prompt = self.llm.prompts.build(question, self.passages(hits), self._system)
+        return hits, (prompt, self._policy, started, given)
+
+    def _sweep(self, hits: Sequence[Hit], *_: object) -> None:
+        """Delete KV of chunks that were changed away while a request that had found them went on to compute them."""
+        gone = {hit.chunk.text for hit in hits if not self.retriever.has(hit.chunk)}
+        gone -= {chunk.text for chunk in self.retriever.chunks} if gone else set()
+        if gone:
+            self.llm.forget(texts=sorted(gone))
 
     def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
         texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +81,7 @@ class TextStream:
         self._stop = threading.Event()
         self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._thread = threading.Thread(target=self._work, args=(run,), name="chunkcache-stream", daemon=True)
+        _streams.add(self)
         self._thread.start()
 
     def __iter__(self) -> Iterator[str]:
@@ -102,6 +105,16 @@ class TextStream:
         except BaseException as error:  # noqa: BLE001 - carried over to the thread that listens
             self._error = error
             self._pieces.end()
+
+
+_streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    # A thread that is inside torch when the interpreter goes away takes the process down with an abort.
+    for stream in list(_streams):
+        stream.close()
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -1,14 +1,14 @@
 """Texts that are cached as chunks, found again inside any other text: a prompt that somebody else has rendered.
 
 Each text is known by its first characters. A text is searched at the places where a word may begin; where these
-characters are met, the whole is compared, and the longest text that stands there is taken.
+characters are met, the longest known text that stands there is taken.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -45,7 +45,7 @@ class KnownTexts:
         self._limit = limit
         self._lock = threading.Lock()
         self._texts: OrderedDict[str, _Known] = OrderedDict()
-        self._anchors: dict[str, list[str]] = {}
+        self._anchors: dict[str, Counter[int]] = {}  # lengths of the texts that begin with these characters
 
     def add(self, text: str, system: str | None = None, document: str | None = None) -> None:
         """Make a text findable, as a part of `document` if that is given; `system` is what it was last added with."""
@@ -53,14 +53,12 @@ class KnownTexts:
         if len(text) < ANCHOR:
             return
         with self._lock:
+            if text not in self._texts:
+                self._anchors.setdefault(text[:ANCHOR], Counter())[len(text)] += 1
             known = self._texts.setdefault(text, _Known(system))
             known.system = system
             known.documents.update(() if document is None else (document,))
             self._texts.move_to_end(text)
-            same = self._anchors.setdefault(text[:ANCHOR], [])
-            if text not in same:
-                same.append(text)
-                same.sort(key=len, reverse=True)
             if len(self._texts) > self._limit:
                 self._drop(next(iter(self._texts)))
 
@@ -93,8 +91,9 @@ class KnownTexts:
             for start in self._candidates(content):
                 if found and start < found[-1].end:
                     continue
-                for text in self._anchors[content[start : start + ANCHOR]]:
-                    if content.startswith(text, start):
+                for length in sorted(self._anchors[content[start : start + ANCHOR]], reverse=True):
+                    text = content[start : start + length]
+                    if text in self._texts:
                         found.append(Found(start, text, self._texts[text].system))
                         self._texts.move_to_end(text)
                         break
@@ -115,7 +114,9 @@ class KnownTexts:
     def _drop(self, text: str) -> None:
         if self._texts.pop(text, None) is None:
             return
-        same = self._anchors[text[:ANCHOR]]
-        same.remove(text)
-        if not same:
+        lengths = self._anchors[text[:ANCHOR]]
+        lengths[len(text)] -= 1
+        if not lengths[len(text)]:
+            del lengths[len(text)]
+        if not lengths:
             del self._anchors[text[:ANCHOR]]

@@ -17,7 +17,8 @@ from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.flights import Flights
 from chunkcache.kv import ChunkKey, ChunkKV, Context, Origin, chunk_name, label
 from chunkcache.matching import Finder, Known
-from chunkcache.store import Store, Where
+from chunkcache.owners import Owners
+from chunkcache.store import Entry, Store, Where
 from chunkcache.variants import Variants
 
 Progress = Callable[[int, int], None]
@@ -46,7 +47,7 @@ class ChunkLibrary:
         self._fingerprint = fingerprint
         self._salt = salt
         self._tenant = label("tenant", salt)
-        self._documents: dict[str, set[str]] = {}  # labels, by the name of a chunk
+        self._owners = Owners()
         self._flights: Flights[TokenIds, ChunkKV] = Flights()
         self._variants = Variants()
         self.finder = Finder()
@@ -79,19 +80,26 @@ class ChunkLibrary:
             self.finder.remove(known)
         return kv
 
-    def put(self, context: TokenIds, kv: ChunkKV, behind: Sequence[TokenIds] = ()) -> None:
-        """Store `kv`, computed behind `context`, in which the chunks `behind` stand, and make it findable."""
-        self._store.put(self.key(context, kv.token_ids), self._signed(kv, behind))
+    def put(self, context: TokenIds, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> None:
+        """Store `kv`, computed behind `context`, and make it findable.
+
+        Args:
+            context: what stands before it.
+            kv: of a chunk, or of a part of one.
+            chunks: the whole chunk that it is of, and those that stand in `context`; () if it is a chunk itself,
+                and nothing else stands there.
+        """
+        self._store.put(self.key(context, kv.token_ids), self._signed(kv, chunks))
         self.know(context, kv.token_ids)
 
     def belongs(self, chunk: TokenIds, document: str) -> None:
         """Take note that a chunk is part of a document, whose `label` is `document`."""
-        self._documents.setdefault(chunk_name(chunk), set()).add(document)
+        self._owners.add(chunk_name(chunk), document)
 
     def relabel(self, context: TokenIds, token_ids: TokenIds) -> None:
         """Let a stored entry say that it is from all documents that are now known to have the chunk."""
         kv = self.get(context, token_ids)
-        if kv is None or self._documents.get(chunk_name(token_ids), set()) <= set(kv.origin.documents):
+        if kv is None or self._owners.of([chunk_name(token_ids)]) <= set(kv.origin.documents):
             return
         try:
             self.put(context, kv.loaded())
@@ -100,6 +108,12 @@ class ChunkLibrary:
 
     def forget(self, where: Where) -> int:
         """Delete all KV of this model and tenant that agree with `where`; return how many there were."""
+        if where.document is not None:
+            self._owners.drop(where.document)
+        elif where.chunk is not None:
+            self._owners.forget(where.chunk)
+        else:
+            self._owners.clear()
         return self._store.purge(replace(where, model=self._fingerprint, tenant=self._tenant))
 
     def forget_stale(self, document: str, chunks: Collection[TokenIds]) -> int:
@@ -110,28 +124,38 @@ class ChunkLibrary:
             chunks: what it consists of now.
         """
         now = {chunk_name(chunk) for chunk in chunks}
-        where = Where(model=self._fingerprint, tenant=self._tenant, document=document)
-        stale = [entry for entry in self._store.entries(where) if entry.chunks and entry.chunks[0] not in now]
-        gone = {entry.chunks[0] for entry in stale if entry.documents == (document,)}
-        for name in {entry.chunks[0] for entry in stale}:
-            self._documents.get(name, set()).discard(document)
-        for entry in stale:
-            if (gone | now).intersection(entry.chunks):  # deleted below, or computed behind what the document has
+        gone = self._owners.drop(document, but=now)
+        entries = list(self._store.entries(Where(model=self._fingerprint, tenant=self._tenant, document=document)))
+        gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
+        for entry in entries:
+            context = entry.chunks[1:]
+            if gone.intersection(entry.chunks) or not entry.chunks:  # deleted below, or a prefix
                 continue
-            kv = self._store.get(entry.key, None)
-            if kv is not None:
-                others = tuple(label for label in entry.documents if label != document)
-                with suppress(EntryLostError):  # counted by the store
-                    self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
+            if any(name not in now and not self._owners.of([name]) for name in context):  # perhaps the document's
+                self._store.delete(entry.key)
+            elif not now.intersection(entry.chunks):
+                self._disown(entry, document)
         return sum(self.forget(Where(chunk=name)) for name in gone)
+
+    def _disown(self, entry: Entry, document: str) -> None:
+        """Let a stored entry say that it is not from `document`."""
+        kv = self._store.get(entry.key, None)
+        if kv is not None:
+            others = tuple(label for label in entry.documents if label != document)
+            with suppress(EntryLostError):  # counted by the store
+                self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
 
     def prefix(self, token_ids: TokenIds) -> ChunkKV:
         """Return the KV of a prefix, all of it loaded; computed if the store does not hold it."""
+        return self.stored_prefix(token_ids) or self.compute({token_ids: ()})[token_ids]
+
+    def stored_prefix(self, token_ids: TokenIds) -> ChunkKV | None:
+        """Return the KV of a prefix, all of it loaded, or None if the store does not hold it."""
         kv = self.get((), token_ids)
         try:
-            return kv.loaded() if kv is not None else self.compute({token_ids: ()})[token_ids]
+            return None if kv is None else kv.loaded()
         except EntryLostError:
-            return self.compute({token_ids: ()})[token_ids]
+            return None
 
     def compute(
         self, chunks: Mapping[TokenIds, TokenIds], on_progress: Progress | None = None, record: bool = False
@@ -206,23 +230,26 @@ class ChunkLibrary:
         return self.get(prefix, chunk) if alone < 1 else None
 
     def remember_version(
-        self, cache: FusedCache, token_ids: TokenIds, span: Span, behind: Sequence[TokenIds], context: Context
+        self, cache: FusedCache, token_ids: TokenIds, span: Span, chunks: Sequence[TokenIds], context: Context
     ) -> None:
-        """Store the KV of `span` of a prompt as one more version of a chunk, computed behind repaired KV."""
+        """Store the KV of `span` of a prompt as one more version of a chunk, computed behind repaired KV.
+
+        `chunks` are as in `put`.
+        """
         kv = cut_kv(cache, token_ids, *span, context)
         key = ChunkKey.of(self._fingerprint, token_ids[: span[0]], kv.token_ids, self._salt + _REPAIRED)
-        if self._store.put(key, self._signed(kv, behind)):
+        if self._store.put(key, self._signed(kv, chunks)):
             for gone in self._variants.add(kv.token_ids, key, context):
                 self._store.delete(gone)
 
-    def remember(self, cache: FusedCache, token_ids: TokenIds, span: Span, behind: Sequence[TokenIds]) -> None:
-        """Store the KV of `span` of a prompt as they came out behind the chunks `behind`."""
-        self.put(token_ids[: span[0]], cut_kv(cache, token_ids, *span), behind)
+    def remember(self, cache: FusedCache, token_ids: TokenIds, span: Span, chunks: Sequence[TokenIds]) -> None:
+        """Store the KV of `span` of a prompt as they came out of it; `chunks` are as in `put`."""
+        self.put(token_ids[: span[0]], cut_kv(cache, token_ids, *span), chunks)
 
-    def _signed(self, kv: ChunkKV, behind: Sequence[TokenIds]) -> ChunkKV:
-        """Return `kv` with its origin filled in."""
-        names = [chunk_name(chunk) for chunk in (kv.token_ids, *behind)]
-        documents = sorted(set(kv.origin.documents).union(*(self._documents.get(name, ()) for name in names)))
+    def _signed(self, kv: ChunkKV, chunks: Sequence[TokenIds]) -> ChunkKV:
+        """Return `kv` with its origin filled in; `chunks` are as in `put`."""
+        names = [chunk_name(chunk) for chunk in chunks or (kv.token_ids,)]
+        documents = sorted(self._owners.of(names).union(kv.origin.documents))
         origin = Origin(
             self._fingerprint,
             self._tenant,

@@ -44,7 +44,7 @@ class _Pieces:
         parts: which of them stand in the prompt.
         gaps: what stands before each, from the beginning or the chunk before on.
         rest: what stands behind the last.
-        system: what the first of them is computed behind.
+        system: the system prompt that the first of them is computed behind.
         opening: how many tokens stood in `rest` before the assistant first spoke, if no chunk came before that.
     """
 
@@ -91,12 +91,15 @@ class MessageBuilder:
         turns = [_Turn.of(message, index) for index, message in enumerate(messages)]
         if not any(turn.text.strip() or turn.passages for turn in turns):
             raise PromptError(f"{len(turns)} messages have no text; pass at least one with some")
-        asked = turns[-1]
-        roles = [turn.role for turn in turns]
-        if asked.passages and roles in (["user"], ["system", "user"]) and not turns[0].passages[: len(turns) - 1]:
-            system = turns[0].text if len(turns) == 2 else None
-            return self._prompts.build(asked.text, asked.passages, system)
-        pieces = _Pieces(rest=[] if self._template else list(self._prompts.leading_special_tokens()))
+        system = turns[0].text if turns[0].role == "system" and not turns[0].passages else None
+        *before, asked = turns
+        if asked.passages and asked.role == "user" and len(before) == (system is not None):
+            try:
+                return self._prompts.build(asked.text, asked.passages, system)
+            except PromptError:
+                if system is None:
+                    raise  # else the template may take no system message, and it is folded below
+        pieces = _Pieces(rest=[] if self._template else list(self._prompts.leading_special_tokens()), system=system)
         for template, turn in self._rendered(turns):
             pieces.rest += self._prompts.encode(template, trusted=True)
             if turn is not None:
@@ -113,14 +116,22 @@ class MessageBuilder:
             prefix = prefix if len(prefix) < len(before) else ()
             return Prompt(prefix, (), before[len(prefix) :])
         gaps = (before[len(prefix) :], *pieces.gaps[1:])
-        behind = self._prompts.prefix(pieces.system)
+        behind = self._behind(pieces.system)
         chunks = tuple(pieces.chunks)
         return Prompt(prefix, chunks, tuple(pieces.rest), behind=behind, gaps=gaps, parts=tuple(pieces.parts))
 
+    def _behind(self, system: str | None) -> TokenIds:
+        try:
+            return self._prompts.prefix(system)
+        except PromptError:  # the template takes no system message: chunks cannot have been computed behind one
+            return self._prompts.prefix(None)
+
     def _add(self, pieces: _Pieces, turn: _Turn) -> None:
         if turn.passages:
+            if not turn.text.strip():
+                raise PromptError(f"a message has {len(turn.passages)} passages and no question; pass text with them")
             frame, label = self._prompts.frame_texts()
-            pieces.rest += self._prompts.encode(frame)
+            pieces.rest += self._prompts.encode(turn.before + frame)
             for passage in turn.passages:
                 pieces.add_chunk(*self._prompts.part(passage))
             pieces.rest += self._prompts.encode(label + turn.text.strip())
@@ -153,6 +164,7 @@ class MessageBuilder:
             if _MARKS.sub(lambda mark: texts[int(mark[1])], rendered) == whole:  # noqa: B023 - used at once
                 break
         else:
+            changed = turns
             self._warn_once("the chat template rewrites some messages; they are taken as they were given")
         parts = _MARKS.split(rendered)
         pairs = zip(parts[::2], [*map(int, parts[1::2]), None], strict=True)
@@ -172,16 +184,19 @@ class MessageBuilder:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One message: its text, and the passages that stand before it."""
+    """One message: its text, the passages that stand before it, and what stands before these."""
 
     role: str
     text: str
     passages: tuple[Passage, ...] = ()
+    before: str = ""
 
     @classmethod
     def of(cls, message: Message, index: int) -> _Turn:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"message {index} has no role; pass mappings with 'role' and 'content'")
+        if not re.fullmatch(r"[\w-]+", message["role"]):  # templates write it between special tokens
+            raise PromptError(f"message {index} has the role {message['role']!r}; pass one word, such as 'user'")
         content = message.get("content")
         parts = [content] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, str | Passage) for part in parts):
@@ -206,24 +221,24 @@ def _folded(turns: Sequence[_Turn]) -> list[_Turn]:
     for turn in (replace(t, role="user") if t.role == "system" else t for t in turns):
         last = folded[-1] if folded else None
         if last is not None and last.role == turn.role and not last.passages:
-            text = f"{last.text.strip()}{SEPARATOR}{turn.text.strip()}"
-            folded[-1] = replace(turn, text=text)
+            said = f"{last.text.strip()}{SEPARATOR}"
+            folded[-1] = replace(turn, before=said) if turn.passages else replace(turn, text=said + turn.text.strip())
         else:
             folded.append(turn)
     return folded
 
 
 class _Beginnings:
-    """How the last prompts began: what several have in common is worth being stored."""
+    """How the last prompts began: what several have in common is worth being stored, and nothing else is."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: deque[TokenIds] = deque(maxlen=_BEGINNINGS)
 
     def common(self, ids: TokenIds) -> int:
-        """Return how many of the first tokens another prompt began with, in whole blocks; all, if it is the first."""
+        """Return how many of the first tokens another prompt began with, in whole blocks or all of them."""
         with self._lock:
-            common = max((_agreeing(ids, seen) for seen in self._seen), default=len(ids))
+            common = max((_agreeing(ids, seen) for seen in self._seen), default=0)
             if ids not in self._seen:
                 self._seen.append(ids)
         return len(ids) if common == len(ids) else common - common % _BLOCK

@@ -127,7 +127,8 @@ class ChunkCacheRagPipeline(Pipeline):
             raise PromptError(f'"chunks" is a {type(chunks).__name__}; pass a list of strings')
         for index, chunk in enumerate(chunks):
             if not isinstance(chunk, str) or not chunk.strip():
-                raise PromptError(f'"chunks" has {chunk!r} at index {index}; pass strings with text in them')
+                kind = "an empty string" if isinstance(chunk, str) else f"a {type(chunk).__name__}"
+                raise PromptError(f'"chunks" has {kind} at index {index}; pass strings with text in them')
         if system is not None and not isinstance(system, str):
             raise PromptError(f'"system" is a {type(system).__name__}; pass one string, or leave it out')
         return {"question": question, "chunks": list(chunks), "system": system}

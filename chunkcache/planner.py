@@ -52,7 +52,7 @@ class Planner:
         segments: list[Segment] = []
         if policy.reuses:
             if prompt.prefix:
-                kv = prompt.head or self._library.prefix(prompt.prefix)
+                kv = prompt.head or self._prefix(prompt.prefix, stats)
                 segments.append(Segment(0, kv, 0, len(kv), exact=True))
             segments += self._chunk_segments(prompt, policy, stats)
             stats.lookup_s = time.perf_counter() - now - stats.compute_s
@@ -78,14 +78,25 @@ class Planner:
             contexts: what the chunks that were computed whole looked at, by their start.
         """
         exact = {segment.start for segment in plan.segments if segment.exact}
-        behind: list[TokenIds] = []
-        for start, end in plan.chunks:
+        before: list[TokenIds] = []
+        for each in prompt.placed:
+            start, end = each.start, each.end
+            chunks = [each.chunk, *before]
+            before.append(each.chunk)
             alone = start == len(prompt.prefix) and start in contexts
             if alone or (policy.remembers and start not in exact):
-                self._library.remember(cache, plan.token_ids, (start, end), behind)
+                self._library.remember(cache, plan.token_ids, (start, end), chunks)
             elif start in contexts:
-                self._library.remember_version(cache, plan.token_ids, (start, end), behind, contexts[start])
-            behind.append(plan.token_ids[start:end])
+                self._library.remember_version(cache, plan.token_ids, (start, end), chunks, contexts[start])
+
+    def _prefix(self, prefix: TokenIds, stats: RequestStats) -> ChunkKV:
+        kv = self._library.stored_prefix(prefix)
+        if kv is None:
+            before = time.perf_counter()
+            kv = self._library.compute({prefix: ()})[prefix]
+            stats.compute_s += time.perf_counter() - before
+            stats.computed_tokens += len(prefix)
+        return kv
 
     def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
         """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
@@ -96,7 +107,7 @@ class Planner:
         if missing and not (policy.remembers or policy.contextual):
             before = time.perf_counter()
             computed = self._library.compute({chunk: self.behind(prompt.opening, chunk, policy) for chunk in missing})
-            stats.compute_s = time.perf_counter() - before
+            stats.compute_s += time.perf_counter() - before
         segments = []
         for each, (stored, exact) in zip(prompt.placed, found, strict=True):
             kv = stored or computed.get(each.chunk)

@@ -29,6 +29,7 @@ _LEAD_IN = Path(__file__).with_name("lead_in.txt")
 _CHUNKS = "[[the passages stand here]]"
 _QUESTION = "[[the question stands here]]"
 _ANSWER = "[[the answer stands here]]"
+_SYSTEM = "[[the system prompt stands here]]"
 _LABEL = "Question: "
 _KEPT = 1024  # chunks whose token ids are kept, since those that are asked for come again
 
@@ -38,8 +39,9 @@ class Passage:
     """A retrieved text that is cached as one chunk, of which a part may be left out of the prompt.
 
     Attributes:
-        text: the whole chunk; space round it does not count.
-        first: index of its first character that stands in the prompt, when what is before it has been said.
+        text: the whole chunk.
+        first: index of its first character that stands in the prompt, when what is before it has been said. A slow
+            tokenizer, which does not say where its tokens are, leaves nothing out.
         goes_on: whether the next passage goes on where this one ends, so that nothing stands between them.
     """
 
@@ -168,17 +170,18 @@ class PromptBuilder:
         Behind them is only what is tokenised differently for want of a separator.
         """
         ids, text = self.chunk(passage.text), passage.text.strip()
+        begin = passage.first - (len(passage.text) - len(passage.text.lstrip()))
         first, last = 0, len(ids)
         over: tuple[int, ...] = ()
         if passage.goes_on:
             alone = self.encode(text)
             last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False)))
             over = alone[last:]
-        if passage.first and self._tokenizer.is_fast:
+        if begin > 0 and self._tokenizer.is_fast:
             with self._lock:
                 spans = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True,
                                         return_offsets_mapping=True).offset_mapping  # fmt: skip
-            first = next((index for index, (start, _) in enumerate(spans) if start >= passage.first), last)
+            first = next((index for index, (start, _) in enumerate(spans) if start >= begin), last)
         return ids, (min(first, last), last), over
 
     def prefix(self, system: str | None = None) -> tuple[int, ...]:
@@ -213,7 +216,8 @@ class PromptBuilder:
             PromptError: the text is empty or not a string.
         """
         if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"a chunk is {text!r}; every chunk must be a string with text in it")
+            kind = "empty" if isinstance(text, str) else f"a {type(text).__name__}"
+            raise PromptError(f"a chunk is {kind}; every chunk must be a string with text in it")
         return self._stripped_chunk(text.strip())
 
     def encode(self, text: str, trusted: bool = False) -> tuple[int, ...]:
@@ -227,11 +231,11 @@ class PromptBuilder:
         tokenizer = self._tokenizer
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}{_LABEL}{_QUESTION}"
         if tokenizer.chat_template:
-            messages = [{"role": "system", "content": system}] if system else []
-            rendered: Any = self.render([*messages, {"role": "user", "content": body}])
+            asked = {"role": "user", "content": body}
+            rendered: Any = self._with_system(system, asked) if system else self.render([asked])
             start: tuple[int, ...] = ()
         else:
-            rendered = f"{system}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"
+            rendered = f"{_SYSTEM}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"
             start = self.leading_special_tokens()
         before, chunks_mark, rest = rendered.partition(_CHUNKS)
         label, question_mark, after = rest.partition(_QUESTION)
@@ -240,7 +244,28 @@ class PromptBuilder:
                 "the tokenizer's chat template does not keep the user's message in one piece, so chunks have no "
                 "place in it; set tokenizer.chat_template to one that does, or to None for plain text"
             )
-        return (*start, *self.encode(before, trusted=True)), label, self.encode(after, trusted=True)
+        opening, _, rest = before.partition(_SYSTEM)
+        prefix = (*start, *self.encode(opening, trusted=True))
+        if system:
+            prefix += (*self.encode(self._trimmed(system)), *self.encode(rest, trusted=True))
+        return prefix, label, self.encode(after, trusted=True)
+
+    def _with_system(self, system: str, asked: dict[str, str]) -> str:
+        """Return what the template makes of a user message and a mark in the place of the system prompt."""
+        rendered = str(self.render([{"role": "system", "content": _SYSTEM}, asked]))
+        if _SYSTEM not in rendered.partition(_CHUNKS)[0]:
+            raise PromptError(
+                "the tokenizer's chat template leaves out the system prompt, or puts it behind the question; "
+                "leave out system=, or put its text into instruction="
+            )
+        return rendered
+
+    def _trimmed(self, system: str) -> str:
+        """Return a system prompt as the template writes it, with the space round it or without."""
+        if not self._tokenizer.chat_template:
+            return system
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": _CHUNKS}]
+        return system if system in self.render(messages) else system.strip()
 
     def _render_between(self, system: str | None) -> tuple[int, ...]:
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}"

@@ -28,7 +28,7 @@ class RequestStats:
         lost: hits whose KV proved damaged or gone while they were loaded, and were computed with the prompt.
         misses: chunks that were computed for this request because the store did not hold them.
         reused_tokens: tokens that stored KV was put in place for.
-        computed_tokens: of these, tokens of chunks that were computed for this request.
+        computed_tokens: of these, tokens whose KV were computed for this request, and stored.
         exact_tokens: of the reused tokens, tokens whose stored KV is what a full prefill would compute.
         recomputed_share: token-layers computed, a scout's included, as a share of all token-layers of the prompt.
         guard_passes: partial recomputations that the fidelity guard tried; 0 without a guard.
@@ -37,7 +37,7 @@ class RequestStats:
         fallbacks: 1 if the request was served by the model's own full prefill instead, else 0.
         tokenize_s: texts to token ids.
         lookup_s: reading the store.
-        compute_s: computing chunk KV that were missing, and storing them.
+        compute_s: computing chunk KV and a prefix that were missing, and storing them.
         load_s: loading stored KV from a tier that is not in memory, beside the prefill.
         prefill_s: the selective prefill itself; under `generate`, up to the first token.
         assemble_s: re-rotating stored KV, and waiting for those that are still being loaded.
@@ -65,6 +65,11 @@ class RequestStats:
     prefill_s: float = 0.0
     assemble_s: float = 0.0
     ttft_s: float = 0.0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt whose KV were there before the request."""
+        return self.reused_tokens - self.computed_tokens
 
     def take(self, plan: Plan, prefill: SelectivePrefill) -> None:
         """Take over what a selective prefill of `plan` did."""

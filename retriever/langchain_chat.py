@@ -194,7 +194,7 @@ class ChatChunkCache(BaseChatModel):
             output_tokens=output,
             total_tokens=stats.tokens + output,
             input_token_details={
-                "cache_read": stats.reused_tokens - stats.computed_tokens,
+                "cache_read": stats.cached_tokens,
                 "cache_creation": stats.computed_tokens,
             },
         )

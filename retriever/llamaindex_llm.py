@@ -253,7 +253,7 @@ def _told(response: Response, generation: Generation) -> Response:
         "prompt_tokens": stats.tokens,
         "completion_tokens": answered,
         "total_tokens": stats.tokens + answered,
-        "cached_tokens": stats.reused_tokens - stats.computed_tokens,
+        "cached_tokens": stats.cached_tokens,
     }
     response.additional_kwargs.update(usage)
     response.raw = {"usage": usage, "ttft_s": generation.ttft_s, "stats": stats.as_dict()}

@@ -103,7 +103,8 @@ def rows(content: bytes, file: Path) -> list[Part]:
     empty = 0
     for number, row in _rows(_decoded(content, file), file):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DocumentError(f'row {number} of {str(file)!r} is not an object with a "text": {str(row)[:80]!r}')
+            found = f"has {', '.join(map(str, row))}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+            raise DocumentError(f'row {number} of {str(file)!r} is not an object with a "text", but {found}')
         if not row["text"].strip():
             empty += 1
             continue

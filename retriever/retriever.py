@@ -70,6 +70,9 @@ class Retriever:
         reranker: ranks the best hits once more.
         candidates: how many hits the reranker gets, or `k` if that is more.
 
+    Attributes:
+        unsaved: whether documents have changed since they were saved, loaded, or never were either.
+
     Raises:
         InputError: a value is out of range.
         ModelNotFoundError: the default embedder is not installed.
@@ -98,6 +101,7 @@ class Retriever:
         split(Document("", "", ""), tokenizer, size=size, overlap=overlap)  # refuses what is out of range
         self._index = VectorIndex(self._embedder.dim, index)
         self._table = Table({}, {})
+        self.unsaved = False
         self._next = 0  # id of the next passage, and place of the next document: neither is ever used twice
         self._changing = threading.Lock()
 
@@ -208,6 +212,11 @@ class Retriever:
             found = rerank(self._reranker, query, entries, [entry.chunk.text for entry in entries])
         return [Hit(entry.chunk, score) for entry, score in found[:k]]
 
+    def has(self, chunk: Chunk) -> bool:
+        """Return whether a chunk is one of its document still."""
+        filed = self._table.documents.get(chunk.document_id)
+        return filed is not None and any(entry.chunk.id == chunk.id for entry in filed.entries)
+
     def neighbours(self, chunk: Chunk) -> list[Chunk]:
         """Return the chunks right before and right behind one in its document; none if it is no longer there."""
         filed = self._table.documents.get(chunk.document_id)
@@ -235,6 +244,14 @@ class Retriever:
                 "next": self._next,
             }
             saved.write(Path(folder), settings, table, self._index, self._embedder, self._tokenizer)
+            self.unsaved = False
+
+    @staticmethod
+    def saved_in(folder: str | Path) -> bool:
+        """Return whether an index was saved in a folder."""
+        from chunkcache.retriever import saved
+
+        return saved.there(Path(folder))
 
     @classmethod
     def load(
@@ -311,6 +328,7 @@ class Retriever:
     def _put(self, table: Table) -> None:
         """Make `table` the one that is searched, then drop the passages that it has no more."""
         gone = self._table.owners.keys() - table.owners.keys()
+        self.unsaved = self.unsaved or table.documents != self._table.documents
         self._table = table
         self._index.remove(gone)
 

@@ -120,6 +120,11 @@ def read(folder: Path, embedder: Embedder, tokenizer: PreTrainedTokenizerBase, m
             raise failure
 
 
+def there(folder: Path) -> bool:
+    """Return whether an index was written to `folder`."""
+    return (folder / _MANIFEST).is_file()
+
+
 def _manifest(folder: Path) -> bytes:
     try:
         return (folder / _MANIFEST).read_bytes()

@@ -7,6 +7,7 @@ import torch
 from helpers_llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
 
 from chunkcache.errors import PromptError
+from chunkcache.kv import chunk_name
 from chunkcache.prompt import Passage
 from chunkcache.store.memory import MemoryStore
 from chunkcache.store.tiered import TieredStore
@@ -145,3 +146,31 @@ def test_bad_options_and_messages_are_refused():
         llm.chat(LISTED, num_return_sequences=2)
     with pytest.raises(PromptError, match="no text"):
         llm.chat_stream([])
+
+
+@pytest.mark.parametrize("policy", ["prefix", "cachecraft:alpha=0.3", "query"])
+def test_a_chunk_that_stands_in_part_is_forgotten_with_its_document(policy):
+    llm = wrapped(policy=policy)
+    llm.know(TEXTS, documents=["d"] * 3)
+    llm.chat([{"role": "user", "content": f"Context: {TEXTS[0]} and {TEXTS[1]} {QUESTION}"}], max_new_tokens=2)
+    chunks = [entry for entry in llm.store.entries() if entry.documents]
+    assert len(chunks) >= 2
+    llm.forget(document="d")
+    names = {chunk_name(llm.prompts.chunk(text)) for text in TEXTS}
+    assert not [entry for entry in llm.store.entries() if names & set(entry.chunks) or entry.documents]
+
+
+def test_what_was_computed_for_a_request_was_not_cached():
+    llm = wrapped()
+    first, second = (llm.generate(QUESTION, TEXTS, max_new_tokens=2).stats for _ in range(2))
+    assert (first.cached_tokens, first.computed_tokens) == (0, first.reused_tokens)
+    assert (second.cached_tokens, second.computed_tokens) == (second.reused_tokens, 0)
+    assert first.reused_tokens == second.reused_tokens > 0
+
+
+def test_what_stands_before_the_chunks_of_one_prompt_alone_is_not_stored():
+    llm = wrapped()
+    llm.precompute(TEXTS)
+    before = llm.store.stats().entries
+    llm.chat([{"role": "user", "content": f"My password is hunter2. {TEXTS[0]}\n\n{QUESTION}"}], max_new_tokens=2)
+    assert llm.store.stats().entries == before

@@ -10,7 +10,7 @@ from helpers_llm import wrapped
 
 from chunkcache.corpus import Corpus
 from chunkcache.errors import InputError
-from chunkcache.kv import label
+from chunkcache.kv import chunk_name, label
 from chunkcache.prompt import Passage
 from chunkcache.retriever import Chunk, Document, Embedder, Hit, Retriever
 from chunkcache.store import Where, open_store
@@ -236,3 +236,71 @@ def test_a_saved_index_and_a_store_on_disk_go_on_together(tmp_path: Path):
     again.update(Document("bridge.md", "Bridge", "The bridge was closed in 2001, and is now a museum of bridges."))
     assert stored(again, "bridge.md") == 1
     llm.store.close()
+
+
+def held(corpus: Corpus, texts: list[str]) -> list[bool]:
+    return [key in corpus.llm.store for key in corpus.llm.keys(texts)]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_last_document_that_has_a_text_takes_its_kv_along(ahead):
+    made = corpus(Document("a", "a", BRIDGE.text), Document("b", "b", BRIDGE.text), ahead=ahead)
+    made.generate(QUESTION, k=2, max_new_tokens=2)
+    made.delete("a")
+    made.generate(QUESTION, k=2, max_new_tokens=2)
+    assert held(made, [BRIDGE.text]) == [True]
+    made.delete("b")
+    assert held(made, [BRIDGE.text]) == [False]
+
+
+def test_kv_behind_a_deleted_chunk_go_even_if_its_own_are_gone_already():
+    made = corpus(BRIDGE, FERRY, policy="prefix")
+    made.generate(QUESTION, k=2, max_new_tokens=2)
+    first, *_ = made.passages(made.search(QUESTION, 2))
+    name = chunk_name(made.llm.prompts.chunk(first.text))
+    for entry in list(made.llm.store.entries()):
+        if entry.chunks[:1] == (name,):
+            made.llm.store.delete(entry.key)
+    assert [entry for entry in made.llm.store.entries() if name in entry.chunks]
+    made.delete("bridge.md")
+    assert first.text == BRIDGE.text
+    assert not [entry for entry in made.llm.store.entries() if name in entry.chunks]
+
+
+@pytest.mark.parametrize("change", ["update", "delete"])
+def test_a_request_that_is_under_way_leaves_nothing_of_what_was_changed(change, monkeypatch):
+    made = corpus()
+    build = made.llm.prompts.build
+
+    def changed_meanwhile(*args):
+        prompt = build(*args)
+        if change == "delete":
+            made.delete("bridge.md")
+        else:
+            made.update(Document("bridge.md", "Bridge", "There is no bridge any more, only the ferry goes."))
+        return prompt
+
+    monkeypatch.setattr(made.llm.prompts, "build", changed_meanwhile)
+    answer = made.generate(QUESTION, k=1, max_new_tokens=2)
+    assert answer.generation.stats.misses == 1
+    assert held(made, [BRIDGE.text]) == [False]
+
+
+def test_bad_questions_to_a_corpus_are_refused():
+    made = corpus()
+    with pytest.raises(InputError, match="k = 0"):
+        made.search(QUESTION, 0)
+    with pytest.raises(InputError, match="give each an id of its own"):
+        made.sync([BRIDGE, BRIDGE])
+    assert len(made.retriever.documents) == 3
+
+
+def test_a_renamed_document_keeps_its_kv():
+    made = corpus()
+    made.precompute()
+    before = made.llm.store.stats().writes
+    made.sync([Document("renamed.md", "Bridge", BRIDGE.text), FERRY, KEEPER])
+    assert held(made, [BRIDGE.text]) == [True]
+    assert stored(made, "renamed.md") == 1
+    assert made.llm.precompute([BRIDGE.text]).computed == 0
+    assert made.llm.store.stats().writes - before <= 2  # labels only

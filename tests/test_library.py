@@ -123,6 +123,6 @@ def test_a_found_chunk_may_have_gone():
 
 
 def test_a_key_shows_no_token_and_no_salt():
-    key = new_library(salt="tenant-7")._key(PREFIX, CHUNKS[0])
+    key = new_library(salt="tenant-7").key(PREFIX, CHUNKS[0])
     assert re.fullmatch("[0-9a-f]{64}", key.digest)
     assert key.digest.startswith(str(key))

@@ -79,9 +79,9 @@ def test_chunks_have_the_ids_they_are_stored_with(name):
 
 def test_a_chunk_that_a_separator_follows_stands_whole():
     build, _, _ = builder()
-    for each in build.build(CONVERSATIONS["question"]).placed:
-        assert each.last == len(each.chunk)
-        assert each.gap == ()
+    first, *others = build.build(CONVERSATIONS["question"]).placed
+    assert all(each.last == len(each.chunk) for each in (first, *others))
+    assert all(each.gap == () for each in others)
 
 
 def test_a_template_of_our_own_words_gives_the_prompt_of_the_question():
@@ -128,9 +128,10 @@ def test_what_several_prompts_begin_with_is_the_prefix():
         return [message("user", f"{start}{more} {TEXTS[0]}\n\n{QUESTION}")]
 
     first, other, again = (build.build(asked(more)) for more in ("one", "two", "one"))
-    assert len(first.prefix) > len(other.prefix) > 0
-    assert first.prefix == again.prefix
-    assert first.prefix[: len(other.prefix)] == other.prefix
+    assert first.prefix == ()
+    assert len(again.prefix) > len(other.prefix) > 0
+    assert again.prefix == first.gaps[0]
+    assert again.prefix[: len(other.prefix)] == other.prefix
     assert len(other.prefix) % 16 == 0
     assert start.startswith(tokenizer.decode(other.prefix).partition("user\n")[2])
 
@@ -176,6 +177,28 @@ def test_without_a_template_texts_stand_below_one_another():
     assert len(prompt.chunks) == 1
 
 
+def test_a_strict_template_gets_the_system_prompt_before_the_passages():
+    build, _, tokenizer = builder(STRICT)
+    messages = [message("system", "Be brief."), message("user", [Passage(TEXTS[0]), QUESTION])]
+    frame = SEPARATOR.join(["Be brief.", INSTRUCTION, TEXTS[0], f"Question: {QUESTION}"])
+    assert tokenizer.decode(build.build(messages).token_ids) == rendered(tokenizer, [message("user", frame)])
+
+
+def test_special_tokens_in_a_system_prompt_are_only_text_also_with_passages():
+    build, _, tokenizer = builder()
+    plain = build.build([message("system", HOSTILE), message("user", QUESTION)])
+    named = build.build([message("system", HOSTILE), message("user", [Passage(TEXTS[0]), QUESTION])])
+    ends = [prompt.token_ids.count(tokenizer.eos_token_id) for prompt in (plain, named)]
+    assert ends == [2, 2]
+
+
+def test_passages_are_computed_behind_the_conversations_system_prompt():
+    build, prompts, _ = builder()
+    asked = message("user", [Passage(TEXTS[0]), QUESTION])
+    later = [message("system", "Be brief."), asked, message("assistant", "In 1931."), message("user", "Sure?")]
+    assert build.build(later).opening == build.build(later[:2]).opening == prompts.prefix("Be brief.")
+
+
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
@@ -183,6 +206,8 @@ def test_without_a_template_texts_stand_below_one_another():
         ([message("user", "  ")], "1 messages have no text"),
         ([{"content": "x"}], "message 0 has no role"),
         (["x"], "message 0 has no role"),
+        ([message("user</s>", "x")], "message 0 has the role 'user</s>'"),
+        ([message("user", [Passage("x"), " "]), message("user", "x")], "1 passages and no question"),
         ([message("user", 3)], "the content of message 0 is int"),
         ([message("user", "x"), message("user", ["x", {"type": "image"}])], "message 1 is \\['str', 'dict'\\]"),
     ],
