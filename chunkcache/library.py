@@ -71,7 +71,7 @@ class ChunkLibrary:
 
     def know(self, context: TokenIds, token_ids: TokenIds) -> None:
         """Make a chunk findable, whoever stored it."""
-        self.finder.add(Known(self.key(context, token_ids), token_ids, context))
+        self.finder.add(Known(self.key(context, token_ids), token_ids, context, chunk_name(token_ids)))
 
     def find(self, known: Known) -> ChunkKV | None:
         """Return the stored KV of a chunk that the finder named, or None if it has gone since."""
@@ -109,11 +109,14 @@ class ChunkLibrary:
     def forget(self, where: Where) -> int:
         """Delete all KV of this model and tenant that agree with `where`; return how many there were."""
         if where.document is not None:
-            self._owners.drop(where.document)
+            for name in self._owners.drop(where.document):
+                self.finder.forget(name)
         elif where.chunk is not None:
             self._owners.forget(where.chunk)
+            self.finder.forget(where.chunk)
         else:
             self._owners.clear()
+            self.finder.clear()
         return self._store.purge(replace(where, model=self._fingerprint, tenant=self._tenant))
 
     def forget_stale(self, document: str, chunks: Collection[TokenIds]) -> int:

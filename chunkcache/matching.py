@@ -8,6 +8,7 @@ differently inside the prompt are thereby left out.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,12 @@ _INVERSE = pow(_BASE, -1, 2**64)
 
 @dataclass(frozen=True)
 class Known:
-    """A chunk that can be found: its key, its token ids, and the token ids it was computed behind."""
+    """A chunk that can be found: its key, its token ids, those it was computed behind, and its `chunk_name`."""
 
     key: ChunkKey
     token_ids: tuple[int, ...]
     context: tuple[int, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,30 +44,51 @@ class Match:
 
 
 class Finder:
-    """An index of chunks by the hashes of their anchors, one every `WINDOW` tokens."""
+    """An index of chunks by the hashes of their anchors, one every `WINDOW` tokens; for any number of threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._known: dict[ChunkKey, Known] = {}
+        self._named: dict[str, list[Known]] = {}  # by `chunk_name`, in whichever contexts they were computed
         self._anchors: dict[int, list[tuple[Known, int]]] = {}
 
     def add(self, known: Known) -> None:
         """Make a chunk findable; one that is shorter than `WINDOW` tokens cannot be."""
         if known.key in self._known:
             return
-        self._known[known.key] = known
-        for offset, digest in enumerate(_window_hashes(known.token_ids)[::WINDOW].tolist()):
-            self._anchors.setdefault(digest, []).append((known, offset * WINDOW))
+        with self._lock:
+            self._known[known.key] = known
+            self._named.setdefault(known.name, []).append(known)
+            for offset, digest in enumerate(_window_hashes(known.token_ids)[::WINDOW].tolist()):
+                self._anchors.setdefault(digest, []).append((known, offset * WINDOW))
 
     def remove(self, known: Known) -> None:
         """Make a chunk no longer findable."""
-        if self._known.pop(known.key, None) is None:
-            return
-        for digest in set(_window_hashes(known.token_ids)[::WINDOW].tolist()):
-            rest = [anchor for anchor in self._anchors[digest] if anchor[0].key != known.key]
-            if rest:
-                self._anchors[digest] = rest
-            else:
-                del self._anchors[digest]
+        with self._lock:
+            if self._known.pop(known.key, None) is None:
+                return
+            named = [other for other in self._named.pop(known.name) if other.key != known.key]
+            if named:
+                self._named[known.name] = named
+            for digest in set(_window_hashes(known.token_ids)[::WINDOW].tolist()):
+                rest = [anchor for anchor in self._anchors[digest] if anchor[0].key != known.key]
+                if rest:
+                    self._anchors[digest] = rest
+                else:
+                    del self._anchors[digest]
+
+    def forget(self, name: str) -> None:
+        """Make a chunk no longer findable, by its `chunk_name`, in whichever contexts it was computed."""
+        with self._lock:
+            for known in self._named.get(name, []).copy():
+                self.remove(known)
+
+    def clear(self) -> None:
+        """Make nothing findable."""
+        with self._lock:
+            self._known.clear()
+            self._named.clear()
+            self._anchors.clear()
 
     def find(self, token_ids: Sequence[int]) -> list[Match]:
         """Return the longest matches in `token_ids`, in order and without overlap."""
@@ -73,9 +96,10 @@ class Finder:
         matches: list[Match] = []
         end = 0
         for position, digest in enumerate(_window_hashes(ids).tolist()):
-            if position < end or digest not in self._anchors:
+            anchors = self._anchors.get(digest)
+            if position < end or not anchors:
                 continue
-            grown = [self._grow(ids, position, known, offset, end) for known, offset in self._anchors[digest]]
+            grown = [self._grow(ids, position, known, offset, end) for known, offset in anchors]
             best = max(grown, key=lambda match: match.length)
             if best.length >= WINDOW:
                 matches.append(best)

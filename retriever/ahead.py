@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("chunkcache.retriever")
 
+CHUNK_KEY = "chunk_key"  # metadata of what a retriever returns: hex digest of the key that its KV are stored under
 HOWS = ("now", "background", "never")
 WAITING = 1024  # texts that may wait for the thread; more are left to the request that needs them
 _LABELLED = 100_000  # texts that are remembered to be stored with their document

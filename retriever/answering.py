@@ -39,6 +39,12 @@ def chat_options(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     return {**options, **{name: value for name, value in given.items() if name not in SETTINGS}}
 
 
+def model_name(llm: CachedLLM) -> str:
+    """Return what a wrapped model is called."""
+    config = llm.model.config
+    return str(config._name_or_path or config.model_type)
+
+
 def said(llm: CachedLLM, generation: Generation, options: Mapping[str, Any]) -> tuple[str, bool]:
     """Return an answer without the stop string that ended it, and whether one did."""
     stops = options.get("stop_strings")

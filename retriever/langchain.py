@@ -10,9 +10,10 @@ from __future__ import annotations
 from chunkcache.errors import InputError
 
 try:
+    from chunkcache.retriever.ahead import CHUNK_KEY
     from chunkcache.retriever.langchain_chat import ChatChunkCache
     from chunkcache.retriever.langchain_messages import document_block
-    from chunkcache.retriever.langchain_retriever import CHUNK_KEY, ChunkCacheRetriever, ChunkRetriever
+    from chunkcache.retriever.langchain_retriever import ChunkCacheRetriever, ChunkRetriever
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("langchain_core"):
         raise

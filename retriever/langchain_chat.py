@@ -20,7 +20,7 @@ from chunkcache.errors import InputError
 from chunkcache.generation import Generation, TextStream, setting
 from chunkcache.llm import DEFAULT_POLICY, CachedLLM
 from chunkcache.prompt import INSTRUCTION
-from chunkcache.retriever.answering import SETTINGS, chat_options, said
+from chunkcache.retriever.answering import SETTINGS, chat_options, model_name, said
 from chunkcache.retriever.langchain_messages import as_chat
 from chunkcache.retriever.stops import listed, stripped, until
 from chunkcache.store import Store
@@ -93,8 +93,7 @@ class ChatChunkCache(BaseChatModel):
         self.llm.chosen(self.policy)
         listed(self.stop)
         if not self.model_name:
-            config = self.llm.model.config
-            self.model_name = config._name_or_path or str(config.model_type)
+            self.model_name = model_name(self.llm)
 
     # --- answering
 

@@ -13,10 +13,8 @@ from pydantic import ConfigDict, Field, InstanceOf, PrivateAttr
 
 from chunkcache.blend import Policy
 from chunkcache.llm import CachedLLM
-from chunkcache.retriever.ahead import Ahead
+from chunkcache.retriever.ahead import CHUNK_KEY, Ahead
 from chunkcache.retriever.retriever import Hit, Retriever
-
-CHUNK_KEY = "chunk_key"  # metadata: hex digest of the key under which the KV of the text are stored
 
 
 class ChunkCacheRetriever(BaseRetriever):

@@ -22,8 +22,9 @@ from __future__ import annotations
 from chunkcache.errors import InputError
 
 try:
+    from chunkcache.retriever.ahead import CHUNK_KEY
     from chunkcache.retriever.llamaindex_llm import ChunkCacheLLM
-    from chunkcache.retriever.llamaindex_nodes import CHUNK_KEY, ChunkCacheEmbedding, ChunkCachePostprocessor
+    from chunkcache.retriever.llamaindex_nodes import ChunkCacheEmbedding, ChunkCachePostprocessor
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("llama_index"):
         raise

@@ -28,7 +28,7 @@ from chunkcache.errors import PromptError
 from chunkcache.generation import DEFAULT_NEW_TOKENS, Generation
 from chunkcache.llm import DEFAULT_POLICY, CachedLLM
 from chunkcache.prompt import INSTRUCTION
-from chunkcache.retriever.answering import SETTINGS, chat_options, said
+from chunkcache.retriever.answering import SETTINGS, chat_options, model_name, said
 from chunkcache.retriever.stops import listed, stripped, until
 from chunkcache.store import Store
 
@@ -77,8 +77,7 @@ class ChunkCacheLLM(CustomLLM):
         self.llm.chosen(self.policy)
         listed(self.stop)
         if not self.model_name:
-            config = self.llm.model.config
-            self.model_name = config._name_or_path or str(config.model_type)
+            self.model_name = model_name(self.llm)
 
     @classmethod
     def from_model(

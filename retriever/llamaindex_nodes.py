@@ -13,11 +13,9 @@ from pydantic import Field, InstanceOf, PrivateAttr
 
 from chunkcache.blend import Policy
 from chunkcache.llm import CachedLLM
-from chunkcache.retriever.ahead import Ahead
+from chunkcache.retriever.ahead import CHUNK_KEY, Ahead
 from chunkcache.retriever.embedder import Embedder
 from chunkcache.retriever.llamaindex_llm import ChunkCacheLLM
-
-CHUNK_KEY = "chunk_key"  # metadata: hex digest of the key under which the KV of the node are stored
 
 
 class ChunkCachePostprocessor(BaseNodePostprocessor):

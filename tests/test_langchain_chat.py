@@ -87,11 +87,13 @@ def test_an_unchanged_prompt_and_model_get_reuse():
     llm = wrapped()
     llm.precompute(TEXTS)
     chain = PROMPT | chat(llm)
-    out = chain.invoke({"context": "\n\n".join(TEXTS), "input": QUESTION})
+    first, second, third = (chain.invoke({"context": "\n\n".join(TEXTS), "input": QUESTION}) for _ in range(3))
     direct = llm.chat(as_chat(rendered()), do_sample=False, max_new_tokens=12)
-    assert out.content == direct.text
-    assert cache_read(out) == direct.stats.reused_tokens >= chunk_tokens(llm)
-    assert out.response_metadata["chunkcache"]["hits"] == 3
+    assert first.content == second.content == third.content == direct.text
+    assert cache_read(third) == direct.stats.reused_tokens > cache_read(first) >= chunk_tokens(llm)
+    created = second.usage_metadata["input_token_details"]["cache_creation"]
+    assert cache_read(second) + created == cache_read(third)  # what both prompts began with
+    assert first.response_metadata["chunkcache"]["hits"] == 3
 
 
 def test_nothing_known_is_nothing_read_from_the_cache():

@@ -20,6 +20,10 @@ def known(*token_ids: int) -> Known:
     return Known(ChunkKey.of("model", (), token_ids), token_ids, ())
 
 
+def named(name: str, token_ids: tuple[int, ...], *context: int) -> Known:
+    return Known(ChunkKey.of("model", context, token_ids), token_ids, context, name)
+
+
 def finder(*chunks: Known) -> Finder:
     index = Finder()
     for chunk in chunks:
@@ -112,6 +116,19 @@ def test_adding_twice_changes_nothing():
 def colliding(token_ids: tuple[int, ...]) -> tuple[int, ...]:
     """Return other ids with the hash of the first window: + BASE^1 * BASE there is - BASE^2 here."""
     return (token_ids[0] + _BASE, token_ids[1] - 1, *token_ids[2:])
+
+
+def test_a_forgotten_chunk_is_not_found_in_any_context():
+    ids = tokens(1, 40)
+    other = named("other", tokens(2, 40))
+    index = finder(named("one", ids), named("one", ids, 7), other)
+    index.forget("one")
+    index.forget("never known")
+    assert index.find([*ids, *other.token_ids]) == [Match(other, 40, 0, 40)]
+    index.clear()
+    assert index.find(other.token_ids) == []
+    index.add(other)
+    assert index.find(other.token_ids) == [Match(other, 0, 0, 40)]
 
 
 def test_a_colliding_prompt_is_no_match():
