@@ -200,7 +200,7 @@ def test_the_command_reports_what_it_did(job, docs, monkeypatch, capsys):
 
 def test_an_interrupted_run_goes_on_where_it_was(job, docs):
     """A real process, a real SIGINT while it computes."""
-    for number in range(15):
+    for number in range(60):  # more than is done before a second signal
         write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(40)))
     command = [sys.executable, "-W", "ignore", "-m", "chunkcache", "store", "warm", str(docs), "--model", job.model]
     command += ["--chunk-tokens", "48", "--store", job.store, "--json"]
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_where_it_was(job, docs):
     while out is None:  # one that arrives inside a `__del__` is lost to Python
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            out, err = process.communicate(timeout=2)
+            out, err = process.communicate(timeout=4)
     assert (process.returncode, out) == (130, "")
     assert "interrupted: what was computed is stored" in err
     kept = {entry.key for entry in entries(job)}
