@@ -69,7 +69,11 @@ MISUSES = {
     "blank question": (PromptError, [r"' \n'", "pass"], lambda llm: llm.prefill(" \n", TEXTS)),
     "several questions": (PromptError, ["list", "call again"], lambda llm: llm.generate(["a", "b"], TEXTS)),
     "no question": (PromptError, ["NoneType", "pass one string"], lambda llm: llm.inputs(None, TEXTS)),
-    "empty chunk": (PromptError, ["a chunk is empty", "text in it"], lambda llm: llm.generate(QUESTION, [TEXTS[0], ""])),
+    "empty chunk": (
+        PromptError,
+        ["a chunk is empty", "text in it"],
+        lambda llm: llm.generate(QUESTION, [TEXTS[0], ""]),
+    ),
     "chunk is bytes": (PromptError, ["a chunk is a bytes", "a string"], lambda llm: llm.precompute([b"x"])),
     "long chunk": (ContextLengthError, ["512", "smaller chunks"], lambda llm: llm.precompute([LONG])),
     "long prompt": (ContextLengthError, ["512", "fewer or shorter"], lambda llm: llm.generate(QUESTION, [LONG])),

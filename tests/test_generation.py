@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +157,16 @@ def test_what_the_given_config_leaves_open_is_the_models():
 )
 def test_beams_need_a_finished_cache(options, needed):
     assert needs_finished_cache(own_model(), options) is needed
+
+
+@pytest.mark.parametrize("listened", ["next(iter(stream))", "pass"], ids=["begun", "never read"])
+def test_a_process_may_end_while_a_stream_runs(listened):
+    program = (
+        "from helpers_llm import QUESTION, TEXTS, wrapped\n"
+        "stream = wrapped().stream(QUESTION, TEXTS, max_new_tokens=300, min_new_tokens=300)\n"
+        f"{listened}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
