@@ -78,7 +78,8 @@ class Corpus:
         if reorder < 0:
             raise InputError(f"reorder = {reorder} is no number of ranks: give 0 or more")
         self.llm, self.retriever = llm, retriever
-        self._system, self._policy = system, llm.chosen(policy)
+        llm.chosen(policy)  # refuses one that is unknown
+        self._system, self._policy = system, policy
         self._ahead, self._reorder = ahead, reorder
         self._orders = ServedOrders()
         self._hints = Hints(llm.store, likely=2 * _GUESSES) if hints else None
@@ -192,7 +193,7 @@ class Corpus:
         hits = self.search(question, k)
         started = time.perf_counter()  # as for everyone: the chunks are in hand
         prompt = self.llm.prompts.build(question, self.passages(hits), self._system)
-        return hits, (prompt, self._policy, started, given)
+        return hits, (prompt, self.llm.chosen(self._policy), started, given)
 
     def _sweep(self, hits: Sequence[Hit], *_: object) -> None:
         """Delete KV of chunks that were changed away while a request that had found them went on to compute them."""
