@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -200,20 +199,19 @@ def test_the_command_reports_what_it_did(job, docs, monkeypatch, capsys):
 
 def test_an_interrupted_run_goes_on_where_it_was(job, docs):
     """A real process, a real SIGINT while it computes."""
-    for number in range(60):  # more than is done before a second signal
+    for number in range(15):
         write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(40)))
     command = [sys.executable, "-W", "ignore", "-m", "chunkcache", "store", "warm", str(docs), "--model", job.model]
     command += ["--chunk-tokens", "48", "--store", job.store, "--json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     folder = job.store.removeprefix("disk://").partition("?")[0]
     while process.poll() is None and stored(folder) < 5:
         time.sleep(0.01)
-    out = None
-    while out is None:  # one that arrives inside a `__del__` is lost to Python
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            out, err = process.communicate(timeout=4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert "interrupted: what was computed is stored" in err
     kept = {entry.key for entry in entries(job)}
@@ -223,6 +221,11 @@ def test_an_interrupted_run_goes_on_where_it_was(job, docs):
     assert 0 < facts["computed"] < facts["chunks"]
     assert facts["skipped"] >= len(kept) - 1  # the prefix is no chunk
     assert kept <= {entry.key for entry in entries(job)}
+
+
+def heed_interrupts():
+    """Undo what a shell does to what it runs in the background, which is to ignore SIGINT, also in its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stored(folder):
