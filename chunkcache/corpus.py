@@ -165,8 +165,9 @@ class Corpus:
         chunks = [hits[index].chunk for index in distinct([hit.chunk.text for hit in hits])]
         runs = _runs(chunks)
         names = [tuple(self._key(chunk.text) for chunk in run) for run in runs]
-        runs = [runs[index] for index in self._orders.arrange(names, self._reorder)]
-        self._orders.record([tuple(self._key(chunk.text) for chunk in run) for run in runs])
+        order = self._orders.arrange(names, self._reorder)
+        self._orders.record([names[index] for index in order])
+        runs = [runs[index] for index in order]
         if not self.llm.tokenizer.is_fast:  # it does not say where in a chunk the overlap ends
             return [Passage(chunk.text) for chunk in chain.from_iterable(runs)]
         return list(chain.from_iterable(map(_joined, runs)))

@@ -89,10 +89,10 @@ class Ahead:
         """Return in which order texts are best served, as indices: their own, if nothing else was asked for."""
         kept = distinct(texts) if self._distinct else list(range(len(texts)))
         names = [texts[index].strip() for index in kept]
-        found = [kept[index] for index in self._orders.arrange(names, self._reorder)]
+        order = self._orders.arrange(names, self._reorder)
         if self._reorder:
-            self._orders.record([texts[index].strip() for index in found])
-        return found
+            self._orders.record([names[index] for index in order])
+        return [kept[index] for index in order]
 
     def take(self, texts: Sequence[str], documents: Sequence[str | None] | None = None) -> list[str | None]:
         """Make texts findable, start bringing their KV nearer, and have what is missing computed.
