@@ -8,7 +8,8 @@ Afterwards it is an ordinary `DynamicCache` that grows token by token.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,9 +87,11 @@ class FusedCache(DynamicCache):
     Attributes:
         rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
         assemble_s: seconds spent waiting for stored KV and re-rotating them (host time).
+        wait_s: of this, waiting.
+        select_s: seconds spent choosing what is recomputed.
         load_s: seconds that loading them took in its own thread, once it has stopped.
         started: when the request began, in seconds since the epoch.
-        computed: token-layers computed.
+        computed_rows: positions `[rows]` that the prefill computed, layer by layer.
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
     """
@@ -107,8 +110,8 @@ class FusedCache(DynamicCache):
         self.load_s = 0.0
         self.plan = plan
         self.prefilled = False
-        self.assemble_s = 0.0
-        self.computed = 0
+        self.assemble_s = self.wait_s = self.select_s = 0.0
+        self.computed_rows: list[Tensor] = []
         self.scouted = 0
         self._rotaries = rotaries
         self.go_on_with(torch.empty(0, dtype=torch.int64))
@@ -143,7 +146,7 @@ class FusedCache(DynamicCache):
             self.scouted += key_states.shape[2]
             return both[:1], both[1:]
         self._assembled.pop(layer_idx)
-        self.computed += key_states.shape[2]
+        self.computed_rows.append(self.rows)
         layer: Any = self.layers[layer_idx]
         layer.lazy_initialization(key_states, value_states)
         layer.keys, layer.values = both[:1], both[1:]
@@ -162,7 +165,9 @@ class FusedCache(DynamicCache):
             both = like.new_empty(2, kv_heads, len(self.plan), head_dim)
             if self._loader is None:
                 self._loader = Loader([s.kv.layers for s in self.plan.segments], like.device, self._depth)
-            for segment, layer in zip(self.plan.segments, self._loader.take(layer_idx), strict=True):
+            taken = self._loader.take(layer_idx)
+            self.wait_s += time.perf_counter() - started
+            for segment, layer in zip(self.plan.segments, taken, strict=True):
                 place(segment, layer, self._rotaries[layer_idx], both[:, :, segment.start : segment.end])
             self._assembled[layer_idx] = both
             self.assemble_s += time.perf_counter() - started
@@ -188,12 +193,27 @@ class FusedCache(DynamicCache):
         self._scatter(both, fresh[:1], fresh[1:])
         return fresh, stored
 
+    @property
+    def computed(self) -> int:
+        """Token-layers computed by the prefill."""
+        return sum(map(len, self.computed_rows))
+
+    @contextmanager
+    def selecting(self) -> Iterator[None]:
+        """Count the time of a block, less what it assembles, as selection."""
+        started = time.perf_counter() - self.assemble_s
+        try:
+            yield
+        finally:
+            self.select_s += time.perf_counter() - self.assemble_s - started
+
     def start_over(self, plan: Plan) -> None:
         """Forget what was assembled and computed, and go on with another plan for the same prompt."""
         self.stop_loading()
         self._assembled.clear()
         self.plan = plan
-        self.computed = self.scouted = 0
+        self.computed_rows.clear()
+        self.scouted = 0
 
     def stop_loading(self) -> None:
         """Load no further layers."""

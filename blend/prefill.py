@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -51,6 +52,8 @@ class SelectivePrefill:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
         guarded: what the guard did, after the prefill of a guarded policy.
+        recompute_s: seconds in the decoder layers, without what the cache assembled and what selection took.
+        head_s: seconds from the end of the last layer to the logits.
         reused_tokens: tokens that stored KV are put in place for.
         exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
         lost: chunks whose stored KV proved damaged or gone during the prefill, and which it computed instead.
@@ -85,6 +88,7 @@ class SelectivePrefill:
         self._handles: list[RemovableHandle | Watch] = []
         self.model: Any = self._decoder.model
         self.lost = 0
+        self.recompute_s = self.head_s = 0.0
         self._count(plan)
         self.cache = FusedCache(decoder.config, plan, decoder.rotaries, depth)
         self._prompt = len(plan)
@@ -107,6 +111,7 @@ class SelectivePrefill:
             return self._forward(*args, **kwargs)
         self._give_forward_back()
         input_ids = args[0] if args else kwargs["input_ids"]
+        clock = _LayersClock(self._decoder.layers[-1])
         try:
             while True:
                 try:
@@ -117,8 +122,11 @@ class SelectivePrefill:
                     self.cache.start_over(self._without_lost())
                     logger.info("%s; %d chunks are computed with the prompt", lost, self.lost)
         finally:
+            clock.handle.remove()
             self._remove_hooks()
             self.cache.stop_loading()
+        self.head_s = time.perf_counter() - clock.done
+        self.recompute_s = clock.done - clock.started - self.cache.assemble_s - self.cache.select_s
         self._finish()
         return output
 
@@ -133,7 +141,8 @@ class SelectivePrefill:
         """Return the input of the forward that computes the selected rows only; hook what narrows and records it."""
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
-        rows = self._rows(plan, self._prompt)
+        with self.cache.selecting():
+            rows = self._rows(plan, self._prompt)
         self.cache.go_on_with(rows)
         if self._record:
             self._recorder = Recorder(decoder, plan, rows)
@@ -208,6 +217,17 @@ def _extended(plan: Plan, input_ids: Tensor) -> Plan:
     return plan if len(ids) == len(plan) else Plan.of(ids, plan.segments, plan.chunks)
 
 
+class _LayersClock:
+    """Notes when the last layer was done; host time, which on an accelerator runs ahead of the work."""
+
+    def __init__(self, last: nn.Module) -> None:
+        self.started = self.done = time.perf_counter()
+        self.handle = last.register_forward_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.done = time.perf_counter()
+
+
 class _Narrowing:
     """Hooks that cut the rows again at a policy's check layers, and in every layer above."""
 
@@ -245,7 +265,8 @@ class _Narrowing:
             kv = partial(self._cache.probe, layer, index, args, kwargs)
             rows = self._cache.rows_on(hidden.device)
             check = Check(self._cache.plan, index, len(self._decoder.layers), rows, self._attention, kv)
-            keep = self._policy.narrow(check)
+            with self._cache.selecting():
+                keep = self._policy.narrow(check)
             if keep is not None:
                 self._kept = keep if self._kept is None else self._kept[keep]
                 self._cache.go_on_with(self._cache.rows[keep.cpu()])

@@ -16,6 +16,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chunkcache.batch import Batch
     from chunkcache.conversation import Conversation
     from chunkcache.corpus import Corpus
     from chunkcache.errors import (
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
         EntryLostError,
         InputError,
         ModelNotFoundError,
+        PeerError,
         PolicyError,
         PromptError,
+        ResultsError,
         SelfCheckError,
         StoreURLError,
         TokenizerMismatchError,
         UnsupportedModelError,
     )
     from chunkcache.generation import Generation, TextStream
+    from chunkcache.grouping import Request
     from chunkcache.llm import CachedLLM, Prefilled, wrap
     from chunkcache.models import load_model
     from chunkcache.precompute import Precomputed
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = _version("chunkcache")
 
 __all__ = [
+    "Batch",
     "CachedLLM",
     "CalibrationError",
     "ChunkCacheError",
@@ -56,11 +61,14 @@ __all__ = [
     "InputError",
     "ModelNotFoundError",
     "Passage",
+    "PeerError",
     "PolicyError",
     "Precomputed",
     "Prefilled",
     "PromptError",
+    "Request",
     "RequestStats",
+    "ResultsError",
     "SelfCheckError",
     "Store",
     "StoreURLError",
@@ -74,9 +82,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "batch": ("Batch",),
     "conversation": ("Conversation",),
     "corpus": ("Corpus",),
     "generation": ("Generation", "TextStream"),
+    "grouping": ("Request",),
     "llm": ("CachedLLM", "Prefilled", "wrap"),
     "models": ("load_model",),
     "precompute": ("Precomputed",),

@@ -9,7 +9,9 @@ ChunkCacheError
 │   ├── TokenizerMismatchError   a tokenizer that is not the model's
 │   ├── ModelNotFoundError       a model name, folder or file that cannot be loaded
 │   ├── DocumentError            a document folder or file that cannot be used
-│   └── CalibrationError         a policy needs a calibration that is missing, damaged or another model's
+│   ├── CalibrationError         a policy needs a calibration that is missing, damaged or another model's
+│   ├── PeerError                a system to be measured beside this one is unknown, not set up, or failed
+│   └── ResultsError             a file of measurements that is damaged, or of another measurement than this
 ├── EntryLostError               a stored entry that went away, or proved damaged, while it was being read
 └── UnsupportedModelError        this model cannot be served right; the message says why
     └── SelfCheckError           the model looked right, but its self-check did not agree
@@ -58,6 +60,14 @@ class DocumentError(InputError):
 
 class CalibrationError(InputError):
     """A policy needs a calibration of this model, and there is none that can be used."""
+
+
+class PeerError(InputError):
+    """A peer is unknown, not set up, cannot serve the model, or failed; the message names it."""
+
+
+class ResultsError(InputError):
+    """A file of measurements is damaged, in use, or was made with other settings."""
 
 
 class EntryLostError(ChunkCacheError):

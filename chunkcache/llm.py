@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from chunkcache.attach import Attachment
+from chunkcache.batch import MAX_BATCH, Batcher, OnBatch
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill, parse_policy, self_check
 from chunkcache.blend.guard import Rung, climb
 from chunkcache.calibration import Calibration
@@ -171,6 +172,41 @@ class CachedLLM(KeepsChunks):
         chosen = self.chosen(policy)
         prompt = self.prompts.build(question, chunks, system)
         return self.answer_in_pieces(prompt, chosen, started, with_length(options, max_new_tokens))
+
+    def generate_batch(
+        self,
+        requests: Sequence[tuple[Any, ...]],
+        policy: str | Policy | None = None,
+        max_new_tokens: int | None = None,
+        max_batch: int = MAX_BATCH,
+        max_kv_bytes: int | None = None,
+        reorder: bool = False,
+        on_batch: OnBatch | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Answer many requests offline, those over the same chunks together; see `chunkcache.batch`.
+
+        Args:
+            requests: of (question, chunks, system) each, the last two optional; as for `generate`.
+            policy: as in `generate`. One that looks at the question looks at those of all requests of a batch.
+            max_new_tokens: as in `generate`.
+            max_batch: sequences that are decoded together at most.
+            max_kv_bytes: bytes of KV that a batch may need, apart from what the store holds; None for no bound.
+            reorder: sort the chunks of each prompt so that more prompts begin alike. It changes answers.
+            on_batch: called with every `Batch` that is done.
+            options: any keyword of transformers' `generate()` that makes sense for a batch.
+
+        Returns:
+            the answers, in the order of the requests. What `generate()` itself returned is padded.
+
+        Raises:
+            PromptError, ContextLengthError, InputError: as `generate`, with the index of the request, and where one
+                does not fit `max_kv_bytes`; before any is answered.
+            PolicyError: the policy is unknown.
+        """
+        chosen, options = self.chosen(policy), with_length(options, max_new_tokens)
+        batcher = Batcher(self, self._decoder, self._planner, chosen, options, max_batch, max_kv_bytes, reorder)
+        return batcher.run(requests, on_batch)
 
     def prefill(
         self,

@@ -17,8 +17,8 @@ _warn_once = lru_cache(maxsize=None)(logger.warning)
 class RequestStats:
     """Counts and seconds of one request.
 
-    The seconds are host time; `assemble_s` is part of `prefill_s`, `load_s` runs beside it, the others follow one
-    another.
+    The seconds are host time, which on an accelerator runs ahead of the work. `assemble_s`, `select_s`, `recompute_s`
+    and `head_s` are parts of `prefill_s`, `wait_s` is one of `assemble_s`, and `load_s` runs beside it.
 
     Attributes:
         policy: the policy that ran, as a string that names it.
@@ -41,6 +41,10 @@ class RequestStats:
         load_s: loading stored KV from a tier that is not in memory, beside the prefill.
         prefill_s: the selective prefill itself; under `generate`, up to the first token.
         assemble_s: re-rotating stored KV, and waiting for those that are still being loaded.
+        wait_s: of this, waiting.
+        select_s: choosing what is recomputed, with the passes that look for it.
+        recompute_s: the decoder layers, on the rows that are computed.
+        head_s: from the last layer to the logits.
         ttft_s: from the call to the first token (`generate`) or to the logits (`prefill`).
     """
 
@@ -64,12 +68,34 @@ class RequestStats:
     load_s: float = 0.0
     prefill_s: float = 0.0
     assemble_s: float = 0.0
+    wait_s: float = 0.0
+    select_s: float = 0.0
+    recompute_s: float = 0.0
+    head_s: float = 0.0
     ttft_s: float = 0.0
 
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt whose KV were there before the request."""
         return self.reused_tokens - self.computed_tokens
+
+    def stages(self, ttft_s: float | None = None) -> dict[str, float]:
+        """Return where the time to first token went, in seconds that add up to it.
+
+        Args:
+            ttft_s: as measured by the caller; None for `ttft_s`.
+        """
+        named = {
+            "tokenise": self.tokenize_s,
+            "lookup": self.lookup_s,
+            "compute": self.compute_s,
+            "load": self.wait_s,
+            "rerotate": self.assemble_s - self.wait_s,
+            "select": self.select_s,
+            "recompute": self.recompute_s,
+            "head": self.head_s,
+        }
+        return {**named, "other": (self.ttft_s if ttft_s is None else ttft_s) - sum(named.values())}
 
     def take(self, plan: Plan, prefill: SelectivePrefill) -> None:
         """Take over what a selective prefill of `plan` did."""
@@ -81,7 +107,8 @@ class RequestStats:
         self.tokens = len(plan)
         self.reused_tokens, self.exact_tokens = prefill.reused_tokens, prefill.exact_tokens
         self.lost = prefill.lost
-        self.load_s, self.assemble_s = cache.load_s, cache.assemble_s
+        self.load_s, self.assemble_s, self.wait_s = cache.load_s, cache.assemble_s, cache.wait_s
+        self.select_s, self.recompute_s, self.head_s = cache.select_s, prefill.recompute_s, prefill.head_s
         if cache.prefilled:
             self.recomputed_share = (cache.computed + cache.scouted) / (len(cache.plan) * len(cache.layers))
         else:

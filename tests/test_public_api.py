@@ -13,6 +13,7 @@ import chunkcache
 from chunkcache import errors
 
 PUBLIC = {
+    "Batch",
     "CachedLLM",
     "ChunkCacheError",
     "CalibrationError",
@@ -25,11 +26,14 @@ PUBLIC = {
     "InputError",
     "ModelNotFoundError",
     "Passage",
+    "PeerError",
     "PolicyError",
     "Precomputed",
     "Prefilled",
     "PromptError",
+    "Request",
     "RequestStats",
+    "ResultsError",
     "SelfCheckError",
     "Store",
     "StoreURLError",

@@ -1,0 +1,239 @@
+"""Sequences that share their beginning decode together over one copy of its KV (Hydragen, arXiv 2402.05099).
+
+Attention splits by softmax's sums (section 3): the queries of all sequences, stacked, against the shared keys in one
+matrix product, and each sequence's against its own keys; the two are merged by their sums of exponentials. So shared
+KV are read once per step and layer, however many sequences there are. It is exact up to rounding.
+
+Sequences are padded on the left of what is their own, right behind the shared tokens: so they all end at the same
+index, as transformers' `generate()` wants it, and their positions come out of the attention mask.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
+
+from chunkcache.blend.cache import layer_kv
+from chunkcache.blend.decoder import Decoder
+from chunkcache.blend.selfcheck import HALF_TOLERANCE, TOLERANCE
+from chunkcache.errors import InputError
+
+NAME = "chunkcache_shared"
+BLOCK_ROWS = 256  # stacked queries whose scores over the shared keys exist at once; more measured no faster on a CPU
+
+logger = logging.getLogger("chunkcache")
+KV = tuple[Tensor, Tensor]
+Part = tuple[Tensor, Tensor, Tensor]
+
+
+class SharedCache(DynamicCache):
+    """KV of several sequences: one copy of what they share, and what each has behind it.
+
+    Args:
+        config: the model's text config, for its sliding windows.
+        shared: keys and values of each layer, `[kv_heads, tokens, head_dim]` both; read, never written.
+        pads: how many of the first tokens behind the shared ones are padding, for each sequence.
+        room: tokens that a sequence may have behind the shared ones, padding included.
+    """
+
+    def __init__(self, config: PreTrainedConfig, shared: Sequence[KV], pads: Sequence[int], room: int) -> None:
+        super().__init__(config=config)
+        self._shared = shared
+        self._tokens = shared[0][0].shape[1]
+        self._windows: list[int | None] = [getattr(layer, "sliding_window", None) for layer in self.layers]
+        self._pads = torch.tensor(pads, device=shared[0][0].device)[:, None]
+        self._padded = max(pads)
+        self._room = room
+        self._own: dict[int, KV] = {}
+        self._lengths = [0] * len(shared)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many tokens a sequence has by now: shared, padding and its own."""
+        return self._tokens + self._lengths[layer_idx]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take fresh KV `[sequences, kv_heads, n, head_dim]`; return those of all that is the sequences' own."""
+        if layer_idx not in self._own:
+            batch, heads, _, dim = key_states.shape
+            both = key_states.new_empty(2, batch, heads, self._room, dim)
+            self._own[layer_idx] = (both[0], both[1])
+        keys, values = self._own[layer_idx]
+        start, end = self._lengths[layer_idx], self._lengths[layer_idx] + key_states.shape[2]
+        if end > self._room:
+            raise InputError(f"a sequence grew to {end} tokens of its own, but the cache has room for {self._room}")
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self._lengths[layer_idx] = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        own: KV,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from the last tokens of each sequence to the shared ones and to its own.
+
+        Args:
+            layer_idx: index of the layer.
+            query: `[sequences, heads, n, head_dim]`.
+            own: what `update` returned.
+            scaling: of the scores; one over the root of head_dim by default.
+            softcap: bound on the scores, where the family has one.
+            sinks: `[heads]`, a score that each row sees besides, where the family has them.
+
+        Returns:
+            `[sequences, n, heads, head_dim]`.
+        """
+        batch, heads, rows, dim = query.shape
+        keys, values = self._shared[layer_idx]
+        kv_heads = keys.shape[0]
+        window = self._windows[layer_idx]
+        grouped = (query * (scaling or dim**-0.5)).reshape(batch, kv_heads, -1, dim)
+        stacked = grouped.transpose(0, 1).reshape(kv_heads, -1, dim)
+
+        index = torch.arange(own[0].shape[2], device=query.device)
+        pads = self._pads.to(query.device)
+        hidden = (index < pads[:, :, None]) | (index > index[-rows:, None])  # [sequences, rows, own]
+        hidden_shared = None
+        if window is not None:
+            hidden = hidden | (index <= index[-rows:, None] - window)
+            position = self._tokens + index[-rows:] - pads  # [sequences, rows]
+            first = max(len(index) - rows - self._padded, 0)  # own tokens before the first row, at least
+            low = min(max(self._tokens + first - window + 1, 0), self._tokens - 1)  # one key remains, hidden or not
+            keys, values = keys[:, low:], values[:, low:]
+            at = torch.arange(low, self._tokens, device=query.device)
+            hidden_shared = at <= position[:, :, None] - window  # [sequences, rows, shared]
+            hidden_shared = hidden_shared[:, None].expand(-1, heads // kv_heads, -1, -1).flatten(0, 2)
+
+        parts = []
+        for start in range(0, stacked.shape[1], BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            hide = None if hidden_shared is None else hidden_shared[block]
+            parts.append(_part(stacked[:, block], keys, values, hide, softcap))
+        shared: Any = parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
+        shared = [each.view(kv_heads, batch, -1, each.shape[-1]).transpose(0, 1) for each in shared]
+        hide = hidden[:, None].repeat(1, 1, heads // kv_heads, 1)
+        output = _merged(shared, _part(grouped, *own, hide, softcap), sinks)
+        return output.reshape(batch, heads, rows, -1).transpose(1, 2).to(query.dtype)
+
+
+def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> Part:
+    """Attend to some of the keys, without dividing by the sum of exponentials.
+
+    Args:
+        query: `[..., rows, head_dim]`, scaled; keys and values are `[..., keys, head_dim]`.
+        hidden: `[..., rows, keys]`, true where a row must not look.
+        softcap: bound on the scores.
+
+    Returns:
+        weighted values `[..., rows, head_dim]`; highest score, and sum of exponentials less it, `[..., rows, 1]`.
+    """
+    scores = torch.matmul(query, keys.transpose(-1, -2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if hidden is not None:
+        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(values.dtype), values).to(weights.dtype), highest, total
+
+
+def _merged(one: Part, other: Part, sinks: Tensor | None) -> Tensor:
+    """Return the attention `[sequences, kv_heads, rows, head_dim]` over the keys of both parts, and over sinks."""
+    highest = torch.maximum(one[1], other[1])
+    if sinks is not None:
+        sinks = sinks.to(highest.dtype).view(1, highest.shape[1], -1, 1)
+        sinks = sinks.repeat_interleave(highest.shape[2] // sinks.shape[2], dim=2)
+        highest = torch.maximum(highest, sinks)
+    first, second = (one[1] - highest).exp_(), (other[1] - highest).exp_()
+    total = one[2] * first + other[2] * second
+    if sinks is not None:
+        total = total + (sinks - highest).exp_()
+    return (one[0] * first + other[0] * second) / total
+
+
+def over_shared(decoder: Decoder, cache: SharedCache) -> Any:
+    """Return a shadow of the model whose attention is over `cache`, to be passed to it as `past_key_values`."""
+    twin = decoder.shadow(NAME)
+    for index, module in enumerate(twin.attentions):
+        vars(module)["chunkcache_shared"] = partial(cache.attend, index)
+    return twin.model
+
+
+def padded(
+    shared: Sequence[int], tails: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return ids and attention mask `[sequences, tokens]` of the shared tokens with each tail behind, and the pads.
+
+    What pads a sequence is its first token, which anything that looks at the ids has seen in any case.
+    """
+    longest = max(map(len, tails))
+    pads = [longest - len(tail) for tail in tails]
+    ids = [[*shared, *[shared[0]] * pad, *tail] for pad, tail in zip(pads, tails, strict=True)]
+    mask = torch.ones(len(tails), len(ids[0]), dtype=torch.int64, device=device)
+    for row, pad in zip(mask, pads, strict=True):
+        row[len(shared) : len(shared) + pad] = 0
+    return torch.tensor(ids, device=device), mask, pads
+
+
+@torch.no_grad()
+def can_share(decoder: Decoder) -> bool:
+    """Return whether sequences over shared KV get the logits that they get alone; tried on a few random tokens."""
+    embedding: Any = decoder.model.get_input_embeddings()
+    ids = torch.randint(embedding.num_embeddings, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    shared, tails = ids[:12], (ids[12:15], ids[15:])
+    name = type(decoder.model).__name__
+    try:
+        alone = [decoder.prefill(torch.tensor([[*shared, *tail]]), DynamicCache())[0] for tail in tails]
+        own = DynamicCache()
+        decoder.prefill(torch.tensor([shared]), own)
+        kv = [(keys[0], values[0]) for keys, values in (layer_kv(own, index) for index in range(len(own.layers)))]
+        input_ids, mask, pads = padded(shared, tails, decoder.device)
+        cache = SharedCache(decoder.config, kv, pads, max(map(len, tails)))
+        logits = over_shared(decoder, cache)(
+            input_ids=input_ids[:, len(shared) :],
+            position_ids=(mask.cumsum(-1) - 1)[:, len(shared) :],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    except Exception as error:  # noqa: BLE001 - whatever a family trips over, its sequences can be decoded one by one
+        logger.info("%s cannot decode sequences together (%s: %s)", name, type(error).__name__, error)
+        return False
+    wanted = torch.stack(alone).float()
+    off = float((logits.float() - wanted).norm() / wanted.norm())
+    logger.info("%s decodes sequences together with a relative error of %.2g", name, off)
+    return off < TOLERANCE.get(decoder.dtype, HALF_TOLERANCE)
+
+
+def _shared_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    attend: Any = vars(module)["chunkcache_shared"]
+    output: Tensor = attend(query, (key, value), scaling, softcap, s_aux)
+    return output, None
+
+
+AttentionInterface.register(NAME, _shared_attention)
