@@ -17,10 +17,16 @@ import click
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from chunkcache.cli_bench import COMPARED, bench, compare_policies, show_comparison
+from chunkcache.cli_bench import bench
+from chunkcache.cli_bench_all import bench_all
+from chunkcache.cli_bench_batch import bench_batch
+from chunkcache.cli_bench_load import bench_load, bench_simulate
+from chunkcache.cli_bench_peers import bench_peers
 from chunkcache.cli_bench_rag import bench_chain, bench_hints, bench_order, bench_retrieval
+from chunkcache.cli_bench_report import bench_report, bench_table
+from chunkcache.cli_bench_requests import COMPARED, bench_heatmap, bench_quality, bench_ttft, show
 from chunkcache.cli_fill import export_file, import_file, warm
-from chunkcache.cli_inputs import draw_questions, load, read_cases
+from chunkcache.cli_inputs import EXAMPLES, draw_questions, load, read_cases
 from chunkcache.cli_store import store_commands
 from chunkcache.console import err, out, progress, table
 from chunkcache.errors import ChunkCacheError, DocumentError, InputError
@@ -41,8 +47,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: only a comma
     from chunkcache.llm import CachedLLM
     from chunkcache.prompt import Passage
     from chunkcache.retriever import Hit, Retriever
-
-EXAMPLES = Path(__file__).with_name("examples")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -173,7 +177,8 @@ def demo(
 ) -> None:
     """Answer questions over the example documents, then compare policies on the same prompts."""
     from chunkcache.blend import parse_policy
-    from chunkcache.eval import Case
+    from chunkcache.eval import Case, compare
+    from chunkcache.eval.report import build_report
     from chunkcache.llm import wrap
     from chunkcache.retriever import load_documents
 
@@ -197,11 +202,14 @@ def demo(
     cases = [
         Case(row["question"], tuple(hit.chunk.text for hit in hits)) for row, hits in zip(asked, found, strict=True)
     ]
-    comparison = compare_policies(model, tokenizer, cases, list(dict.fromkeys((*COMPARED, policy))), llm.store)
+    policies = list(dict.fromkeys((*COMPARED, policy)))
+    about = {"data": "example documents", "chunks": top_k, "tokens": None}
+    with progress("comparing policies") as on_prompt:
+        compared = {"demo": compare(model, tokenizer, cases, policies, about, on_prompt=on_prompt)}
     if as_json:
-        click.echo(json.dumps({"answers": answers, "comparison": comparison.as_dict()}, indent=2))
+        click.echo(json.dumps({"answers": answers, "comparison": build_report(compared)}, indent=2))
     else:
-        show_comparison(comparison)
+        show(compared)
 
 
 @cli.command("check-model")
@@ -285,7 +293,10 @@ def calibrate(
         err.print(f"[dim]written to {escape(str(path))}[/]")
 
 
-for command in (bench_retrieval, bench_chain, bench_hints, bench_order):
+for command in (
+    bench_ttft, bench_quality, bench_heatmap, bench_load, bench_simulate, bench_batch, bench_all, bench_peers,
+    bench_report, bench_table, bench_retrieval, bench_chain, bench_hints, bench_order,
+):  # fmt: skip
     bench.add_command(command)
 cli.add_command(bench)
 cli.add_command(store_commands)

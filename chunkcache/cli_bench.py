@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,52 +17,12 @@ from chunkcache.console import out, progress, table, wide
 from chunkcache.options import data_options, json_file_option, json_option, model_options, policy_option
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from chunkcache.eval.compare import Comparison
     from chunkcache.eval.stores import StoreBench
-    from chunkcache.store import Store
-
-COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
 
 
 @click.group()
 def bench() -> None:
     """Measure speed and fidelity."""
-
-
-@bench.command("policies")
-@data_options
-@click.option(
-    "--policy", "policies", multiple=True, default=COMPARED, show_default=True, help="May be given several times."
-)
-@model_options
-@json_file_option
-def bench_policies(
-    data: Path,
-    policies: Sequence[str],
-    chunks: int,
-    prompts: int,
-    skip: int,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    json_file: Path | None,
-) -> None:
-    """Compare policies with full prefill on the prompts of DATA (CacheBlend, HotpotQA, MuSiQue, LongBench, SQuAD)."""
-    from chunkcache.blend import parse_policy
-    from chunkcache.store import open_store
-
-    for policy in policies:
-        parse_policy(policy)
-    cases = read_cases(data, chunks, prompts, skip)
-    model, tokenizer = load(model_name, device, dtype)
-
-    show_comparison(
-        compare_policies(
-            model, tokenizer, cases, policies, open_store("memory://?max_bytes=4GiB"), _writer(json_file)
-        )
-    )
 
 
 @bench.command("selection")
@@ -171,28 +131,14 @@ def bench_packing(
     wide(table("chunks per second (medians)", ["behind", "tokens", "one by one", "packed", "ratio"], rows))
 
 
-def _writer(json_file: Path | None) -> Callable[[Comparison | StoreBench], None]:
+def _writer(json_file: Path | None) -> Callable[[StoreBench], None]:
     """Return what writes results to a file after every prompt: a run that is interrupted leaves what it had."""
 
-    def write(measured: Comparison | StoreBench) -> None:
+    def write(measured: StoreBench) -> None:
         if json_file is not None:
             json_file.write_text(json.dumps(measured.as_dict(), indent=2))
 
     return write
-
-
-def compare_policies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cases: Sequence[Any],
-    policies: Sequence[str],
-    store: Store,
-    on_rows: Callable[[Comparison], None] | None = None,
-) -> Comparison:
-    from chunkcache.eval import compare
-
-    with progress("comparing policies") as on_prompt:
-        return compare(model, tokenizer, cases, policies, store, on_prompt, on_rows)
 
 
 def _show_stores(measured: StoreBench) -> None:
@@ -235,40 +181,3 @@ def _show_stores(measured: StoreBench) -> None:
     ]
     columns = ["store", "chunks", "TTFT s", "of memory", "cold", "load s", "peak/KV", "KL first", "KL to raw", "lost"]
     wide(table("requests (medians; KL: means, in nats)", columns, ttft_rows))
-
-
-def show_comparison(comparison: Comparison) -> None:
-    meta = comparison.meta
-    summaries = comparison.summaries()
-    out.print(
-        f"{meta['prompts']} prompts, {meta['dtype']}, {meta['device']}, {meta['threads']} threads, "
-        f"torch {meta['torch']}, transformers {meta['transformers']}"
-    )
-    speed = [
-        [
-            s.policy,
-            f"{s.ttft_s:.3f}",
-            f"{s.ttft_ratio:.3f}",
-            f"{s.ttft_ratio_p90:.3f}",
-            f"{s.assemble_ratio:.4f}",
-            "n/a" if s.peak_ratio is None else f"{s.peak_ratio:.2f}",
-        ]
-        for s in summaries
-    ]
-    out.print(table("time to first token (medians)", ["policy", "s", "of full", "p90", "assembly", "peak/KV"], speed))
-    fidelity = [
-        [
-            s.policy,
-            f"{s.recomputed_share:.1%}",
-            f"{abs(s.kl_first):.4f}",
-            f"{abs(s.kl_mean):.4f}",
-            f"{s.agreement:.1%}",
-        ]
-        for s in summaries
-    ]
-    columns = ["policy", "recomputed", "KL first", "KL mean", "agreement"]
-    out.print(table("fidelity to full prefill (means; KL in nats)", columns, fidelity))
-    scored = [s for s in summaries if s.f1 is not None]
-    if scored:
-        answers = [[s.policy, f"{s.f1:.3f}", f"{s.rouge_l:.3f}"] for s in scored]
-        out.print(table("answers against the accepted ones (means)", ["policy", "F1", "ROUGE-L"], answers))

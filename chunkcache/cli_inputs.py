@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from chunkcache.eval import Case
 
 
-def read_cases(data: Path, chunks: int, prompts: int, skip: int) -> list[Case]:
-    from chunkcache.eval import load_cases
+EXAMPLES = Path(__file__).parent / "examples"
 
-    cases = load_cases(data, chunks or None, skip + prompts, least=chunks or 2)[skip:]
+
+def read_cases(
+    data: Path, chunks: int, prompts: int, skip: int, fill: bool = False, quiet: bool = False
+) -> list[Case]:
+    from chunkcache.eval.data import load_cases
+
+    cases = load_cases(data, chunks or None, skip + prompts, least=chunks or 2, fill=fill)[skip:]
     if not cases:
         raise DocumentError(f"{data} has no prompts after the first {skip}; lower --skip")
-    if len(cases) < prompts:
+    if len(cases) < prompts and not quiet:
         err.print(f"[yellow]only {len(cases)} prompts of {escape(str(data))} can be used, not {prompts}[/]")
     return cases
 

@@ -53,6 +53,10 @@ where_options = options(
     click.option("--document", metavar="ID", help="Only those computed from this document."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the results: rows are kept there as they come, and an interrupted run goes on.",
+)  # fmt: skip
 json_file_option = click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write meta data and all rows here."
 )

@@ -21,9 +21,8 @@ import chunkcache
 from chunkcache.blend import Plan, Policy
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Check
-from chunkcache.eval.compare import ANSWER_TOKENS
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.kv import ChunkKV
 from chunkcache.llm import CachedLLM
 from chunkcache.quantised import dense

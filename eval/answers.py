@@ -1,4 +1,4 @@
-"""How good an answer is: SQuAD's token F1, and ROUGE-L."""
+"""How good an answer is: SQuAD's token F1 and exact match, and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from chunkcache.errors import DocumentError
 def f1(answer: str, accepted: Sequence[str]) -> float:
     """Return the best token F1 (0 to 1) of `answer` against the accepted ones (SQuAD, arXiv 1606.05250)."""
     return max(_f1(_words(answer), _words(gold)) for gold in accepted)
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """Return 1 if `answer` is one of the accepted ones but for case, punctuation and articles, else 0 (SQuAD)."""
+    return float(any(_words(answer) == _words(gold) for gold in accepted))
 
 
 def rouge_l(answer: str, accepted: Sequence[str]) -> float:

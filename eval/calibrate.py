@@ -18,9 +18,8 @@ from chunkcache.blend.guard import GuardModel, Signals
 from chunkcache.blend.query import Query
 from chunkcache.calibration import Calibration
 from chunkcache.errors import PolicyError
-from chunkcache.eval.compare import ANSWER_TOKENS
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.llm import CachedLLM
 
 ALPHAS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7)

@@ -30,8 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 from chunkcache.blend import parse_policy
 from chunkcache.errors import PolicyError, PromptError
 from chunkcache.eval.answers import f1
-from chunkcache.eval.compare import ANSWER_TOKENS, meta_data
 from chunkcache.eval.data import Case
+from chunkcache.eval.fidelity import ANSWER_TOKENS
+from chunkcache.eval.machine import meta_data
 from chunkcache.generation import Generation, TextStream
 from chunkcache.llm import CachedLLM
 from chunkcache.retriever.langchain import ChatChunkCache, ChunkCacheRetriever

@@ -1,105 +1,101 @@
-"""Policies side by side on the same prompts: time to first token and fidelity, against full prefill.
+"""Policies and peers side by side on the same prompts: time to first token, fidelity and answers.
 
-The clock runs from the texts in hand to the first token id on the host. Full prefill and every policy see each
-prompt in turn, in an order that rotates from prompt to prompt, so that a drift of the machine hits all alike.
+The clock runs from the texts in hand to the first token id on the host; a peer's from the token ids in hand. Full
+prefill, every policy and every peer see each prompt in turn, in an order that rotates from prompt to prompt, so that
+a drift of the machine hits all alike. What the rows come to is told by `eval.summary`.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
 import torch
-import transformers
+from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
-from chunkcache.blend import Policy, layer_kv, parse_policy
-from chunkcache.eval.answers import f1, rouge_l
+from chunkcache.blend import layer_kv, parse_policy
+from chunkcache.errors import PeerError
+from chunkcache.eval.answers import exact_match, f1, rouge_l
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import ANSWER_TOKENS, first_kl, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.machine import SEED, ran_on
 from chunkcache.eval.memory import PeakMemory
-from chunkcache.llm import CachedLLM, Prefilled
+from chunkcache.eval.results import Results
+from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
+from chunkcache.store.url import shown
 
-ANSWER_TOKENS = 16  # length of the greedy answer that fidelity is measured over
-SEED = 0  # decoding is greedy; the seed is for models that draw something even so
+if TYPE_CHECKING:
+    from chunkcache.eval.peers.client import Peer
+
+logger = logging.getLogger("chunkcache")
+
+BENCH = "requests"
 FULL = "full"
-Scores = tuple[float | None, float | None]  # F1 and ROUGE-L
-_OWN_STORE = "memory://?max_bytes=4GiB"
+PEER = "peer:"
+STORE = "memory://?max_bytes=4GiB"
+_OWN_STORE = "memory://?max_bytes=2GiB"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt under one policy; seconds, and nats for KL. `full_*` is full prefill's on the same prompt.
+    """One prompt under one policy, in one round; seconds, and nats for KL.
 
-    `f1` and `rouge_l` are of the greedy answer against the accepted ones, None if the case has none. `peak_ratio` is
-    the peak memory of the request over the size of the prompt's own KV, None if unknown.
+    Attributes:
+        prompt: its number.
+        round: from 0 on.
+        policy: its name, or `peer:` and the peer's.
+        chunks: in the prompt.
+        tokens: of the prompt.
+        ttft_s: time to first token; None for a peer that failed.
+        error: why it failed.
+        stages: where it went (`RequestStats.stages`); None for a peer, like all that is known of policies only.
+        recomputed_share: token-layers computed, of those of the prompt.
+        hits: chunks found in the store.
+        misses: chunks that were not.
+        fallbacks: 1 if the model prefilled the whole prompt itself instead.
+        peak_ratio: peak memory of the request over the size of the prompt's own KV; None where it is unknown.
+        kl_first: KL(full || policy) of the first token; this and what follows None unless answers were asked for.
+        kl_mean: its mean along full prefill's greedy answer; None for a peer, like agreement.
+        agreement: share of that answer's tokens that the policy would have chosen, too.
+        same_answer: whether its own greedy answer is full prefill's.
+        question: the prompt's.
+        answer: its own greedy answer.
+        accepted: the answers that count as right.
+        f1, em, rouge_l: of its answer against these; None if there are none.
     """
 
-    policy: str
     prompt: int
+    round: int
+    policy: str
     chunks: int
     tokens: int
-    ttft_s: float
-    full_ttft_s: float
-    ttft_ratio: float
-    assemble_ratio: float
-    recomputed_share: float
-    kl_first: float
-    kl_mean: float
-    agreement: float
-    f1: float | None
-    full_f1: float | None
-    rouge_l: float | None
-    full_rouge_l: float | None
-    peak_ratio: float | None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the rows of one policy come to: medians of times and memory, means of fidelity and answer quality."""
-
-    policy: str
-    ttft_s: float
-    ttft_ratio: float
-    ttft_ratio_p90: float
-    assemble_ratio: float
-    recomputed_share: float
-    kl_first: float
-    kl_mean: float
-    agreement: float
-    f1: float | None
-    rouge_l: float | None
-    peak_ratio: float | None
-
-
-@dataclass
-class Comparison:
-    """The rows of a comparison, and what it ran on."""
-
-    meta: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-
-    def summaries(self) -> list[Summary]:
-        """Return one summary per policy, in the order they were asked for."""
-        by_policy: dict[str, list[Row]] = {}
-        for row in self.rows:
-            by_policy.setdefault(row.policy, []).append(row)
-        return [_summarise(policy, by_policy[policy]) for policy in self.meta["policies"] if policy in by_policy]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return meta data, summaries and rows as plain dicts for JSON."""
-        return {
-            "meta": {**self.meta, "prompts": len({row.prompt for row in self.rows})},
-            "summary": [asdict(summary) for summary in self.summaries()],
-            "rows": [asdict(row) for row in self.rows],
-        }
+    ttft_s: float | None
+    error: str | None = None
+    stages: Mapping[str, float] | None = None
+    recomputed_share: float | None = None
+    hits: int | None = None
+    misses: int | None = None
+    fallbacks: int | None = None
+    peak_ratio: float | None = None
+    kl_first: float | None = None
+    kl_mean: float | None = None
+    agreement: float | None = None
+    same_answer: bool | None = None
+    question: str | None = None
+    answer: str | None = None
+    accepted: Sequence[str] = ()
+    f1: float | None = None
+    em: float | None = None
+    rouge_l: float | None = None
 
 
 def compare(
@@ -107,99 +103,74 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[Case],
     policies: Sequence[str],
-    store: str | Store = "memory://?max_bytes=8GiB",
+    about: Mapping[str, Any] | None = None,
+    path: Path | None = None,
+    store: str | Store = STORE,
+    cold: bool = False,
+    rounds: int = 1,
+    answers: bool = True,
+    peers: Sequence[Peer] = (),
     on_prompt: Callable[[int, int], None] | None = None,
-    on_rows: Callable[[Comparison], None] | None = None,
-) -> Comparison:
-    """Run full prefill and `policies` over `cases`, warm: a prompt's chunks are precomputed before its clock starts.
+) -> Results:
+    """Run full prefill, `policies` and `peers` over `cases`.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         cases: the prompts.
         policies: policy strings; full prefill always runs and need not be named.
+        about: what tells these cases from others, such as the checksum of their file; goes into the settings.
+        path: file that the rows go to, which an interrupted run goes on with; None for none.
         store: the store for the chunk KV, or its URL; large enough for the chunks of one prompt.
+        cold: empty the stores before each request, so that it computes the KV of its chunks itself; otherwise they
+            are precomputed before its clock starts.
+        rounds: how often each prompt is timed.
+        answers: whether fidelity and answers are measured, once per prompt.
+        peers: started already.
         on_prompt: called with (prompts done, prompts in all).
-        on_rows: called with all there is so far, after every prompt.
 
     Raises:
         PolicyError: a policy is unknown, or needs a calibration that there is none of.
+        ResultsError: `path` holds rows of other settings, or of another machine.
         DocumentError: cases have answers, but the package that scores them is not installed.
     """
     torch.manual_seed(SEED)
     names = list(dict.fromkeys([FULL, *policies]))
-    runners = _runners(model, tokenizer, names, store)
-    if any(case.answers for case in cases):
+    for name in names:
+        parse_policy(name)
+    ours = _policies(model, tokenizer, names, store, cold)
+    settings = {
+        **(about or {}),
+        "policies": names,
+        "options": {each.name: str(each.policy) for each in ours},
+        "peers": {peer.name: {"versions": peer.versions, "settings": peer.settings} for peer in peers},
+        "store": shown(store) if isinstance(store, str) else type(store).__name__,
+        "cold": cold,
+        "rounds": rounds,
+        "answers": answers,
+        "answer_tokens": ANSWER_TOKENS if answers else 0,
+        "seed": SEED,
+    }
+    if answers and any(case.answers for case in cases):
         rouge_l("a", ["a"])
-    _warm_up(runners, cases[0])
-    comparison = Comparison(meta_data(model, names, cases))
-    for index, case in enumerate(cases):
-        for name, llm in runners.items():
-            if _reuses_chunks(llm.chosen(name)):
-                llm.precompute(case.chunks, policy=name)
-        turn = index % len(names)
-        results = {name: _measure(runners[name], name, case) for name in [*names[turn:], *names[:turn]]}
-        answer, full = greedy_answer(runners[FULL], results[FULL].start, ANSWER_TOKENS)
-        full_scores = _scores(runners[FULL], case, answer)
-        for name in names:
-            llm, result = runners[name], results[name]
-            forced = full if name == FULL else forced_answer(llm, result.start, answer)
-            fidelity = measure_fidelity(full, forced)
-            scores = full_scores if fidelity.agreement == 1 else _own_scores(llm, case, name)
-            comparison.rows.append(_row(index, case, name, result, results[FULL], fidelity, scores, full_scores))
-        if on_rows is not None:
-            on_rows(comparison)
-        if on_prompt is not None:
-            on_prompt(index + 1, len(cases))
-    return comparison
-
-
-def _own_scores(llm: CachedLLM, case: Case, policy: str) -> Scores:
-    """Score what the policy itself answers; where each of its tokens is full prefill's, so is its answer."""
-    if not case.answers:
-        return None, None
-    start = llm.prefill(case.question, case.chunks, policy=policy)
-    return _scores(llm, case, greedy_answer(llm, start, ANSWER_TOKENS)[0])
-
-
-def _scores(llm: CachedLLM, case: Case, answer: Sequence[int]) -> Scores:
-    text = str(llm.tokenizer.decode(list(answer), skip_special_tokens=True))
-    return (f1(text, case.answers), rouge_l(text, case.answers)) if case.answers else (None, None)
-
-
-@dataclass(frozen=True)
-class _Result:
-    start: Prefilled
-    ttft_s: float
-    peak_ratio: float | None
-
-
-def _reuses_chunks(policy: Policy) -> bool:
-    return policy.reuses and not policy.remembers
-
-
-def _runners(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str | Store
-) -> dict[str, CachedLLM]:
-    """A policy that stores chunks in their context gets a store of its own: others would find exact hits there."""
-    shared = chunkcache.wrap(model, tokenizer, store=store)
-    own = {name for name in names if parse_policy(name).remembers or parse_policy(name).contextual}
-    return {name: chunkcache.wrap(model, tokenizer, store=_OWN_STORE) if name in own else shared for name in names}
-
-
-def _warm_up(runners: dict[str, CachedLLM], case: Case) -> None:
-    """Let kernels and allocators settle on a short prompt that is not measured."""
-    for name, llm in runners.items():
-        llm.prefill("Is this only to warm up?", [chunk[:200] for chunk in case.chunks[:2]], policy=name)
-
-
-def _measure(llm: CachedLLM, policy: str, case: Case) -> _Result:
-    with PeakMemory(llm.model.device) as peak:
-        started = time.perf_counter()
-        prefilled = llm.prefill(case.question, case.chunks, policy=policy)
-        int(prefilled.logits.argmax())  # the first token id, on the host
-        ttft_s = time.perf_counter() - started
-    return _Result(prefilled, ttft_s, None if peak.nbytes is None else peak.nbytes / kv_bytes(prefilled.cache))
+    with Results.open(path, BENCH, settings, ran_on(model)) as results:
+        contenders: list[_Contender] = [*ours, *(_PeerContender(peer, ours[0].llm) for peer in peers)]
+        wanted = {(contender.name, turn) for contender in contenders for turn in range(rounds)}
+        there: dict[int, set[tuple[str, int]]] = {}
+        for row in results.rows:
+            there.setdefault(row["prompt"], set()).add((row["policy"], row["round"]))
+        _warm_up(contenders, cases[0])
+        try:
+            for index, case in enumerate(cases):
+                if not wanted <= there.get(index, set()):
+                    for measured in _measure(ours[0].llm, contenders, index, case, rounds, answers):
+                        results.add(asdict(measured))
+                if on_prompt is not None:
+                    on_prompt(index + 1, len(cases))
+        finally:
+            for each in ours:
+                each.llm.forget()
+    return results
 
 
 def kv_bytes(cache: Cache) -> int:
@@ -207,85 +178,172 @@ def kv_bytes(cache: Cache) -> int:
     return sum(part.nbytes for index in range(len(cache.layers)) for part in layer_kv(cache, index))
 
 
-def _row(
-    index: int,
-    case: Case,
-    policy: str,
-    result: _Result,
-    full: _Result,
-    fidelity: Fidelity,
-    scores: Scores,
-    full_scores: Scores,
-) -> Row:
-    stats = result.start.stats
-    return Row(
-        policy=policy,
-        prompt=index,
-        chunks=len(case.chunks),
-        tokens=stats.tokens,
-        ttft_s=result.ttft_s,
-        full_ttft_s=full.ttft_s,
-        ttft_ratio=result.ttft_s / full.ttft_s,
-        assemble_ratio=stats.assemble_s / full.ttft_s,
-        recomputed_share=stats.recomputed_share,
-        f1=scores[0],
-        full_f1=full_scores[0],
-        rouge_l=scores[1],
-        full_rouge_l=full_scores[1],
-        peak_ratio=result.peak_ratio,
-        **asdict(fidelity),
-    )
+def _measure(
+    llm: CachedLLM, contenders: Sequence[_Contender], index: int, case: Case, rounds: int, answers: bool
+) -> list[Row]:
+    rows: list[Row] = []
+    for turn in range(rounds):
+        for contender in contenders:
+            contender.prepare(case, again=turn > 0)
+        first = (index + turn) % len(contenders)
+        timed = {each.name: each.time(case) for each in [*contenders[first:], *contenders[:first]]}
+        judged: dict[str, dict[str, Any]] = {}
+        if answers and turn == 0:
+            reference = _Reference(*greedy_answer(llm, timed[FULL].outcome, ANSWER_TOKENS))
+            judged = {each.name: each.judge(case, timed[each.name], reference) for each in contenders}
+        rows += [
+            Row(prompt=index, round=turn, policy=name, chunks=len(case.chunks), **shot.fields, **judged.get(name, {}))
+            for name, shot in timed.items()
+        ]
+    return rows
 
 
-def _summarise(policy: str, rows: Sequence[Row]) -> Summary:
-    peaks = [row.peak_ratio for row in rows if row.peak_ratio is not None]
-    ratios = [row.ttft_ratio for row in rows]
-    return Summary(
-        policy=policy,
-        ttft_s=statistics.median(row.ttft_s for row in rows),
-        ttft_ratio=statistics.median(ratios),
-        ttft_ratio_p90=statistics.quantiles(ratios, n=10)[-1] if len(ratios) > 1 else ratios[0],
-        assemble_ratio=statistics.median(row.assemble_ratio for row in rows),
-        recomputed_share=statistics.mean(row.recomputed_share for row in rows),
-        kl_first=statistics.mean(row.kl_first for row in rows),
-        kl_mean=statistics.mean(row.kl_mean for row in rows),
-        agreement=statistics.mean(row.agreement for row in rows),
-        f1=_mean_of([row.f1 for row in rows]),
-        rouge_l=_mean_of([row.rouge_l for row in rows]),
-        peak_ratio=statistics.median(peaks) if peaks else None,
-    )
+def _warm_up(contenders: Sequence[_Contender], case: Case) -> None:
+    """Let kernels and allocators settle on a short prompt that is not measured."""
+    short = Case("Is this only to warm up?", tuple(chunk[:200] for chunk in case.chunks[:2]))
+    for contender in contenders:
+        contender.time(short)
 
 
-def _mean_of(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
+@dataclass(frozen=True)
+class _Shot:
+    """One timed prefill: the fields of its row, and what is needed to judge it."""
+
+    fields: dict[str, Any]
+    outcome: Any
 
 
-def meta_data(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[Case]) -> dict[str, Any]:
-    """Return what a measurement ran on, and with which settings."""
-    device = model.device
-    return {
-        "policies": list(policies),
-        "options": {policy: str(parse_policy(policy)) for policy in policies},
-        "seed": SEED,
-        "answer_tokens": ANSWER_TOKENS,
-        "prompts": len(cases),
-        "model": model.config._name_or_path,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
-        "threads": torch.get_num_threads(),
-        "chunkcache": chunkcache.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-    }
+@dataclass(frozen=True)
+class _Reference:
+    """Full prefill's greedy answer: token ids, the log-probabilities `[tokens, vocab]` behind them, and its text."""
+
+    ids: list[int]
+    log_probs: Tensor
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+class _Contender(Protocol):
+    """A policy or a peer."""
+
+    name: str
+
+    def prepare(self, case: Case, again: bool) -> None:
+        """Get ready what may be computed before the prompt is known, outside of the clock."""
+
+    def time(self, case: Case) -> _Shot:
+        """Prefill, on the clock."""
+
+    def judge(self, case: Case, shot: _Shot, reference: _Reference) -> dict[str, Any]:
+        """Return the fields of a row on fidelity and answers; uses the shot up."""
+
+
+class _PolicyContender:
+    def __init__(self, name: str, llm: CachedLLM, cold: bool) -> None:
+        self.name = name
+        self.llm = llm
+        self.policy = llm.chosen(name)
+        self._cold = cold
+
+    def prepare(self, case: Case, again: bool) -> None:
+        if again and (self.policy.remembers or self.policy.contextual):
+            self.llm.forget()  # what it stored of this very prompt
+        if self.policy.reuses and not self.policy.remembers and not self._cold:
+            self.llm.precompute(case.chunks, policy=self.name)
+
+    def time(self, case: Case) -> _Shot:
+        if self._cold:
+            self.llm.forget()
+        with PeakMemory(self.llm.model.device) as peak:
+            started = time.perf_counter()
+            start = self.llm.prefill(case.question, case.chunks, policy=self.name)
+            int(start.logits.argmax())  # the first token id, on the host
+            ttft_s = time.perf_counter() - started
+        stats = start.stats
+        fields = {
+            "tokens": stats.tokens,
+            "ttft_s": ttft_s,
+            "stages": stats.stages(ttft_s),
+            "recomputed_share": stats.recomputed_share,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "fallbacks": stats.fallbacks,
+            "peak_ratio": None if peak.nbytes is None else peak.nbytes / kv_bytes(start.cache),
+        }
+        return _Shot(fields, start)
+
+    def judge(self, case: Case, shot: _Shot, reference: _Reference) -> dict[str, Any]:
+        ids, start = reference.ids, shot.outcome
+        log_probs = reference.log_probs if self.name == FULL else forced_answer(self.llm, start, ids)
+        fidelity = measure_fidelity(reference.log_probs, log_probs)
+        if fidelity.agreement < 1:
+            if any(start.cache.is_sliding):  # what slid out of the window is gone
+                start = self.llm.prefill(case.question, case.chunks, policy=self.name)
+            elif len(ids) > 1:
+                start.cache.crop(1 - len(ids))
+            ids = greedy_answer(self.llm, start, ANSWER_TOKENS)[0]
+        return {**asdict(fidelity), **_answered(self.llm.tokenizer, case, ids, reference)}
+
+
+class _PeerContender:
+    def __init__(self, peer: Peer, llm: CachedLLM) -> None:
+        self.name = PEER + peer.name
+        self._peer = peer
+        self._llm = llm
+        self._failed: str | None = None
+
+    def prepare(self, case: Case, again: bool) -> None:
+        self._try(partial(self._peer.warm, self._parts(case)))
+
+    def time(self, case: Case) -> _Shot:
+        parts = self._parts(case)
+        answer = self._try(partial(self._peer.answer, parts, ANSWER_TOKENS))
+        ttft_s = None if answer is None else answer.ttft_s
+        return _Shot({"tokens": sum(map(len, parts)), "ttft_s": ttft_s, "error": self._failed}, answer)
+
+    def judge(self, case: Case, shot: _Shot, reference: _Reference) -> dict[str, Any]:
+        answer = shot.outcome
+        if answer is None:
+            return {}
+        kl = None if answer.logits is None else first_kl(reference.log_probs[0], answer.logits)
+        return {"kl_first": kl, **_answered(self._llm.tokenizer, case, answer.token_ids, reference)}
+
+    def _try(self, ask: Callable[[], Any]) -> Any:
+        """Ask the peer; one that failed is left out from then on."""
+        if self._failed is not None:
+            return None
+        try:
+            return ask()
+        except PeerError as error:
+            self._failed = str(error)
+            logger.warning("%s is left out: %s", self.name, error)
+            return None
+
+    def _parts(self, case: Case) -> list[list[int]]:
+        from chunkcache.eval.peers.client import parts
+
+        return parts(self._llm.prompts.build(case.question, case.chunks))
+
+
+def _policies(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str | Store, cold: bool
+) -> list[_PolicyContender]:
+    """Return the policies over one store, in a name space of their own.
+
+    One that stores chunks in their context gets a store of its own: others would find exact hits there.
+    """
+    salt = f"bench {uuid4().hex}"
+    shared = chunkcache.wrap(model, tokenizer, store=store, salt=salt)
+    own = {name for name in names if parse_policy(name).remembers or parse_policy(name).contextual}
+    llms = {name: chunkcache.wrap(model, tokenizer, store=_OWN_STORE) if name in own else shared for name in names}
+    return [_PolicyContender(name, llm, cold) for name, llm in llms.items()]
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, case: Case, ids: Sequence[int], reference: _Reference
+) -> dict[str, Any]:
+    """Return the fields of a row that say what was answered, and how good that is."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    found = {"same_answer": list(ids) == reference.ids, "question": case.question, "answer": text}
+    if case.answers:
+        scores = {"f1": f1(text, case.answers), "em": exact_match(text, case.answers)}
+        found |= {"accepted": list(case.answers), **scores, "rouge_l": rouge_l(text, case.answers)}
+    return found

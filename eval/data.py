@@ -4,22 +4,28 @@ A file's format is told by the fields of its first row, not by its name:
 
     format      fields                      chunks
     CacheBlend  question, ctxs, answers     ctxs[].title and text
-    HotpotQA    question, context, answer   paragraphs [title, [sentences]], merged; 2WikiMultihopQA too
-    MuSiQue     question, paragraphs        paragraphs[].title and paragraph_text, merged
+    HotpotQA    question, context, answer   paragraphs [title, [sentences]]; 2WikiMultihopQA too
+    MuSiQue     question, paragraphs        paragraphs[].title and paragraph_text
     LongBench   input, context, answers     "Passage N:" sections
     SQuAD       question, context, answers  the one context
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chunkcache.errors import DocumentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
@@ -35,7 +41,14 @@ class Case:
     answers: tuple[str, ...] = ()
 
 
-def load_cases(path: str | Path, chunks: int | None = None, limit: int | None = None, least: int = 1) -> list[Case]:
+def load_cases(
+    path: str | Path,
+    chunks: int | None = None,
+    limit: int | None = None,
+    least: int = 1,
+    merge: bool = True,
+    fill: bool = False,
+) -> list[Case]:
     """Read the cases of a JSON or JSON Lines file.
 
     Args:
@@ -43,25 +56,37 @@ def load_cases(path: str | Path, chunks: int | None = None, limit: int | None = 
         chunks: use the first so many chunks of each case, and leave out cases that have fewer.
         limit: return at most so many cases.
         least: leave out cases that have fewer chunks than this.
+        fill: give cases that have fewer than `chunks` some of other cases, at random places (always the same).
+        merge: join the paragraphs of HotpotQA and MuSiQue to chunks of about 512 tokens; else each is a chunk.
 
     Raises:
         DocumentError: the file cannot be read, is in no known format, or no case has enough chunks.
     """
     rows = _read_rows(Path(path))
     reader = _reader(rows[0], path)
-    cases = []
-    for row in rows:
-        case = reader(row)
-        if len(case.chunks) < max(least, chunks or 0):
-            continue
-        if chunks is not None:
-            case = Case(case.question, case.chunks[:chunks], case.answers)
-        cases.append(case)
-        if limit is not None and len(cases) == limit:
-            break
-    if not cases:
+    cases = [reader(row) for row in rows]
+    if merge and reader in (_hotpotqa, _musique):
+        cases = [replace(case, chunks=_merge(case.chunks)) for case in cases]
+    if fill and chunks is not None:
+        cases = _filled_up(cases, chunks)
+    found = [case for case in cases if len(case.chunks) >= max(least, chunks or 0)][:limit]
+    if not found:
         raise DocumentError(f"no case of {path} has {chunks or least} chunks; ask for fewer")
-    return cases
+    return [replace(case, chunks=case.chunks[:chunks]) for case in found]
+
+
+def _filled_up(cases: Sequence[Case], chunks: int) -> list[Case]:
+    """Return the cases with at least so many chunks each, where there are enough in all."""
+    pool = list(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
+    found = []
+    for case in cases:
+        draw = random.Random(case.question)
+        others = [chunk for chunk in draw.sample(pool, min(len(pool), 2 * chunks)) if chunk not in case.chunks]
+        mixed = [*case.chunks, *others[: max(0, chunks - len(case.chunks))]]
+        if len(mixed) > len(case.chunks):
+            draw.shuffle(mixed)
+        found.append(replace(case, chunks=tuple(mixed)))
+    return found
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -98,12 +123,12 @@ def _cacheblend(row: Row) -> Case:
 
 def _hotpotqa(row: Row) -> Case:
     paragraphs = (f"{title}\n{' '.join(sentences)}" for title, sentences in row["context"])
-    return Case(row["question"], _merge(paragraphs), (row["answer"],))
+    return Case(row["question"], tuple(paragraphs), (row["answer"],))
 
 
 def _musique(row: Row) -> Case:
     paragraphs = (f"{p['title']}\n{p['paragraph_text']}" for p in row["paragraphs"])
-    return Case(row["question"], _merge(paragraphs), (row["answer"], *row.get("answer_aliases", ())))
+    return Case(row["question"], tuple(paragraphs), (row["answer"], *row.get("answer_aliases", ())))
 
 
 def _longbench(row: Row) -> Case:
@@ -129,3 +154,33 @@ def _merge(paragraphs: Iterable[str]) -> tuple[str, ...]:
         chunks[-1].append(paragraph)
         words += size
     return tuple("\n\n".join(chunk) for chunk in chunks)
+
+
+def ladder(
+    cases: Sequence[Case], lengths: Sequence[int], repeats: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Case]:
+    """Make prompts of given lengths out of the chunks of many cases.
+
+    Args:
+        cases: their chunks are used in turn, each in one prompt at most until all have been; the questions as well.
+        lengths: of the chunks of a prompt together, in tokens; the last chunk is cut to fit.
+        repeats: prompts of each length.
+        tokenizer: counts.
+    """
+    pool = cycle(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
+    questions = cycle(case.question for case in cases)
+    return [Case(next(questions), _filled(pool, length, tokenizer)) for _ in range(repeats) for length in lengths]
+
+
+def _filled(pool: Iterator[str], length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    chunks: list[str] = []
+    while length > 0:
+        ids = tokenizer(next(pool), add_special_tokens=False)["input_ids"][:length]
+        chunks.append(str(tokenizer.decode(ids)))
+        length -= len(ids)
+    return tuple(chunks)
+
+
+def checksum(path: str | Path) -> str:
+    """Return the SHA-256 of a file, which tells one data set from another."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

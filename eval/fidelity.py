@@ -9,6 +9,8 @@ from torch import Tensor
 
 from chunkcache.llm import CachedLLM, Prefilled
 
+ANSWER_TOKENS = 16  # length of the greedy answer that fidelity is measured over
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -57,6 +59,11 @@ def forced_answer(llm: CachedLLM, start: Prefilled, answer: list[int]) -> Tensor
         more = llm.model(input_ids=tokens, past_key_values=start.cache, use_cache=True).logits[0]
         rows = torch.cat((rows, more.float()))
     return rows.log_softmax(-1)
+
+
+def first_kl(full: Tensor, logits: Tensor) -> float:
+    """Return KL(full || other) in nats, of log-probabilities `[vocab]` and another's logits `[vocab]`."""
+    return measure_fidelity(full[None], logits.float().log_softmax(-1)[None].to(full.device)).kl_first
 
 
 def measure_fidelity(full: Tensor, policy: Tensor) -> Fidelity:

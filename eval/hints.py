@@ -14,7 +14,6 @@ that comes later.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 from collections import Counter
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from chunkcache.errors import DocumentError
+from chunkcache.eval.workload import interleaved, recorded_sessions, trace_blocks
 from chunkcache.hints import Hints
 from chunkcache.kv import ChunkKey, ChunkKV, Origin
 from chunkcache.store import MemoryStore, Store, TieredStore
@@ -305,39 +304,22 @@ def session_trace(path: str | Path, seed: int, sessions: int = 4) -> Trace:
     Raises:
         DocumentError: the file cannot be read, or holds no such sessions.
     """
-    rows = _rows(path)
-    try:
-        waiting = [[tuple(turn["document_ids"]) for turn in row["turns"]] for row in rows]
-    except (KeyError, TypeError) as error:
-        raise DocumentError(f"{path} holds no sessions ({error!r}); a row is {{session_id, turns: [...]}}") from None
     draw = random.Random(seed)
-    draw.shuffle(waiting)
     numbers: dict[str, int] = {}
-    going_on = [_Session(waiting.pop()) for _ in range(min(sessions, len(waiting)))]
+    last: dict[int, tuple[int, ...]] = {}
     after: dict[int, Counter[int]] = {}
     found = []
-    while going_on:
-        session = draw.choice(going_on)
-        chunks = tuple(numbers.setdefault(name, len(numbers)) for name in session.turns.pop(0))
-        for number in session.last:
-            after.setdefault(number, Counter()).update(set(chunks).difference(session.last))
+    for session, turn in interleaved(recorded_sessions(path), draw, sessions):
+        chunks = tuple(numbers.setdefault(name, len(numbers)) for name in turn["document_ids"])
+        before = last.get(session, ())
+        for number in before:
+            after.setdefault(number, Counter()).update(set(chunks).difference(before))
         guesses = sum((after.get(number, Counter()) for number in chunks), Counter())
         likely = [number for number, _ in guesses.most_common() if number not in chunks]
         found.append(Retrieval(chunks, tuple(likely[:LIKELY])))
-        session.last = chunks
-        if not session.turns:
-            going_on.remove(session)
-            going_on += [_Session(waiting.pop())] if waiting else []
+        last[session] = chunks
     tokens = tuple(draw.randint(4, 8) for _ in numbers)
     return Trace("sessions", seed, tokens, tuple(found))
-
-
-@dataclass
-class _Session:
-    """What is still to come of a recorded session, and the chunks of its last turn."""
-
-    turns: list[tuple[str, ...]]
-    last: tuple[int, ...] = ()
 
 
 def block_trace(path: str | Path, limit: int = 1000) -> Trace:
@@ -349,11 +331,8 @@ def block_trace(path: str | Path, limit: int = 1000) -> Trace:
         DocumentError: the file cannot be read, or is in another format.
     """
     numbers: dict[int, int] = {}
-    try:
-        ids = [row["hash_ids"] for row in _rows(path)[:limit]]
-        blocks = [tuple(numbers.setdefault(block, len(numbers)) for block in row) for row in ids]
-    except (KeyError, TypeError) as error:
-        raise DocumentError(f"{path} holds no trace ({error!r}); a row is {{timestamp, hash_ids: [...]}}") from None
+    ids = trace_blocks(path, limit)
+    blocks = [tuple(numbers.setdefault(block, len(numbers)) for block in row) for row in ids]
     behind: dict[int, int] = {}
     found = []
     for chunks in blocks:
@@ -364,10 +343,3 @@ def block_trace(path: str | Path, limit: int = 1000) -> Trace:
             likely.append(last := behind[last])
         found.append(Retrieval(chunks, tuple(number for number in likely if number not in chunks)))
     return Trace("blocks", 0, (6,) * len(numbers), tuple(found))
-
-
-def _rows(path: str | Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DocumentError(f"{path} cannot be read as JSON Lines: {error}") from None

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.eval.answers import f1
-from chunkcache.eval.compare import ANSWER_TOKENS, FULL, SEED, meta_data
+from chunkcache.eval.compare import FULL
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.machine import SEED, meta_data
 from chunkcache.llm import CachedLLM, Prefilled
 from chunkcache.order import ServedOrders
 

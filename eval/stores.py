@@ -22,8 +22,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.errors import StoreURLError
-from chunkcache.eval.compare import kv_bytes, meta_data
+from chunkcache.eval.compare import kv_bytes
 from chunkcache.eval.data import Case
+from chunkcache.eval.machine import meta_data
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.kv import ChunkKey, ChunkKV
 from chunkcache.llm import CachedLLM, Prefilled

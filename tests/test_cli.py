@@ -47,7 +47,7 @@ def test_version(run):
         (["ask", "--docs", ".", " "], "the question is empty"),
         (["ask", "--docs", "."], "Missing argument"),
         (["check-model", "./nowhere/at/all"], "No model can be loaded from './nowhere/at/all'"),
-        (["bench", "policies", "/nowhere"], "/nowhere cannot be read"),
+        (["bench", "ttft", "/nowhere"], "/nowhere cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, args, reason):
@@ -95,20 +95,13 @@ def test_ask_prints_only_the_answer_to_stdout(run, model_folder, docs):
     assert "first token after" in err
 
 
-def test_demo_and_bench_compare_policies(run, model_folder, docs, tmp_path):
+def test_demo_answers_and_compares_policies(run, model_folder, docs, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"question": "When was the bridge opened?", "answers": ["1931"]}))
     code, out, err = run("demo", "--docs", docs, "--questions", str(questions), "--model", model_folder)
     assert code == 0
     assert "expected: 1931" in err
     assert all(policy in out for policy in ("full", "prefix", "reuse", "link:k=8", "query"))
-    data, report = tmp_path / "data.json", tmp_path / "report.json"
-    data.write_text(
-        json.dumps([{"question": "q", "answers": ["a"], "ctxs": [{"title": "", "text": t} for t in PAGES.values()]}])
-    )
-    args = ["bench", "policies", str(data), "--chunks", "2", "--model", model_folder, "--policy", "link:k=1"]
-    assert run(*args, "--json", str(report))[0] == 0
-    assert {row["policy"] for row in json.loads(report.read_text())["rows"]} == {"full", "link:k=1"}
 
 
 @pytest.fixture
@@ -125,7 +118,7 @@ def test_calibrate_then_bench_with_a_guard(run, model_folder, data, tmp_path, mo
     monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path / "cache"))
     common = [data, "--chunks", "2", "--model", model_folder]
     policies = ["--policy", "query:guard=0.05", "--policy", "cachecraft:alpha=auto"]
-    code, _, err = run("bench", "policies", *common, *policies)
+    code, _, err = run("bench", "quality", *common, *policies)
     assert code == 2
     assert "run chunkcache calibrate DATA" in err
     assert run("calibrate", *common, "--prompts", "3")[0] == 2
@@ -134,15 +127,12 @@ def test_calibrate_then_bench_with_a_guard(run, model_folder, data, tmp_path, mo
     assert "alpha = " in out
     assert "cross-validated" in out
     assert str(tmp_path / "cache") in err.replace("\n", "")
-    report = tmp_path / "report.json"
-    code, out, err = run("bench", "policies", *common, *policies, "--prompts", "20", "--json", str(report))
+    code, out, err = run("bench", "quality", *common, *policies, "--prompts", "20", "--json")
     assert code == 0
     assert "only 12 prompts" in err
-    found = json.loads(report.read_text())
-    needed = "policy prompt chunks tokens ttft_s full_ttft_s ttft_ratio recomputed_share kl_first kl_mean agreement"
-    assert {*needed.split(), "f1", "full_f1"} <= set(found["rows"][0])
-    assert {row["policy"] for row in found["rows"]} == {"full", *policies[1::2]}
-    assert {"seed", "torch", "transformers", "device", "cores"} <= set(found["meta"])
+    [section] = json.loads(out)["sections"]
+    assert section["summary"]["policies"].keys() == {"full", *policies[1::2]}
+    assert {"torch", "transformers", "device", "cores"} <= set(section["ran_on"])
 
 
 def test_calibrate_one_part_and_keep_the_other(run, model_folder, data, tmp_path):

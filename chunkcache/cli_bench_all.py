@@ -1,0 +1,84 @@
+"""`chunkcache bench all`: every measurement of this machine into one folder, and the report of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from chunkcache.cli_bench_batch import bench_batch
+from chunkcache.cli_bench_load import bench_load
+from chunkcache.cli_bench_report import bench_report
+from chunkcache.cli_bench_requests import bench_heatmap, bench_quality, bench_ttft, peers_options, policies_option
+from chunkcache.options import model_options
+
+LENGTHS = (1000, 2000, 3000, 4000, 6000, 7900)  # tokens of chunks
+GROWING = ("full", "cacheblend:ratio=0.15", "query")  # policies whose growth with the context is measured
+
+
+@click.command("all")
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the results and the report; an interrupted run goes on there.",
+)
+@click.option(
+    "--chunks",
+    "counts",
+    multiple=True,
+    default=(5, 10),
+    show_default=True,
+    type=click.IntRange(1),
+    help="Chunks per prompt; may be given several times.",
+)
+@click.option("--prompts", default=50, show_default=True, type=click.IntRange(1), help="Prompts of each kind.")
+@click.option(
+    "--tokens",
+    "lengths",
+    multiple=True,
+    default=LENGTHS,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Context lengths, in tokens of chunks; may be given several times.",
+)
+@click.option("--requests", default=60, show_default=True, type=click.IntRange(2), help="Requests under load.")
+@policies_option
+@peers_options
+@model_options
+@click.option("--without-texts", is_flag=True, help="No questions and answers in the report.")
+@click.pass_context  # fmt: skip
+def bench_all(
+    ctx: click.Context,
+    data: tuple[Path, ...],
+    out: Path,
+    counts: tuple[int, ...],
+    prompts: int,
+    lengths: tuple[int, ...],
+    requests: int,
+    policies: tuple[str, ...],
+    peers: Path | None,
+    peer_names: tuple[str, ...],
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    without_texts: bool,
+) -> None:
+    """Measure everything on DATA, and write the report: speed, quality, growth with length, load, batches.
+
+    Lengths are measured on the first of DATA, load and batches on the last.
+    """
+    where = {"model_name": model_name, "device": device, "dtype": dtype, "out": out}
+    asked = {**where, "policies": policies, "fill": True}
+    for each in data:
+        for chunks in counts:
+            one = {"data": (each,), "counts": (chunks,), "prompts": prompts}
+            ctx.invoke(bench_quality, **one, **asked, peers=peers, peer_names=peer_names)
+    ctx.invoke(bench_ttft, **where, data=data[:1], lengths=lengths, prompts=1, policies=GROWING)
+    ctx.invoke(bench_load, **where, data=data[-1], requests=requests, chunks=min(counts), warm=True)
+    ctx.invoke(bench_batch, **where, data=data[-1])
+    ctx.invoke(bench_heatmap, **where, policies=policies)
+    command = " ".join(["chunkcache", *sys.argv[1:]])
+    ctx.invoke(bench_report, folder=out, without_texts=without_texts, command=command)

@@ -1,0 +1,293 @@
+"""Offline batches against one request after another: tokens per second, peak KV, loads, and whether answers hold.
+
+Some questions are asked over each of a few sets of chunks, and neighbouring sets have a chunk in common. They come
+shuffled, and are answered one by one in that order, and by `generate_batch`. The store is empty before each pass:
+computing chunks is part of its time. Attention is timed by itself, too: over one copy of shared KV, and over a copy
+for each sequence.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+import chunkcache
+from chunkcache.batch import MAX_BATCH, Batch
+from chunkcache.blend import layer_kv
+from chunkcache.blend.hydragen import SharedCache
+from chunkcache.eval.answers import f1
+from chunkcache.eval.batch_summary import GROUPED, WAYS
+from chunkcache.eval.batch_summary import summary as summary
+from chunkcache.eval.data import Case
+from chunkcache.eval.machine import ran_on
+from chunkcache.eval.memory import PeakMemory
+from chunkcache.eval.results import Results
+from chunkcache.generation import Generation
+from chunkcache.llm import CachedLLM
+from chunkcache.store import open_store
+from chunkcache.store.url import shown
+
+BENCH = "batch"
+FULL = "full"
+STORE = "memory://?max_bytes=4GiB"
+BATCHES, LENGTHS = (2, 4, 8), (512, 1024, 2048, 4096)  # sequences and shared tokens that attention is timed for
+OWN_TOKENS = 48  # behind the shared ones
+OnPass = Callable[[int, int], None]
+
+
+def workload(cases: Sequence[Case], chunks: int, questions: int, seed: int = 0) -> list[Case]:
+    """Return the cases shuffled, each over the chunks of its set instead of its own.
+
+    Args:
+        cases: in runs of `questions`, which make a set; an incomplete run at the end is left out.
+        chunks: of a set: of its cases in turn, and the last is the first of the set before it.
+        questions: how many are asked over a set.
+        seed: of the order.
+    """
+    found: list[Case] = []
+    common: str | None = None
+    for start in range(0, len(cases) - questions + 1, questions):
+        asked = cases[start : start + questions]
+        deepest = max(len(case.chunks) for case in asked)
+        pool = dict.fromkeys(case.chunks[i] for i in range(deepest) for case in asked if i < len(case.chunks))
+        own = [chunk for chunk in pool if chunk != common][: chunks - (common is not None)]
+        texts = tuple(own) if common is None else (*own, common)
+        common = texts[0]
+        found += [Case(case.question, texts, case.answers) for case in asked]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def bench_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    policies: Sequence[str],
+    about: Mapping[str, Any],
+    path: Path | None = None,
+    store: str = STORE,
+    max_batch: int = MAX_BATCH,
+    new_tokens: int = 32,
+    rounds: int = 1,
+    on_pass: OnPass | None = None,
+) -> Results:
+    """Answer `cases`, in their order and in groups, under full prefill and each of `policies`.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        cases: what `workload` returned.
+        policies: policy strings; full prefill always runs.
+        about: settings that say where the cases are from.
+        path: the file of the results; None keeps them in memory.
+        store: URL of a store that is used for nothing else, since it is cleared before each pass.
+        max_batch: sequences that are decoded together at most.
+        new_tokens: length of an answer at most.
+        rounds: how often all passes are run.
+        on_pass: called with (passes done, passes in all).
+
+    Raises:
+        PolicyError, StoreURLError: one is unknown.
+        ResultsError: the file holds something else.
+    """
+    names = list(dict.fromkeys([FULL, *policies]))
+    settings = {
+        **about, "requests": len(cases), "policies": names, "store": shown(store), "max_batch": max_batch,
+        "new_tokens": new_tokens, "rounds": rounds,
+    }  # fmt: skip
+    with Results.open(path, BENCH, settings, ran_on(model)) as results, open_store(store) as opened:
+        llms = {name: chunkcache.wrap(model, tokenizer, store=opened, policy=name) for name in names}
+        passes = _Passes(llms, cases, max_batch, new_tokens)
+        todo = [
+            (round_, name, WAYS[(turn + round_ + index) % 2])
+            for round_ in range(rounds)
+            for index, name in enumerate(names)
+            for turn in range(2)
+        ]
+        for done, (round_, name, way) in enumerate(todo):
+            if not results.done(kind="pass", round=round_, policy=name, way=way):
+                results.add({"kind": "pass", "round": round_, **passes.run(name, way)})
+            if on_pass is not None:
+                on_pass(done + 1, len(todo))
+        for batch in BATCHES:
+            for tokens in LENGTHS:
+                if not results.done(kind="attention", sequences=batch, tokens=tokens):
+                    results.add(time_attention(model, batch, tokens))
+    return results
+
+
+class _FirstScores(LogitsProcessor):
+    """Takes the scores of the first token of each sequence, in the order that they are computed in."""
+
+    def __init__(self) -> None:
+        self.scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.scores is None:
+            self.scores = scores.float().log_softmax(-1)
+        return scores
+
+
+@dataclass
+class _Passes:
+    """Passes over all requests; full prefill's first tokens are kept, to compare the others' with."""
+
+    llms: dict[str, CachedLLM]
+    cases: Sequence[Case]
+    max_batch: int
+    new_tokens: int
+    _full: list[Tensor] | None = None
+
+    def run(self, policy: str, way: str) -> dict[str, Any]:
+        """Answer all requests, and return a row."""
+        llm = self.llms[policy]
+        if self._full is None and policy != FULL:
+            self._full = self._answer(self.llms[FULL], GROUPED, 1)[1]
+        per_token = self._warm_up(llm, way)
+        llm.store.clear()
+        before = _hits(llm)
+        batches: list[dict[str, Any]] = []
+        with PeakMemory(llm.model.device) as peak:
+            started = time.perf_counter()
+            answers, first = self._answer(llm, way, self.new_tokens, batches)
+            seconds = time.perf_counter() - started
+        if self._full is None:
+            self._full = first
+        alone = per_token * max(each.stats.tokens + len(each.token_ids) for each in answers)
+        return {
+            "policy": policy,
+            "way": way,
+            "seconds": seconds,
+            "prompt_tokens": sum(each.stats.tokens for each in answers),
+            "new_tokens": sum(len(each.token_ids) for each in answers),
+            "kv_bytes": max((batch["kv_bytes"] for batch in batches if batch["shared_tokens"]), default=alone),
+            "peak_bytes": peak.nbytes,
+            "loads": {tier: hits - before[tier] for tier, hits in _hits(llm).items()},
+            "batches": batches,
+            "answers": [
+                {
+                    "request": index,
+                    "question": case.question,
+                    "tokens": answer.stats.tokens,
+                    "recomputed_share": answer.stats.recomputed_share,
+                    "answer": answer.text,
+                    "token_ids": answer.token_ids,
+                    "f1": f1(answer.text, case.answers) if case.answers else None,
+                    "kl_first": _kl(self._full[index], first[index]),
+                }
+                for index, (case, answer) in enumerate(zip(self.cases, answers, strict=True))
+            ],
+        }
+
+    def _answer(
+        self, llm: CachedLLM, way: str, new_tokens: int, batches: list[dict[str, Any]] | None = None
+    ) -> tuple[list[Generation], list[Tensor]]:
+        """Return the answers, and the log-probabilities `[vocab]` of the first token of each."""
+        taken = _FirstScores()
+        first: dict[int, Tensor] = {}
+        last = time.perf_counter()
+
+        def take(batch: Batch) -> None:
+            nonlocal last
+            assert taken.scores is not None
+            first.update(zip(batch.requests, taken.scores.cpu(), strict=True))
+            taken.scores = None
+            now = time.perf_counter()
+            if batches is not None:
+                batches.append(
+                    {
+                        "requests": list(batch.requests),
+                        "shared_tokens": batch.shared_tokens,
+                        "kv_bytes": batch.kv_bytes,
+                        "seconds": now - last,
+                    }
+                )
+            last = now
+
+        options: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "do_sample": False,
+            "logits_processor": LogitsProcessorList([taken]),
+        }
+        if way == GROUPED:
+            requests = [(case.question, case.chunks) for case in self.cases]
+            answers = llm.generate_batch(requests, max_batch=self.max_batch, on_batch=take, **options)
+        else:
+            answers = []
+            for index, case in enumerate(self.cases):
+                answers.append(llm.generate(case.question, case.chunks, **options))
+                take(Batch((index,), index, 0, 0, index + 1, len(self.cases)))
+        return answers, [first[index] for index in range(len(self.cases))]
+
+    def _warm_up(self, llm: CachedLLM, way: str) -> float:
+        """Let kernels and allocators settle on short prompts; return the bytes of KV of a token."""
+        chunks = [chunk[:200] for chunk in self.cases[0].chunks[:2]]
+        if way == GROUPED:
+            llm.generate_batch([("Is this to warm up?", chunks), ("Or not?", chunks)], max_new_tokens=2)
+        start = llm.prefill("Is this to warm up?", chunks)
+        layers = range(len(start.cache.layers))
+        return sum(part.nbytes / part.shape[2] for index in layers for part in layer_kv(start.cache, index))
+
+
+def _hits(llm: CachedLLM) -> dict[str, int]:
+    return {name: tier.stats().hits for name, tier in llm.store.tiers().items()}
+
+
+def _kl(full: Tensor, other: Tensor) -> float:
+    kl = torch.nn.functional.kl_div(other, full, reduction="sum", log_target=True)
+    return max(float(kl), 0.0)
+
+
+@torch.no_grad()
+def time_attention(model: PreTrainedModel, sequences: int, tokens: int, repeats: int = 7) -> dict[str, Any]:
+    """Time a decoding step's attention over one copy of `tokens` shared KV, and with SDPA over a copy per sequence.
+
+    Random KV of the model's shape, in four layers by turns, so that no cache of the processor holds them all. Medians
+    in seconds per layer.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads, layers = config.num_attention_heads, 4
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=model.dtype, device=model.device)
+
+    query, own = some(sequences, heads, 1, dim), some(2, sequences, kv_heads, OWN_TOKENS, dim)
+    shared = [(some(kv_heads, tokens, dim), some(kv_heads, tokens, dim)) for _ in range(layers)]
+    cache = SharedCache(config, shared, [0] * sequences, OWN_TOKENS)
+    whole = [
+        [torch.cat((part.expand(sequences, -1, -1, -1), mine), dim=2) for part, mine in zip(kv, own, strict=True)]
+        for kv in shared
+    ]
+
+    def once() -> None:
+        for index in range(layers):
+            cache.attend(index, query, (own[0], own[1]))
+
+    def repeated() -> None:
+        for keys, values in whole:
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=heads != kv_heads)
+
+    seconds: dict[str, list[float]] = {"shared_s": [], "repeated_s": []}
+    for turn in range(repeats + 1):
+        for name, attend in (("shared_s", once), ("repeated_s", repeated)):
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            attend()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first is to warm up
+                seconds[name].append((time.perf_counter() - started) / layers)
+    found = {name: statistics.median(each) for name, each in seconds.items()}
+    return {"kind": "attention", "sequences": sequences, "tokens": tokens, **found}

@@ -1,0 +1,150 @@
+"""What the rows of `eval.batch` come to: throughput, memory, loads and answers, one by one and grouped."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from chunkcache.eval.intervals import interval
+from chunkcache.eval.results import Results
+
+ONE_BY_ONE, GROUPED = "one by one", "grouped"
+WAYS = (ONE_BY_ONE, GROUPED)
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return throughput, memory, loads and answers of every policy and way, with tables and plots of them."""
+    passes = [row for row in results.rows if row["kind"] == "pass"]
+    policies = {
+        policy: {way: _summarise(rows) for way in WAYS if (rows := _of(passes, policy, way))}
+        for policy in results.settings["policies"]
+    }
+    for policy, ways in policies.items():
+        for name in WAYS if len(ways) == 2 else ():
+            ways[name]["equal"] = _equal(_of(passes, policy, ONE_BY_ONE), _of(passes, policy, name))
+    attention = [row for row in results.rows if row["kind"] == "attention"]
+    return {
+        "requests": results.settings["requests"],
+        "policies": policies,
+        "attention": attention,
+        "tables": [_passes_table(policies), *([_attention_table(attention)] if attention else [])],
+        "plots": _plots(policies, attention),
+    }
+
+
+def _of(rows: Sequence[dict[str, Any]], policy: str, way: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["policy"] == policy and row["way"] == way]
+
+
+def _summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    seconds = statistics.median(row["seconds"] for row in rows)
+    answers = [answer for row in rows for answer in row["answers"]]
+    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
+    scores = [answer["f1"] for answer in answers if answer["f1"] is not None]
+    return {
+        "seconds": seconds,
+        "requests_per_s": len(rows[0]["answers"]) / seconds,
+        "prompt_tokens_per_s": rows[0]["prompt_tokens"] / seconds,
+        "new_tokens_per_s": rows[0]["new_tokens"] / seconds,
+        "kv_bytes": max(row["kv_bytes"] for row in rows),
+        "peak_bytes": max(peaks) if peaks else None,
+        "loads": rows[0]["loads"],
+        "recomputed_share": statistics.mean(answer["recomputed_share"] for answer in answers),
+        "kl_first": list(interval([answer["kl_first"] for answer in answers], "mean")),
+        "f1": list(interval(scores, "mean")) if scores else None,
+    }
+
+
+def _equal(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
+    """Return the share of requests whose answers are the same token ids."""
+    ids = [[answer["token_ids"] for answer in rows[0]["answers"]] for rows in (one, other)]
+    return statistics.mean(float(a == b) for a, b in zip(*ids, strict=True))
+
+
+def _passes_table(policies: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    def number(value: float | None, digits: int, scale: float = 1.0) -> str:
+        return "n/a" if value is None else f"{value / scale:.{digits}f}"
+
+    rows = []
+    for policy, ways in policies.items():
+        slow = ways.get(ONE_BY_ONE)
+        for way, found in ways.items():
+            gain = found["requests_per_s"] / slow["requests_per_s"] if slow else None
+            rows.append(
+                [
+                    policy, way, f"{found['requests_per_s']:.3f}", number(gain, 2),
+                    f"{found['new_tokens_per_s']:.1f}",
+                    f"{found['prompt_tokens_per_s']:.0f}", number(found["kv_bytes"], 0, 2**20),
+                    number(found["peak_bytes"], 0, 2**20), str(sum(found["loads"].values())),
+                    f"{found['recomputed_share']:.1%}", f"{found['kl_first'][0]:.4f}",
+                    number(found["f1"] and found["f1"][0], 3), number(found.get("equal"), 2),
+                ]
+            )  # fmt: skip
+    columns = [
+        "policy", "way", "requests/s", "gain", "new tokens/s", "prompt tokens/s", "KV MiB", "peak MiB", "loads",
+        "computed", "KL first", "F1", "equal",
+    ]  # fmt: skip
+    return {
+        "title": "offline batches (equal: answers that are those of one by one)",
+        "columns": columns,
+        "rows": rows,
+    }
+
+
+def _attention_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "title": "attention of a decoding step, per layer: KV shared once against a copy for each sequence",
+        "columns": ["sequences", "shared tokens", "shared ms", "copies ms", "ratio"],
+        "rows": [
+            [
+                str(row["sequences"]), str(row["tokens"]), f"{row['shared_s'] * 1e3:.3f}",
+                f"{row['repeated_s'] * 1e3:.3f}", f"{row['shared_s'] / row['repeated_s']:.2f}",
+            ]
+            for row in rows
+        ],
+    }  # fmt: skip
+
+
+def _plots(
+    policies: dict[str, dict[str, dict[str, Any]]], attention: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    whole = {policy: ways for policy, ways in policies.items() if len(ways) == 2}
+    plots: list[dict[str, Any]] = []
+    if whole:
+        plots.append(
+            {
+                "kind": "bars",
+                "title": "Offline batches",
+                "y": "requests per second",
+                "caption": "Questions over recurring chunks, in the order they come and grouped by what they share.",
+                "groups": list(whole),
+                "series": [
+                    {"name": way, "values": [ways[way]["requests_per_s"] for ways in whole.values()]} for way in WAYS
+                ],
+            }
+        )
+    if attention:
+        gains = [(row["sequences"], row["tokens"], row["repeated_s"] / row["shared_s"]) for row in attention]
+        series = [
+            {
+                "name": f"{count} sequences",
+                "policy": None,
+                "points": [[tokens, gain] for sequences, tokens, gain in gains if sequences == count],
+                "simulated": False,
+            }
+            for count in sorted({sequences for sequences, *_ in gains})
+        ]
+        plots.append(
+            {
+                "kind": "lines",
+                "title": "Shared-prefix attention",
+                "x": "shared tokens",
+                "y": "times as fast as copies",
+                "logx": True,
+                "logy": False,
+                "caption": "Attention of one decoding step over one copy of the shared KV, against SDPA over copies.",
+                "series": series,
+            }
+        )
+    return plots

@@ -1,0 +1,62 @@
+"""Which tokens of a prompt each policy recomputed: a row per token, for the heat map of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkcache.eval.data import Case
+from chunkcache.eval.machine import ran_on
+from chunkcache.eval.results import Results
+from chunkcache.llm import CachedLLM
+from chunkcache.prompt import Prompt
+
+BENCH = "heatmap"
+
+
+def heatmap(
+    llm: CachedLLM,
+    case: Case,
+    policies: Sequence[str],
+    about: Mapping[str, Any] | None = None,
+    path: Path | None = None,
+) -> Results:
+    """Prefill one prompt under each policy, chunks precomputed, and note in how many layers each token was computed.
+
+    Args:
+        llm: the wrapped model.
+        case: the prompt.
+        policies: policy strings.
+        about: what tells this prompt from others; goes into the settings.
+        path: file that the rows go to; None for none.
+
+    Returns:
+        rows of policy, index, text and role (prefix, chunk 1, ..., question) of the token, and share of the layers.
+    """
+    settings = {**(about or {}), "policies": list(policies)}
+    prompt = llm.prompts.build(case.question, case.chunks)
+    roles = _roles(prompt)
+    with Results.open(path, BENCH, settings, ran_on(llm.model)) as results:
+        for policy in policies:
+            if results.done(policy=policy, index=len(roles) - 1):
+                continue
+            if llm.chosen(policy).reuses:
+                llm.precompute(case.chunks, policy=policy)
+            cache: Any = llm.prefill(case.question, case.chunks, policy=policy).cache
+            counts = torch.bincount(torch.cat(cache.computed_rows), minlength=len(roles))
+            shares = (counts / len(cache.layers)).tolist()
+            for index, (token, role, share) in enumerate(zip(prompt.token_ids, roles, shares, strict=True)):
+                text = str(llm.tokenizer.decode([token]))
+                results.add({"policy": policy, "index": index, "text": text, "role": role, "share": round(share, 4)})
+    return results
+
+
+def _roles(prompt: Prompt) -> list[str]:
+    """Return for each token what it is part of."""
+    roles = ["prefix"] * len(prompt.prefix)
+    for number, each in enumerate(prompt.placed, start=1):
+        roles += ["prefix"] * (each.start - len(roles)) + [f"chunk {number}"] * (each.end - each.start)
+    return roles + ["question"] * (len(prompt.token_ids) - len(roles))

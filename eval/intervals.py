@@ -1,0 +1,61 @@
+"""Bootstrap confidence intervals (BCa, by scipy): how far a figure may be off, given the prompts it is from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from chunkcache.errors import DocumentError
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+_STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
+
+
+class Interval(NamedTuple):
+    """A figure, and the 95 % confidence interval that it lies in."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], statistic: str = "median", seed: int = 0) -> Interval:
+    """Return the `median` or `mean` of some values with its confidence interval.
+
+    Of fewer than three values, or of values that are all alike, nothing can be said: low and high are the least and
+    the largest of them.
+
+    Raises:
+        DocumentError: scipy is not installed.
+    """
+    data = np.asarray(values, dtype=float)
+    value = float(_STATISTICS[statistic](data))
+    if len(data) < 3 or np.ptp(data) == 0:
+        return Interval(value, float(data.min()), float(data.max()))
+    low, high = _bootstrap(data, statistic, "BCa", seed)
+    if not np.isfinite([low, high]).all():  # BCa knows no answer where nearly all values are alike
+        low, high = _bootstrap(data, statistic, "percentile", seed)
+    return Interval(value, low, high)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], statistic: str = "mean", seed: int = 0) -> Interval:
+    """Return the `statistic` of the differences `ours - theirs`, pair by pair, with its confidence interval."""
+    return interval([a - b for a, b in zip(ours, theirs, strict=True)], statistic, seed)
+
+
+def _bootstrap(data: Any, statistic: str, method: str, seed: int) -> tuple[float, float]:
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise DocumentError(f"confidence intervals need scipy ({error}): pip install 'chunkcache[eval]'") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where BCa is undefined it warns and returns NaN, which the caller sees
+        found = bootstrap(
+            (data,), _STATISTICS[statistic], n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method=method,
+            rng=np.random.default_rng(seed), vectorized=True,
+        ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)

@@ -1,0 +1,312 @@
+"""What a load test comes to: times to first token against the rate of arrivals, simulated from measured services.
+
+Measured are the service times, the hits and the bytes; the waiting at each rate is simulated (`eval.queueing`). Only
+what is in a table of real runs has been waited for on the wall clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chunkcache.eval.load import MEASURED, REAL
+from chunkcache.eval.queueing import Queue, Service, percentile, serve
+from chunkcache.eval.results import Results
+from chunkcache.eval.workload import poisson
+
+SEEDS = 20  # patterns of arrival that are pooled
+PERCENTS = (50, 90, 99)
+POINTS = 14  # rates of a curve
+TABLE_LOADS = (0.5, 0.8, 1.0)  # rates of the table, as shares of what full prefill can keep up with
+WINDOWS = 10  # of the hit rate over time
+FULL = "full"
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stand:
+    """One policy in one group: its rows, and the queue of its requests."""
+
+    policy: str
+    budget: float
+    tiers: str
+    rows: Rows
+    queue: Queue
+
+    @property
+    def group(self) -> tuple[float, str]:
+        """Its budget and tiers."""
+        return self.budget, self.tiers
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return tables and plots of a load test, and the figures that they show as plain JSON values.
+
+    Groups that were not measured to the end are left out.
+    """
+    stands = list(_stands(results))
+    if not stands:
+        return {"policies": {}, "tables": [], "plots": []}
+    doubled = {s.group: s.queue.highest_rate(2 * s.queue.unloaded(90)) for s in stands if s.policy == FULL}
+    bound = results.settings["bound_s"] or 2 * max(s.queue.unloaded(90) for s in stands)
+    found = [_figures(stand, bound, doubled.get(stand.group)) for stand in stands]
+    rates = results.settings["rates"] or _rates(stands)
+    checks = [_check(row, stands) for row in results.rows if row["kind"] == REAL]
+    return {
+        "requests": results.settings["requests"],
+        "bound_s": bound,
+        "policies": found,
+        "validation": [check for check in checks if check is not None],
+        "tables": _tables(found, stands, bound, checks),
+        "plots": [*_curves(stands, rates), *_budgets(found, bound), *_over_time(stands)],
+    }
+
+
+def _stands(results: Results) -> Iterable[Stand]:
+    settings = results.settings
+    count, recorded = settings["requests"], settings["arrivals"]
+    patterns = [recorded] if recorded else [poisson(count, settings["seed"] + n) for n in range(SEEDS)]
+    rows: dict[tuple[str, float, str], Rows] = {}
+    for row in results.rows:
+        if row["kind"] == MEASURED:
+            rows.setdefault((row["policy"], row["budget"], row["tiers"]), []).append(row)
+    for (policy, budget, tiers), own in rows.items():
+        if len(own) == count:
+            services = [Service(row["ttft_service_s"], row["service_s"]) for row in own]
+            yield Stand(policy, budget, tiers, own, Queue(services, patterns))
+
+
+def _figures(stand: Stand, bound: float, doubled: float | None) -> dict[str, Any]:
+    """Return one policy's figures; `doubled` is the rate at which full prefill's p90 is twice its unloaded one."""
+    queue, rows = stand.queue, stand.rows
+    unloaded = queue.unloaded(90)
+    asked = sum(row["chunks"] for row in rows)
+    tiers = rows[0]["tier_hits"]
+    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
+    moved = None if doubled is None else percentile(queue.ttfts(doubled), 90) / unloaded - 1
+    return {
+        "policy": stand.policy,
+        "budget": stand.budget,
+        "tiers": stand.tiers,
+        "unloaded_s": {f"p{percent}": queue.unloaded(percent) for percent in PERCENTS},
+        "capacity": queue.capacity,
+        "rate_p90_doubled": queue.highest_rate(2 * unloaded),
+        "rate_at_bound": queue.highest_rate(bound),
+        "rate_full_doubled": doubled,
+        "p90_moved": moved,
+        "hit_rate": sum(row["hits"] for row in rows) / asked if asked else 0.0,
+        "tier_hit_rate": {name: sum(row["tier_hits"][name] for row in rows) / max(asked, 1) for name in tiers},
+        "stored_bytes": {name: max(row["stored_bytes"][name] for row in rows) for name in tiers},
+        "peak_bytes": max(peaks) if peaks else None,
+    }
+
+
+def _check(row: dict[str, Any], stands: Sequence[Stand]) -> dict[str, Any] | None:
+    """Compare a real run with the simulation of its arrivals: with the services measured apart, and with its own.
+
+    The first says how far the whole method is off, the second how far only the queue is.
+    """
+    place = (row["policy"], row["budget"], row["tiers"])
+    stand = next((s for s in stands if (s.policy, s.budget, s.tiers) == place), None)
+    if stand is None:
+        return None
+    own = [Service(*times) for times in zip(row["ttft_service_s"], row["service_s"], strict=True)]
+    apart, same = serve(row["arrivals_s"], stand.queue.services), serve(row["arrivals_s"], own)
+    found: dict[str, Any] = {"policy": row["policy"], "rate": row["rate"]}
+    found["load"] = row["rate"] / stand.queue.capacity
+    for percent in (50, 90):
+        real = percentile(row["ttft_s"], percent)
+        found[f"p{percent}"] = {
+            "real_s": real,
+            "simulated_s": percentile(apart, percent),
+            "difference": percentile(apart, percent) / real - 1,
+            "difference_own_services": percentile(same, percent) / real - 1,
+        }
+    return found
+
+
+def _rates(stands: Sequence[Stand]) -> list[float]:
+    """Return rates from where nobody waits to beyond what the fastest can keep up with."""
+    low = 0.1 * min(stand.queue.capacity for stand in stands)
+    high = 1.2 * max(stand.queue.capacity for stand in stands)
+    return [low * (high / low) ** (step / (POINTS - 1)) for step in range(POINTS)]
+
+
+# --- tables
+
+
+def _tables(
+    found: Sequence[Mapping[str, Any]], stands: Sequence[Stand], bound: float, checks: Sequence[dict[str, Any] | None]
+) -> list[dict[str, Any]]:
+    tables = [_main_table(found, bound), _rate_table(stands), _cache_table(found)]
+    rows = []
+    for check in filter(None, checks):
+        cells = [check["policy"], _number(check["rate"]), f"{check['load']:.0%}"]
+        for p in (check["p50"], check["p90"]):
+            cells += [_number(p["real_s"]), _number(p["simulated_s"]), f"{p['difference']:+.1%}"]
+        own = f"{check['p50']['difference_own_services']:+.1%} / {check['p90']['difference_own_services']:+.1%}"
+        rows.append([*cells, own])
+    if rows:
+        each = [f"{p} {what}" for p in ("p50", "p90") for what in ("real s", "simulated s", "difference")]
+        columns = ["policy", "requests/s", "load", *each, "with the real run's own service times, p50 / p90"]
+        tables.append({"title": "Real runs beside their simulation", "columns": columns, "rows": rows})
+    return tables
+
+
+def _main_table(found: Sequence[Mapping[str, Any]], bound: float) -> dict[str, Any]:
+    rows = [
+        [
+            *_place(each),
+            _number(each["unloaded_s"]["p50"]),
+            _number(each["unloaded_s"]["p90"]),
+            _number(each["rate_p90_doubled"]),
+            _number(each["rate_at_bound"]),
+            "n/a" if each["p90_moved"] is None else f"{each['p90_moved']:+.0%}",
+        ]
+        for each in found
+    ]
+    columns = ["policy", "budget", "tiers", "unloaded p50 s", "p90 s", "requests/s where p90 doubles"]
+    columns += [f"requests/s with p90 within {_number(bound)} s", "p90 where full's has doubled"]
+    return {"title": "Under load: service times measured, waiting simulated", "columns": columns, "rows": rows}
+
+
+def _cache_table(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [
+        [
+            *_place(each),
+            f"{each['hit_rate']:.0%}",
+            " + ".join(f"{share:.0%}" for share in each["tier_hit_rate"].values()),
+            " + ".join(_size(nbytes) for nbytes in each["stored_bytes"].values()),
+            _size(each["peak_bytes"]),
+        ]
+        for each in found
+        if each["policy"] != FULL
+    ]
+    columns = ["policy", "budget", "tiers", "hit rate", "of each tier", "stored at most", "a request's peak"]
+    return {"title": "Caches: measured", "columns": columns, "rows": rows}
+
+
+def _place(each: Mapping[str, Any]) -> list[str]:
+    return [each["policy"], f"{each['budget']:g}", each["tiers"]]
+
+
+def _rate_table(stands: Sequence[Stand]) -> dict[str, Any]:
+    group = _largest(stands)
+    chosen = [stand for stand in stands if stand.group == group]
+    base = next((s for s in chosen if s.policy == FULL), chosen[0])
+    rates = [share * base.queue.capacity for share in TABLE_LOADS]
+    rows = []
+    for stand in chosen:
+        cells = []
+        for rate in rates:
+            ttfts = stand.queue.ttfts(rate)
+            cells.append(" / ".join(_number(percentile(ttfts, percent)) for percent in PERCENTS))
+        rows.append([stand.policy, *cells])
+    columns = ["policy", *(f"{_number(rate)} requests/s" for rate in rates)]
+    return {"title": f"TTFT p50 / p90 / p99 in seconds, {_named(group)}", "columns": columns, "rows": rows}
+
+
+# --- plots
+
+
+def _curves(stands: Sequence[Stand], rates: Sequence[float]) -> list[dict[str, Any]]:
+    group = _largest(stands)
+    chosen = [stand for stand in stands if stand.group == group]
+    found = {stand.policy: [stand.queue.ttfts(rate) for rate in rates] for stand in chosen}
+    return [
+        {
+            "kind": "lines",
+            "title": f"TTFT p{percent} against request rate",
+            "x": "requests per second",
+            "y": f"TTFT p{percent}, s",
+            "logx": True,
+            "logy": True,
+            "caption": f"{_named(group)}; service times measured one by one, waiting simulated.",
+            "series": [
+                {
+                    "name": policy,
+                    "policy": policy,
+                    "points": [[rate, percentile(t, percent)] for rate, t in zip(rates, ttfts, strict=True)],
+                    "simulated": True,
+                }
+                for policy, ttfts in found.items()
+            ],
+        }
+        for percent in PERCENTS
+    ]
+
+
+def _budgets(found: Sequence[Mapping[str, Any]], bound: float) -> list[dict[str, Any]]:
+    """Return throughput at the TTFT bound against the cache budget, a line per policy and tiers."""
+    lines: dict[tuple[str, str], list[list[float]]] = {}
+    for each in found:
+        if each["rate_at_bound"]:
+            lines.setdefault((each["policy"], each["tiers"]), []).append([each["budget"], each["rate_at_bound"]])
+    if len({each["budget"] for each in found}) < 2:
+        return []
+    return [
+        {
+            "kind": "lines",
+            "title": "Throughput at the TTFT bound against the cache budget",
+            "x": "memory, share of all chunks' bytes",
+            "y": "requests per second",
+            "logx": False,
+            "logy": True,
+            "caption": f"The highest rate whose p90 TTFT stays within {_number(bound)} s; waiting simulated.",
+            "series": [
+                {"name": f"{policy}, {tiers}", "policy": policy, "points": sorted(points), "simulated": True}
+                for (policy, tiers), points in lines.items()
+            ],
+        }
+    ]
+
+
+def _over_time(stands: Sequence[Stand]) -> list[dict[str, Any]]:
+    """Return a plot per group of where the chunks of each policy came from."""
+    plots = []
+    for group in dict.fromkeys(stand.group for stand in stands):
+        series = [
+            {
+                "name": f"{stand.policy}, from {tier}",
+                "policy": stand.policy,
+                "points": _rolling(stand.rows, tier),
+                "simulated": False,
+            }
+            for stand in stands
+            if stand.group == group and stand.policy != FULL
+            for tier in stand.rows[0]["tier_hits"]
+        ]
+        labels = {"x": "requests", "y": "share of the chunks asked for", "logx": False, "logy": False}
+        head = {"kind": "lines", "title": f"Hit rate over time, {_named(group)}", **labels}
+        plots.append({**head, "caption": "Measured; each point is the mean over a window.", "series": series})
+    return plots
+
+
+def _rolling(rows: Rows, tier: str) -> list[list[float]]:
+    size = max(1, len(rows) // WINDOWS)
+    windows = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [
+        [
+            window[-1]["request"] + 1,
+            sum(row["tier_hits"][tier] for row in window) / max(1, sum(row["chunks"] for row in window)),
+        ]
+        for window in windows
+    ]
+
+
+def _largest(stands: Sequence[Stand]) -> tuple[float, str]:
+    """Return the group with the largest budget, of these the first."""
+    return max(stands, key=lambda stand: stand.budget).group
+
+
+def _named(group: tuple[float, str]) -> str:
+    return f"budget {group[0]:g}, {group[1]}"
+
+
+def _number(value: float | None) -> str:
+    return "any" if value is None else f"{value:.3g}"
+
+
+def _size(nbytes: float | None) -> str:
+    return "n/a" if nbytes is None else f"{nbytes / 2**20:,.0f} MiB"

@@ -1,0 +1,237 @@
+"""Load on machines that are not here: everything that comes out of this is simulated, and says so.
+
+Requests of Zipf popularity arrive by a Poisson process at a cluster (`eval.cluster`), whose service times come from a
+cost model (`eval.costs`) with published figures, or with figures that were fitted to measured requests. A fit also
+says how well the model foretells what it was not fitted to: the other policies' times in the same measurements.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chunkcache.errors import InputError
+from chunkcache.eval.cluster import POLICIES, ROUTES, Cluster, Run
+from chunkcache.eval.costs import Costs, Machine, Shape, fit, predicted
+from chunkcache.eval.queueing import percentile
+from chunkcache.eval.results import Results
+from chunkcache.eval.workload import at_rate, check_rate, poisson, zipf_draws
+
+LOADS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # rates, as shares of full prefill's capacity
+PERCENTS = (50, 90, 99)
+Progress = Callable[[int, int], None]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Whose requests are simulated.
+
+    Attributes:
+        documents: different chunks there are.
+        k: different chunks of a request.
+        skew: exponent of the Zipf law over them.
+        requests: how many arrive; the first tenth fills the caches and is not counted.
+        seed: of what is drawn.
+    """
+
+    documents: int
+    k: int
+    skew: float
+    requests: int
+    seed: int
+
+    def draw(self) -> list[tuple[int, ...]]:
+        """Return the chunks of every request, by their numbers.
+
+        Raises:
+            InputError: there are fewer chunks than a request has.
+        """
+        if self.documents < self.k:
+            raise InputError(f"{self.documents} chunks are too few for requests of {self.k}")
+        drawn = zipf_draws(self.documents, self.k, self.skew, random.Random(self.seed))
+        return [next(drawn) for _ in range(self.requests)]
+
+
+def check_cluster(cluster: Cluster, policies: Sequence[str]) -> None:
+    """Refuse what cannot be simulated.
+
+    Raises:
+        InputError: a policy has no cost model, a figure is not above 0, or the route is unknown.
+    """
+    for policy in policies:
+        if policy not in POLICIES:
+            raise InputError(f"{policy!r} has no cost model; those that have one are {', '.join(POLICIES)}")
+    if cluster.route not in ROUTES:
+        raise InputError(f"requests cannot be routed {cluster.route!r}; the ways are {', '.join(ROUTES)}")
+    for name in ("replicas", "memory_bytes", "redis_bandwidth"):
+        if not getattr(cluster, name) > 0:
+            raise InputError(f"{name}={getattr(cluster, name)} is not above 0")
+    if not 0 < cluster.costs.machine.utilisation <= 1:
+        raise InputError(f"utilisation={cluster.costs.machine.utilisation} is not a share of the peak, 0 to 1")
+
+
+def default_rates(cluster: Cluster, population: Population) -> list[float]:
+    """Return rates around what full prefill can keep up with."""
+    sizes = cluster.sizes
+    whole = cluster.costs.prefill_s(sizes.prefix + population.k * sizes.chunk + sizes.question)
+    return [load * cluster.replicas / whole for load in LOADS]
+
+
+def settings(cluster: Cluster, population: Population, policies: Sequence[str], rates: Sequence[float]) -> Row:
+    """Return the settings of a simulation, as its results file keeps them."""
+    for rate in rates:
+        check_rate(rate)
+    return {
+        "simulated": True,
+        "cluster": asdict(cluster),
+        "kv_bytes": cluster.costs.shape.kv_bytes,
+        "population": asdict(population),
+        "policies": list(policies),
+        "rates": list(rates),
+        "reuse": {name: asdict(reuse) for name in policies if (reuse := POLICIES[name]) is not None},
+    }
+
+
+def simulate(cluster: Cluster, population: Population, results: Results, on_run: Progress | None = None) -> None:
+    """Simulate each policy at each rate of the settings of `results`, that has no row yet; one row per run."""
+    requests, pattern = population.draw(), poisson(population.requests, population.seed)
+    runs = [(policy, rate) for policy in results.settings["policies"] for rate in results.settings["rates"]]
+    for done, (policy, rate) in enumerate(runs, 1):
+        if not results.done(policy=policy, rate=rate):
+            found = Run(cluster, policy).serve(at_rate(pattern, rate), requests)
+            counted = found.ttfts[len(found.ttfts) // 10 :]
+            total = sum(found.chunks.values())
+            results.add(
+                {
+                    "simulated": True,
+                    "policy": policy,
+                    "rate": rate,
+                    "ttft_s": {f"p{percent}": percentile(counted, percent) for percent in PERCENTS},
+                    "chunks": {name: count / total for name, count in found.chunks.items()},
+                    "link_busy": found.link_busy,
+                    "busy": found.busy,
+                }
+            )
+        if on_run is not None:
+            on_run(done, len(runs))
+
+
+# --- fitted to measured requests
+
+
+def fit_folder(folder: Path, shape: Shape, memory_bandwidth: float) -> tuple[Machine, list[Row]]:
+    """Fit a machine to the full prefills in a results folder, and try it on the other policies there.
+
+    Args:
+        folder: with `requests-*.jsonl` of `chunkcache bench ttft` or `quality`, warm.
+        shape: of the model that was measured.
+        memory_bandwidth: bytes/s at which stored KV are put in place.
+
+    Returns:
+        The machine; and per policy the median seconds that were measured and that the model expects, and the median
+        of the relative errors of single requests, with their signs (`error`) and without (`error_size`).
+
+    Raises:
+        InputError: there are no such rows.
+    """
+    found = [Results.read(path) for path in sorted(folder.glob("requests-*.jsonl"))]
+    rows = [row for results in found if not results.settings.get("cold") for row in results.rows]
+    rows = [row for row in rows if row.get("recomputed_share") is not None and row["ttft_s"] is not None]
+    full = [(float(row["tokens"]), float(row["ttft_s"])) for row in rows if row["policy"] == "full"]
+    machine = fit(shape, full, memory_bandwidth, str(folder))
+    costs = Costs(shape, machine)
+    checks = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        own = [row for row in rows if row["policy"] == policy]
+        expected = [predicted(costs, row) for row in own]
+        errors = [seconds / row["ttft_s"] - 1 for seconds, row in zip(expected, own, strict=True)]
+        checks.append(
+            {
+                "policy": policy,
+                "requests": len(own),
+                "measured_s": statistics.median(row["ttft_s"] for row in own),
+                "predicted_s": statistics.median(expected),
+                "error": statistics.median(errors),
+                "error_size": statistics.median(map(abs, errors)),
+            }
+        )
+    return machine, checks
+
+
+# --- what it comes to
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return tables and plots of a simulation, all of them marked as simulated."""
+    asked = results.settings
+    by_policy = {name: [row for row in results.rows if row["policy"] == name] for name in asked["policies"]}
+    by_policy = {name: sorted(rows, key=lambda row: float(row["rate"])) for name, rows in by_policy.items() if rows}
+    cluster, population = asked["cluster"], asked["population"]
+    machine = cluster["costs"]["machine"]
+    redis = f"one Redis at {cluster['redis_bandwidth'] / 1e9:g} GB/s" if cluster["redis_bytes"] else "no Redis"
+    speed = "speed fitted" if asked.get("fit") else f"utilisation of {machine['utilisation']:g} assumed"
+    about = (
+        f"Simulated: {cluster['replicas']} replicas, {redis}, {population['documents']:,} chunks of "
+        f"{cluster['sizes']['chunk']} tokens, {population['k']} a request. {cluster['costs']['shape']['source']}; "
+        f"{machine['source']}; {speed}."
+    )
+    plots = [_plot(by_policy, f"p{percent}", about) for percent in PERCENTS] if by_policy else []
+    tables = [*_tables(by_policy), *_fit_tables(asked.get("fit", []))]
+    return {"simulated": True, "policies": by_policy, "notes": [about], "tables": tables, "plots": plots}
+
+
+def _tables(by_policy: Mapping[str, Sequence[Row]]) -> list[Row]:
+    if not by_policy:
+        return []
+    base = next(iter(by_policy.values()))
+    chosen = [row["rate"] for row in base][:: max(1, len(base) // 5)]
+    rows = []
+    for name, own in by_policy.items():
+        at = {row["rate"]: row for row in own}
+        cells = [" / ".join(f"{at[r]['ttft_s'][f'p{p}']:.3g}" for p in PERCENTS) if r in at else "" for r in chosen]
+        rows.append([name, *cells])
+    columns = ["policy", *(f"{rate:.3g} requests/s" for rate in chosen)]
+    shares = [
+        [
+            name,
+            *(f"{last['chunks'][where]:.0%}" for where in ("memory", "redis", "computed")),
+            f"{last['link_busy']:.0%}",
+        ]
+        for name, own in by_policy.items()
+        for last in own[-1:]
+    ]
+    from_where = ["policy", "from memory", "from Redis", "computed", "reading from Redis"]
+    return [
+        {"title": "Simulated: TTFT p50 / p90 / p99 in seconds", "columns": columns, "rows": rows},
+        {"title": "Simulated: where chunks came from, at the highest rate", "columns": from_where, "rows": shares},
+    ]
+
+
+def _fit_tables(checks: Sequence[Row]) -> list[Row]:
+    rows = [
+        [each["policy"], str(each["requests"]), f"{each['measured_s']:.3g}", f"{each['predicted_s']:.3g}",
+         f"{each['error']:+.0%}", f"{each['error_size']:.0%}"]
+        for each in checks
+    ]  # fmt: skip
+    columns = ["policy", "requests", "measured s", "expected s", "error", "its size"]
+    title = "The cost model, fitted to full prefill, on other policies (medians)"
+    return [{"title": title, "columns": columns, "rows": rows}] if rows else []
+
+
+def _plot(by_policy: Mapping[str, Sequence[Row]], name: str, about: str) -> Row:
+    series = [
+        {
+            "name": policy,
+            "policy": policy,
+            "points": [[row["rate"], row["ttft_s"][name]] for row in rows],
+            "simulated": True,
+        }
+        for policy, rows in by_policy.items()
+    ]
+    plot = {"kind": "lines", "title": f"Simulated: TTFT {name} against request rate", "x": "requests per second"}
+    return {**plot, "y": f"TTFT {name}, s", "logx": True, "logy": True, "caption": about, "series": series}

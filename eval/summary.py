@@ -1,0 +1,152 @@
+"""What the rows of `eval.compare` come to: speed, fidelity and answers, each with how far it may be off."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from chunkcache.eval.compare import FULL, PEER
+from chunkcache.eval.intervals import Interval, interval, paired
+from chunkcache.eval.results import Results
+
+Row = dict[str, Any]
+SCORES = ("f1", "em", "rouge_l")
+WORST = 10  # prompts that are listed
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return what the rows of one file come to, as plain JSON values; every interval is `[value, low, high]`.
+
+    Times are medians over prompts, of the medians of their rounds; fidelity and scores are means. `ttft_ratio` is the
+    median of the ratios to full prefill of the same prompt, and `*_diff` are paired differences to it.
+    """
+    rows = [row for row in _latest(results.rows) if row["ttft_s"] is not None]
+    names = [*results.settings["policies"], *(PEER + name for name in results.settings["peers"])]
+    by_policy = {name: [row for row in rows if row["policy"] == name] for name in names}
+    full = _by_prompt(by_policy[FULL])
+    return {
+        "prompts": len(full),
+        "tokens": _range(row["tokens"] for row in rows),
+        "policies": {name: _policy(found, full) for name, found in by_policy.items() if found},
+        "worst": _worst(by_policy, full),
+        "peers": _peers(results),
+        "growth": _growth(by_policy) if results.settings.get("tokens") else {},
+    }
+
+
+def fit_exponent(points: Sequence[tuple[float, float]]) -> Interval:
+    """Return b of the power law `seconds = a tokens^b` through (tokens, seconds), by least squares of logarithms.
+
+    The interval is the 95 % one of that regression; with two points or fewer lengths it is only the value.
+    """
+    x, y = np.log(np.array(points, dtype=float)).T
+    if len(np.unique(x)) < 2:
+        raise ValueError("an exponent needs two lengths or more")
+    centred = x - x.mean()
+    slope = float((centred * y).sum() / (centred**2).sum())
+    freedom = len(x) - 2
+    if freedom < 1:
+        return Interval(slope, slope, slope)
+    from scipy.stats import t
+
+    left = y - y.mean() - slope * centred
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(float((left**2).sum()) / freedom / float((centred**2).sum()))
+    return Interval(slope, slope - half, slope + half)
+
+
+def _peers(results: Results) -> dict[str, Any]:
+    """Return of each peer its versions and settings, and why it failed, if it did."""
+    errors = {row["policy"]: row["error"] for row in results.rows if row.get("error")}
+    return {name: {**told, "error": errors.get(PEER + name)} for name, told in results.settings["peers"].items()}
+
+
+def _latest(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows without those of prompts that were measured again after an interruption."""
+    return list({(row["prompt"], row["round"], row["policy"]): row for row in rows}.values())
+
+
+def _by_prompt(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["prompt"], []).append(row)
+    return found
+
+
+def _ttft(rows: Iterable[Row]) -> float:
+    return float(statistics.median(row["ttft_s"] for row in rows))
+
+
+def _policy(rows: Sequence[Row], full: dict[int, list[Row]]) -> dict[str, Any]:
+    prompts = _by_prompt(rows)
+    times = [_ttft(rounds) for rounds in prompts.values()]
+    ratios = [_ttft(rounds) / _ttft(full[prompt]) for prompt, rounds in prompts.items()]
+    found: dict[str, Any] = {
+        "prompts": len(prompts),
+        "ttft_s": interval(times),
+        "ttft_ratio": interval(ratios),
+        "ttft_p90": _p90(times),
+        "ttft_ratio_p90": _p90(ratios),
+        "stages": _stages(rows),
+        "recomputed_share": _mean(rows, "recomputed_share"),
+        "peak_ratio": _median(rows, "peak_ratio"),
+        "fallbacks": sum(row["fallbacks"] or 0 for row in rows),
+    }
+    for name in ("kl_first", "kl_mean", "agreement", "same_answer", *SCORES):
+        values = [float(row[name]) for row in rows if row[name] is not None]
+        found[name] = interval(values, "mean") if values else None
+    for name in SCORES:
+        scored = [row for row in rows if row[name] is not None]
+        theirs = [full[row["prompt"]][0][name] for row in scored]
+        found[f"{name}_diff"] = paired([row[name] for row in scored], theirs) if scored else None
+    return found
+
+
+def _stages(rows: Sequence[Row]) -> dict[str, float] | None:
+    """Return the mean seconds of each stage."""
+    known = [row["stages"] for row in rows if row["stages"] is not None]
+    return {name: statistics.mean(each[name] for each in known) for name in known[0]} if known else None
+
+
+def _worst(by_policy: dict[str, list[Row]], full: dict[int, list[Row]]) -> list[Row]:
+    """Return the prompts and policies that are furthest from full prefill, the furthest first."""
+    ours = [name for name in by_policy if name != FULL and not name.startswith(PEER)]
+    judged = [row for name in ours for row in by_policy[name] if row["kl_first"] is not None]
+    found = []
+    for row in sorted(judged, key=lambda row: -row["kl_first"])[:WORST]:
+        theirs = full[row["prompt"]][0]
+        names = ("prompt", "policy", "kl_first", "kl_mean", "question", "answer", "f1")
+        found.append({name: row[name] for name in names} | {"full_answer": theirs["answer"], "full_f1": theirs["f1"]})
+    return found
+
+
+def _growth(by_policy: dict[str, list[Row]]) -> dict[str, Any]:
+    """Return how the time to first token grows with the prompt: the exponent of each policy, and its points."""
+    found = {}
+    for name, rows in by_policy.items():
+        points = sorted((rounds[0]["tokens"], _ttft(rounds)) for rounds in _by_prompt(rows).values())
+        if len({tokens for tokens, _ in points}) > 1:
+            found[name] = {"exponent": fit_exponent(points), "points": points}
+    return found
+
+
+def _range(values: Iterable[int]) -> list[int]:
+    known = list(values)
+    return [min(known), max(known)]
+
+
+def _p90(values: Sequence[float]) -> float:
+    return float(np.quantile(values, 0.9))
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return statistics.mean(known) if known else None
+
+
+def _median(rows: Sequence[Row], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return statistics.median(known) if known else None

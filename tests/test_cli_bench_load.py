@@ -1,0 +1,79 @@
+"""`bench load` and `bench simulate` refuse what makes no sense, and print what they found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from helpers_llm import TEXTS, saved_model
+
+from chunkcache.cli_bench_load import bench_load, bench_simulate
+from chunkcache.errors import InputError
+
+SMALL = ("--shape", "llama-3.1-8b", "--gpus", "1", "--documents", "50", "--requests", "40", "--rate", "2")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "made.jsonl"
+    ctxs = [{"title": "", "text": text} for text in TEXTS]
+    path.write_text(json.dumps({"question": "Who?", "ctxs": ctxs, "answers": ["Nobody"]}) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("wrong", [("--rate", "0"), ("--budget", "0"), ("--validate", "-1"), ("--bound", "0")])
+def test_figures_that_are_not_above_zero_are_refused(wrong, data):
+    found = CliRunner().invoke(bench_load, [data, *wrong])
+    assert found.exit_code == 2
+    assert wrong[0] in found.output
+
+
+def test_requests_come_from_one_place(data):
+    for arguments in ([], [data, "--sessions", data]):
+        found = CliRunner().invoke(bench_load, arguments)
+        assert isinstance(found.exception, InputError)
+        assert "pass one of them" in str(found.exception)
+
+
+def test_a_small_load_test_goes_on_from_its_folder(data, tmp_path):
+    arguments = [
+        data,
+        "--chunks",
+        "2",
+        "--requests",
+        "3",
+        "--policy",
+        "full",
+        "--policy",
+        "query",
+        "--validate",
+        "50",
+    ]
+    arguments += ["--model", saved_model(tmp_path / "model"), "--out", str(tmp_path / "out"), "--json"]
+    first, again = (CliRunner().invoke(bench_load, arguments) for _ in range(2))
+    assert first.exception is None
+    assert json.loads(first.stdout) == json.loads(again.stdout)
+    assert [check["policy"] for check in json.loads(first.stdout)["validation"]] == ["full", "query"]
+
+
+def test_a_simulation_prints_that_it_is_one():
+    found = CliRunner().invoke(bench_simulate, [*SMALL, "--redis", "none", "--policy", "query"])
+    assert found.exception is None
+    assert "Simulated" in found.stdout
+    assert "no Redis" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (("--shape", "none"), "no shape 'none' is built in"),
+        (("--policy", "link"), "has no cost model"),
+        (("--route", "none"), "cannot be routed"),
+        (("--chunks", "60"), "too few"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(wrong, why):
+    found = CliRunner().invoke(bench_simulate, [*SMALL, *wrong])
+    assert isinstance(found.exception, InputError)
+    assert why in str(found.exception)
