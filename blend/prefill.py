@@ -141,8 +141,7 @@ class SelectivePrefill:
         """Return the input of the forward that computes the selected rows only; hook what narrows and records it."""
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
-        with self.cache.selecting():
-            rows = self._rows(plan, self._prompt)
+        rows = self._rows(plan, self._prompt)
         self.cache.go_on_with(rows)
         if self._record:
             self._recorder = Recorder(decoder, plan, rows)
@@ -178,10 +177,11 @@ class SelectivePrefill:
                 raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
             rows, self.guarded = settle(decoder, plan, prompt, self.cache, policy.ladder(), bound, self._guard)
             return rows
-        if layers and policy.looks(plan):
-            selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
-        else:
-            selected = policy.select(plan)
+        with self.cache.selecting():
+            if layers and policy.looks(plan):
+                selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
+            else:
+                selected = policy.select(plan)
         return torch.cat((plan.fresh, selected)).sort().values
 
     def _count(self, plan: Plan) -> Plan:

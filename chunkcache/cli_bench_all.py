@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def bench_all(
         for chunks in counts:
             one = {"data": (each,), "counts": (chunks,), "prompts": prompts}
             ctx.invoke(bench_quality, **one, **asked, peers=peers, peer_names=peer_names)
-    ctx.invoke(bench_ttft, **where, data=data[:1], lengths=lengths, prompts=1, policies=GROWING)
+    ctx.invoke(bench_ttft, **where, data=data[:1], lengths=lengths, prompts=2, policies=GROWING)
     ctx.invoke(bench_load, **where, data=data[-1], requests=requests, chunks=min(counts), warm=True)
     ctx.invoke(bench_batch, **where, data=data[-1])
     ctx.invoke(bench_heatmap, **where, policies=policies)
-    command = " ".join(["chunkcache", *sys.argv[1:]])
+    command = shlex.join(["chunkcache", *(Path(each).name if Path(each).exists() else each for each in sys.argv[1:])])
     ctx.invoke(bench_report, folder=out, without_texts=without_texts, command=command)

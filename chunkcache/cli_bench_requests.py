@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from chunkcache.cli_inputs import load, read_cases
 from chunkcache.console import err, out, progress, status, table, wide
-from chunkcache.errors import PeerError
+from chunkcache.errors import DocumentError, PeerError
 from chunkcache.options import json_option, model_options, options, out_option
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ compare_options = options(
     prompt_options,
     policies_option,
     peers_options,
-    click.option("--store", default="memory://?max_bytes=4GiB", show_default=True, help="URL of the store."),
+    click.option("--chunk-tokens", type=click.IntRange(1), help="Cut chunks to so many tokens."),
+    click.option("--store", "stores", multiple=True, default=("memory://?max_bytes=4GiB",), show_default=True,
+                 help="URL of a store; may be given several times."),
     click.option("--cold", is_flag=True, help="Nothing is precomputed: requests compute their chunks on the clock."),
     click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Times each prompt is run."),
     model_options,
@@ -75,14 +77,14 @@ class _Set:
 )
 def bench_ttft(lengths: tuple[int, ...], **asked: Any) -> None:
     """Measure the time to first token on the prompts of DATA, against full prefill, and where it goes."""
-    _run(asked, _ladders(asked, lengths) if lengths else _sets(asked), answers=False)
+    _run("ttft", asked, _ladders(asked, lengths) if lengths else _sets(asked))
 
 
 @click.command("quality")
 @compare_options
 def bench_quality(**asked: Any) -> None:
     """Measure answers and fidelity to full prefill on the prompts of DATA, and the time to first token with them."""
-    _run(asked, _sets(asked), answers=True)
+    _run("quality", asked, _sets(asked))
 
 
 def _sets(asked: dict[str, Any]) -> Callable[[PreTrainedTokenizerBase], list[_Set]]:
@@ -92,8 +94,14 @@ def _sets(asked: dict[str, Any]) -> Callable[[PreTrainedTokenizerBase], list[_Se
         for chunks in asked["counts"]:
             cases = read_cases(data, chunks, asked["prompts"], asked["skip"], asked["fill"])
             about = {**_about(data, asked), "chunks": chunks, "tokens": None, "fill": asked["fill"]}
-            found.append(_Set(f"requests-{data.stem}-{chunks}", cases, about))
-    return lambda tokenizer: found
+            found.append(_Set(f"{data.stem}-{chunks}", cases, {**about, "chunk_tokens": asked["chunk_tokens"]}))
+
+    def make(tokenizer: PreTrainedTokenizerBase) -> list[_Set]:
+        from chunkcache.eval.data import cut
+
+        return [replace(each, cases=cut(each.cases, asked["chunk_tokens"], tokenizer)) for each in found]
+
+    return make
 
 
 def _ladders(asked: dict[str, Any], lengths: Sequence[int]) -> Callable[[PreTrainedTokenizerBase], list[_Set]]:
@@ -105,9 +113,9 @@ def _ladders(asked: dict[str, Any], lengths: Sequence[int]) -> Callable[[PreTrai
 
         return [
             _Set(
-                f"requests-{data.stem}-lengths",
+                f"{data.stem}-lengths",
                 ladder(pool, lengths, asked["prompts"], tokenizer),
-                {**_about(data, asked), "chunks": None, "tokens": list(lengths), "fill": False},
+                {**_about(data, asked), "chunks": None, "tokens": list(lengths), "fill": False, "chunk_tokens": None},
             )
             for data, pool in pools.items()
         ]
@@ -121,30 +129,42 @@ def _about(data: Path, asked: dict[str, Any]) -> dict[str, Any]:
     return {"data": data.stem, "data_sha256": checksum(data), "skip": asked["skip"]}
 
 
-def _run(asked: dict[str, Any], sets: Callable[[PreTrainedTokenizerBase], list[_Set]], answers: bool) -> None:
-    """Measure all sets, each into a file of its own, and show what they come to."""
+def _run(bench: str, asked: dict[str, Any], sets: Callable[[PreTrainedTokenizerBase], list[_Set]]) -> None:
+    """Measure all sets over all stores, each into a file of its own, and show what they come to."""
     from chunkcache.blend import parse_policy
     from chunkcache.eval import compare
 
     for policy in asked["policies"]:
         parse_policy(policy)
+    _check_names(asked["data"])
     folder: Path | None = asked["out"]
     model, tokenizer = load(asked["model_name"], asked["device"], asked["dtype"])
     found: dict[str, Results] = {}
     with started_peers(asked["peers"], asked["peer_names"], asked["model_name"], model, tokenizer) as peers:
         for each in sets(tokenizer):
-            with progress(each.name) as on_prompt:
-                found[each.name] = compare(
-                    model, tokenizer, each.cases, asked["policies"], each.about,
-                    None if folder is None else folder / f"{each.name}.jsonl",
-                    asked["store"], asked["cold"], asked["rounds"], answers, peers, on_prompt,
-                )  # fmt: skip
-            if not asked["as_json"]:
-                show({each.name: found[each.name]})
+            for number, store in enumerate(asked["stores"], start=1):
+                several = f"-{number}-{store.partition(':')[0]}" if len(asked["stores"]) > 1 else ""
+                name = f"{bench}-{each.name}{several}"
+                path = None if folder is None else folder / f"{name}.jsonl"
+                with progress(name) as on_prompt:
+                    found[name] = compare(
+                        model, tokenizer, each.cases, asked["policies"], each.about, path, store,
+                        asked["cold"], asked["rounds"], bench == "quality", peers, on_prompt,
+                    )  # fmt: skip
+                if not asked["as_json"]:
+                    show({name: found[name]})
     if asked["as_json"]:
         from chunkcache.eval.report import build_report
 
         click.echo(json.dumps(build_report(found), indent=2))
+
+
+def _check_names(data: Sequence[Path]) -> None:
+    """Refuse files whose results would have one name."""
+    stems = [each.stem for each in data]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise DocumentError(f"two data files are called {stem!r}; results go by that name, so rename one")
 
 
 @contextmanager
@@ -213,14 +233,13 @@ def bench_heatmap(
     """Note which tokens of a prompt each policy recomputes: one of DATA, or one over the example documents."""
     from chunkcache.eval.heatmap import heatmap
     from chunkcache.eval.report import build_report
-    from chunkcache.llm import wrap
 
     case = _example(chunks) if data is None else read_cases(data, chunks, 1, prompt)[0]
     about = {"data": None, "chunks": chunks} if data is None else {**_about(data, {"skip": prompt}), "chunks": chunks}
     model, tokenizer = load(model_name, device, dtype)
     with status("prefilling"):
         path = None if out is None else out / "heatmap.jsonl"
-        found = heatmap(wrap(model, tokenizer), case, list(dict.fromkeys(policies)), about, path)
+        found = heatmap(model, tokenizer, case, list(dict.fromkeys(policies)), about, path)
     if as_json:
         click.echo(json.dumps(build_report({"heatmap": found}), indent=2))
         return

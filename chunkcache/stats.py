@@ -43,7 +43,7 @@ class RequestStats:
         assemble_s: re-rotating stored KV, and waiting for those that are still being loaded.
         wait_s: of this, waiting.
         select_s: choosing what is recomputed, with the passes that look for it.
-        recompute_s: the decoder layers, on the rows that are computed.
+        recompute_s: the decoder layers, on the rows that are computed; under a guard, with the passes it tries.
         head_s: from the last layer to the logits.
         ttft_s: from the call to the first token (`generate`) or to the logits (`prefill`).
     """

@@ -1,13 +1,16 @@
 """Policies and peers side by side on the same prompts: time to first token, fidelity and answers.
 
 The clock runs from the texts in hand to the first token id on the host; a peer's from the token ids in hand. Full
-prefill, every policy and every peer see each prompt in turn, in an order that rotates from prompt to prompt, so that
-a drift of the machine hits all alike. What the rows come to is told by `eval.summary`.
+prefill, every policy and every peer see each prompt in turn, in an order drawn anew for each prompt, so that a drift
+of the machine hits all alike. What the rows come to is told by `eval.summary`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -142,7 +145,8 @@ def compare(
     settings = {
         **(about or {}),
         "policies": names,
-        "options": {each.name: str(each.policy) for each in ours},
+        "options": {each.name: each.options for each in ours},
+        "fingerprint": ours[0].llm.fingerprint,
         "peers": {peer.name: {"versions": peer.versions, "settings": peer.settings} for peer in peers},
         "store": shown(store) if isinstance(store, str) else type(store).__name__,
         "cold": cold,
@@ -154,7 +158,7 @@ def compare(
     if answers and any(case.answers for case in cases):
         rouge_l("a", ["a"])
     with Results.open(path, BENCH, settings, ran_on(model)) as results:
-        contenders: list[_Contender] = [*ours, *(_PeerContender(peer, ours[0].llm) for peer in peers)]
+        contenders: list[_Contender] = [*ours, *(_PeerContender(peer, ours[0].llm, cold) for peer in peers)]
         wanted = {(contender.name, turn) for contender in contenders for turn in range(rounds)}
         there: dict[int, set[tuple[str, int]]] = {}
         for row in results.rows:
@@ -185,8 +189,8 @@ def _measure(
     for turn in range(rounds):
         for contender in contenders:
             contender.prepare(case, again=turn > 0)
-        first = (index + turn) % len(contenders)
-        timed = {each.name: each.time(case) for each in [*contenders[first:], *contenders[:first]]}
+        order = random.Random(f"{SEED} {index} {turn}").sample(contenders, len(contenders))
+        timed = {each.name: each.time(case) for each in order}
         judged: dict[str, dict[str, Any]] = {}
         if answers and turn == 0:
             reference = _Reference(*greedy_answer(llm, timed[FULL].outcome, ANSWER_TOKENS))
@@ -199,8 +203,8 @@ def _measure(
 
 
 def _warm_up(contenders: Sequence[_Contender], case: Case) -> None:
-    """Let kernels and allocators settle on a short prompt that is not measured."""
-    short = Case("Is this only to warm up?", tuple(chunk[:200] for chunk in case.chunks[:2]))
+    """Let kernels and allocators settle on a prompt of two chunks that is not measured."""
+    short = Case("Is this only to warm up?", case.chunks[:2])
     for contender in contenders:
         contender.time(short)
 
@@ -243,6 +247,13 @@ class _PolicyContender:
         self.policy = llm.chosen(name)
         self._cold = cold
 
+    @property
+    def options(self) -> str:
+        """The policy with nothing left open, and which fit of the guard it runs with."""
+        guard = self.llm.tuning.guard(self.policy)
+        fit = "" if guard is None else f", guard fit {hashlib.sha256(repr(guard).encode()).hexdigest()[:12]}"
+        return f"{self.policy}{fit}"
+
     def prepare(self, case: Case, again: bool) -> None:
         if again and (self.policy.remembers or self.policy.contextual):
             self.llm.forget()  # what it stored of this very prompt
@@ -280,18 +291,21 @@ class _PolicyContender:
             elif len(ids) > 1:
                 start.cache.crop(1 - len(ids))
             ids = greedy_answer(self.llm, start, ANSWER_TOKENS)[0]
-        return {**asdict(fidelity), **_answered(self.llm.tokenizer, case, ids, reference)}
+        measured = {name: _finite(value) for name, value in asdict(fidelity).items()}
+        return {**measured, **_answered(self.llm.tokenizer, case, ids, reference)}
 
 
 class _PeerContender:
-    def __init__(self, peer: Peer, llm: CachedLLM) -> None:
+    def __init__(self, peer: Peer, llm: CachedLLM, cold: bool) -> None:
         self.name = PEER + peer.name
         self._peer = peer
         self._llm = llm
+        self._cold = cold
         self._failed: str | None = None
 
     def prepare(self, case: Case, again: bool) -> None:
-        self._try(partial(self._peer.warm, self._parts(case)))
+        if not self._cold:
+            self._try(partial(self._peer.warm, self._parts(case)))
 
     def time(self, case: Case) -> _Shot:
         parts = self._parts(case)
@@ -303,18 +317,21 @@ class _PeerContender:
         answer = shot.outcome
         if answer is None:
             return {}
-        kl = None if answer.logits is None else first_kl(reference.log_probs[0], answer.logits)
+        full = reference.log_probs[0]
+        comparable = answer.logits is not None and answer.logits.shape == full.shape
+        kl = _finite(first_kl(full, answer.logits)) if comparable else None
         return {"kl_first": kl, **_answered(self._llm.tokenizer, case, answer.token_ids, reference)}
 
     def _try(self, ask: Callable[[], Any]) -> Any:
-        """Ask the peer; one that failed is left out from then on."""
-        if self._failed is not None:
+        """Ask the peer; one that has ended is left out from then on."""
+        if self._failed is not None and self._peer.ended:
             return None
         try:
+            self._failed = None
             return ask()
         except PeerError as error:
-            self._failed = str(error)
-            logger.warning("%s is left out: %s", self.name, error)
+            self._failed = str(error).partition(". It said")[0]
+            logger.warning("%s fails: %s", self.name, error)
             return None
 
     def _parts(self, case: Case) -> list[list[int]]:
@@ -326,15 +343,30 @@ class _PeerContender:
 def _policies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str | Store, cold: bool
 ) -> list[_PolicyContender]:
-    """Return the policies over one store, in a name space of their own.
+    """Return the policies, each over what it would find if it ran alone.
 
-    One that stores chunks in their context gets a store of its own: others would find exact hits there.
+    Those that compute chunks behind the same lead-in share them; with another, the first chunk of a prompt would be
+    found exact. One that stores chunks in their context gets a store of its own, for the same reason.
     """
-    salt = f"bench {uuid4().hex}"
-    shared = chunkcache.wrap(model, tokenizer, store=store, salt=salt)
-    own = {name for name in names if parse_policy(name).remembers or parse_policy(name).contextual}
-    llms = {name: chunkcache.wrap(model, tokenizer, store=_OWN_STORE) if name in own else shared for name in names}
-    return [_PolicyContender(name, llm, cold) for name, llm in llms.items()]
+    run = uuid4().hex
+    shared: dict[int, CachedLLM] = {}
+    found = []
+    for name in names:
+        policy = parse_policy(name)
+        if policy.remembers or policy.contextual:
+            llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
+        else:
+            lead = policy.lead_in()
+            if lead not in shared:
+                shared[lead] = chunkcache.wrap(model, tokenizer, store=store, salt=f"bench {run} {lead}")
+            llm = shared[lead]
+        found.append(_PolicyContender(name, llm, cold))
+    return found
+
+
+def _finite(value: float) -> float | None:
+    """Return None for what JSON cannot hold: a divergence where full prefill rules a token out."""
+    return value if math.isfinite(value) else None
 
 
 def _answered(

@@ -92,7 +92,8 @@ def _filled_up(cases: Sequence[Case], chunks: int) -> list[Case]:
 def _read_rows(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+        lines = (line for line in text.split("\n") if line.strip())
+        data = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DocumentError(f"{path} cannot be read as JSON or JSON Lines: {error}") from None
     if not data or not isinstance(data[0], dict):
@@ -167,15 +168,27 @@ def ladder(
         repeats: prompts of each length.
         tokenizer: counts.
     """
+    wanted = [length for length in lengths for _ in range(repeats)]
+    random.Random(0).shuffle(wanted)  # so that a drift of the machine is no growth
     pool = cycle(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
     questions = cycle(case.question for case in cases)
-    return [Case(next(questions), _filled(pool, length, tokenizer)) for _ in range(repeats) for length in lengths]
+    return [Case(next(questions), _filled(pool, length, tokenizer)) for length in wanted]
+
+
+def cut(cases: Sequence[Case], chunk_tokens: int | None, tokenizer: PreTrainedTokenizerBase) -> list[Case]:
+    """Return the cases with their chunks cut to so many tokens; None leaves them as they are."""
+    if chunk_tokens is None:
+        return list(cases)
+    return [
+        replace(case, chunks=tuple(_filled(iter([chunk]), chunk_tokens, tokenizer)[0] for chunk in case.chunks))
+        for case in cases
+    ]
 
 
 def _filled(pool: Iterator[str], length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     chunks: list[str] = []
-    while length > 0:
-        ids = tokenizer(next(pool), add_special_tokens=False)["input_ids"][:length]
+    while length > 0 and (text := next(pool, None)) is not None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
         chunks.append(str(tokenizer.decode(ids)))
         length -= len(ids)
     return tuple(chunks)

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import chunkcache
 from chunkcache.eval.data import Case
 from chunkcache.eval.machine import ran_on
 from chunkcache.eval.results import Results
-from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt
 
 BENCH = "heatmap"
 
 
 def heatmap(
-    llm: CachedLLM,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     case: Case,
     policies: Sequence[str],
     about: Mapping[str, Any] | None = None,
@@ -27,7 +29,8 @@ def heatmap(
     """Prefill one prompt under each policy, chunks precomputed, and note in how many layers each token was computed.
 
     Args:
-        llm: the wrapped model.
+        model: the model.
+        tokenizer: its tokenizer.
         case: the prompt.
         policies: policy strings.
         about: what tells this prompt from others; goes into the settings.
@@ -37,13 +40,14 @@ def heatmap(
         rows of policy, index, text and role (prefix, chunk 1, ..., question) of the token, and share of the layers.
     """
     settings = {**(about or {}), "policies": list(policies)}
-    prompt = llm.prompts.build(case.question, case.chunks)
-    roles = _roles(prompt)
-    with Results.open(path, BENCH, settings, ran_on(llm.model)) as results:
+    with Results.open(path, BENCH, settings, ran_on(model)) as results:
         for policy in policies:
+            llm = chunkcache.wrap(model, tokenizer, store="memory://")  # each finds what it computed itself
+            prompt = llm.prompts.build(case.question, case.chunks)
+            roles = _roles(prompt)
             if results.done(policy=policy, index=len(roles) - 1):
                 continue
-            if llm.chosen(policy).reuses:
+            if llm.chosen(policy).reuses and not llm.chosen(policy).remembers:
                 llm.precompute(case.chunks, policy=policy)
             cache: Any = llm.prefill(case.question, case.chunks, policy=policy).cache
             counts = torch.bincount(torch.cat(cache.computed_rows), minlength=len(roles))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -17,6 +18,8 @@ import chunkcache
 from chunkcache.blend import parse_policy
 from chunkcache.eval.fidelity import ANSWER_TOKENS
 
+PACKAGE = Path(chunkcache.__file__).parent
+ROOMS = ("store", "blend", "retriever", "eval")  # links in the package
 SEED = 0  # decoding is greedy; the seed is for models that draw something even so
 
 
@@ -30,6 +33,7 @@ def ran_on(model: PreTrainedModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "chunkcache": chunkcache.__version__,
+        "code": code(),
         "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -45,13 +49,22 @@ def meta_data(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[A
     return {**asked, "answer_tokens": ANSWER_TOKENS, **ran_on(model)}
 
 
+def code() -> str:
+    """Return the checksum of the package's source: of its files by name, whatever the commit is called."""
+    found = hashlib.sha256()
+    for path in sorted(
+        each for room in (PACKAGE, *(PACKAGE / name for name in ROOMS)) for each in room.rglob("*.py")
+    ):
+        found.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def commit() -> str | None:
     """Return the commit of the source tree, with `+` if its code was changed since; None outside of a checkout."""
-    folder = Path(chunkcache.__file__).resolve().parent.parent
-    rooms = ("chunkcache", "store", "blend", "retriever", "eval")
+    folder = PACKAGE.resolve().parent
     try:
         head = _git(folder, "rev-parse", "--short=10", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--", *rooms)
+        changed = _git(folder, "status", "--porcelain", "--", "chunkcache", *ROOMS)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

@@ -31,7 +31,8 @@ class Results:
     Attributes:
         bench: which measurement: `requests`, `load`, ...
         settings: what was asked for; rows of one file agree in all of it.
-        ran_on: machine and versions; rows of one file agree in these, too.
+        ran_on: machine, code and versions; rows of one file agree in these, too, but for the commit: what counts is
+            the code.
         rows: plain dicts, in the order they came.
         started: when the first row was about to be measured, ISO 8601 in UTC.
     """
@@ -64,8 +65,9 @@ class Results:
                 f"{path} is being written by another run; wait for it, or name another folder"
             ) from None
         try:
-            found = cls._resume(path, fresh) if path.exists() and path.stat().st_size else fresh
-            found._file, found._lock = open(path, "a", encoding="utf-8"), lock  # noqa: SIM115 - closed by close()
+            found = cls._resume(path, fresh) if path.exists() and b"\n" in path.read_bytes() else fresh
+            mode = "w" if found is fresh else "a"
+            found._file, found._lock = open(path, mode, encoding="utf-8"), lock  # noqa: SIM115 - closed by close()
             if found is fresh:
                 head = {"bench": bench, "settings": fresh.settings, "ran_on": fresh.ran_on, "started": fresh.started}
                 found._write({"chunkcache_results": FORMAT, **head})
@@ -98,7 +100,6 @@ class Results:
         if self._file is not None:
             self._file.close()
             self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._file = None
 
     def __enter__(self) -> Results:
@@ -157,7 +158,7 @@ def read_folder(folder: Path) -> dict[str, Results]:
 
 def _differences(there: dict[str, Any], now: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
     for name in sorted({*there, *now}):
-        if there.get(name) != now.get(name):
+        if name != "commit" and there.get(name) != now.get(name):
             yield name, there.get(name), now.get(name)
 
 

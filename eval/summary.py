@@ -15,7 +15,7 @@ from chunkcache.eval.results import Results
 
 Row = dict[str, Any]
 SCORES = ("f1", "em", "rouge_l")
-WORST = 10  # prompts that are listed
+WORST = 3  # prompts of each policy that are listed
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def summary(results: Results) -> dict[str, Any]:
     Times are medians over prompts, of the medians of their rounds; fidelity and scores are means. `ttft_ratio` is the
     median of the ratios to full prefill of the same prompt, and `*_diff` are paired differences to it.
     """
-    rows = [row for row in _latest(results.rows) if row["ttft_s"] is not None]
+    rows = _whole(results.rows)
     names = [*results.settings["policies"], *(PEER + name for name in results.settings["peers"])]
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in names}
     full = _by_prompt(by_policy[FULL])
@@ -64,9 +64,11 @@ def _peers(results: Results) -> dict[str, Any]:
     return {name: {**told, "error": errors.get(PEER + name)} for name, told in results.settings["peers"].items()}
 
 
-def _latest(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows without those of prompts that were measured again after an interruption."""
-    return list({(row["prompt"], row["round"], row["policy"]): row for row in rows}.values())
+def _whole(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that count: of prompts that full prefill has run on, each row once, and no failures."""
+    latest = {(row["prompt"], row["round"], row["policy"]): row for row in rows if row["ttft_s"] is not None}
+    there = {prompt for prompt, _, policy in latest if policy == FULL}
+    return [row for row in latest.values() if row["prompt"] in there]
 
 
 def _by_prompt(rows: Iterable[Row]) -> dict[int, list[Row]]:
@@ -112,11 +114,14 @@ def _stages(rows: Sequence[Row]) -> dict[str, float] | None:
 
 
 def _worst(by_policy: dict[str, list[Row]], full: dict[int, list[Row]]) -> list[Row]:
-    """Return the prompts and policies that are furthest from full prefill, the furthest first."""
-    ours = [name for name in by_policy if name != FULL and not name.startswith(PEER)]
-    judged = [row for name in ours for row in by_policy[name] if row["kl_first"] is not None]
+    """Return of each policy the prompts on which it is furthest from full prefill, the furthest first."""
+    worst = []
+    for name in by_policy:
+        if name != FULL and not name.startswith(PEER):
+            judged = [row for row in by_policy[name] if row["kl_first"] is not None]
+            worst += sorted(judged, key=lambda row: -row["kl_first"])[:WORST]
     found = []
-    for row in sorted(judged, key=lambda row: -row["kl_first"])[:WORST]:
+    for row in worst:
         theirs = full[row["prompt"]][0]
         names = ("prompt", "policy", "kl_first", "kl_mean", "question", "answer", "f1")
         found.append({name: row[name] for name in names} | {"full_answer": theirs["answer"], "full_f1": theirs["f1"]})

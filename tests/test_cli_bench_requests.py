@@ -46,7 +46,7 @@ def test_ttft_has_no_answers_and_several_data_sets_and_chunk_counts(bench, data,
     folder = tmp_path / "results"
     code, out, _ = bench("ttft", data, *FEW, "--chunks", "3", "--out", str(folder), "--json")
     assert code == 0
-    assert [section["name"] for section in json.loads(out)["sections"]] == ["requests-texts-2", "requests-texts-3"]
+    assert [section["name"] for section in json.loads(out)["sections"]] == ["ttft-texts-2", "ttft-texts-3"]
     assert [each.settings["chunks"] for each in read_folder(folder).values()] == [2, 3]
     assert all(row["answer"] is None for each in read_folder(folder).values() for row in each.rows)
 
@@ -64,21 +64,47 @@ def test_a_ladder_of_lengths_has_exponents(bench, data):
 def test_the_same_command_goes_on_and_another_is_refused(bench, data, tmp_path):
     folder = tmp_path / "results"
     assert bench("ttft", data, *FEW, "--out", str(folder))[0] == 0
-    before = (folder / "requests-texts-2.jsonl").read_text()
+    before = (folder / "ttft-texts-2.jsonl").read_text()
     assert bench("ttft", data, *FEW, "--out", str(folder))[0] == 0
-    assert (folder / "requests-texts-2.jsonl").read_text() == before
+    assert (folder / "ttft-texts-2.jsonl").read_text() == before
     assert bench("ttft", data, *FEW[:2], "--prompts", "3", "--policy", "reuse", "--out", str(folder))[0] == 0
-    assert (folder / "requests-texts-2.jsonl").read_text().startswith(before)
+    assert (folder / "ttft-texts-2.jsonl").read_text().startswith(before)
     code, _, err = bench("ttft", data, *FEW, "--cold", "--out", str(folder))
     assert code == 2
     assert "cold=False" in err
 
 
 def test_prompts_with_too_few_chunks_are_filled_when_asked(bench, data):
-    args = (data, "--chunks", "5", "--prompts", "2", "--policy", "reuse")
+    args = (data, "--chunks", "4", "--prompts", "2", "--policy", "reuse")
     code, _, err = bench("ttft", *args)
     assert code == 2
-    assert "5 chunks" in err
+    assert "4 chunks" in err
+
+
+def test_chunks_are_cut_when_asked(bench, data):
+    sizes = {}
+    for cut in ("4", "1000"):
+        code, out, _ = bench("ttft", data, *FEW, "--chunk-tokens", cut, "--json")
+        assert code == 0
+        sizes[cut] = json.loads(out)["sections"][0]["summary"]["tokens"][1]
+    assert sizes["4"] < sizes["1000"]
+
+
+def test_several_stores_have_results_of_their_own(bench, data, tmp_path):
+    stores = ("--store", "memory://", "--store", f"disk://{tmp_path}/kv")
+    code, out, _ = bench("ttft", data, *FEW, *stores, "--json")
+    assert code == 0
+    names = [each["name"] for each in json.loads(out)["sections"]]
+    assert names == ["ttft-texts-2-1-memory", "ttft-texts-2-2-disk"]
+
+
+def test_two_files_of_one_name_are_refused(bench, data, tmp_path):
+    other = tmp_path / "other" / "texts.json"
+    other.parent.mkdir()
+    other.write_text("[]")
+    code, _, err = bench("ttft", data, str(other), *FEW)
+    assert code == 2
+    assert "texts" in err
 
 
 def test_a_heat_map_of_one_prompt(bench, data, tmp_path):

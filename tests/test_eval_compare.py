@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers_llm import QUESTION, TEXTS, chat_tokenizer, tiny_model
 
-from chunkcache.errors import PolicyError, ResultsError
-from chunkcache.eval import Case, Results, compare, measure_fidelity
+import chunkcache
+from chunkcache.errors import PeerError, PolicyError, ResultsError
+from chunkcache.eval import Case, Results, compare, measure_fidelity, summary
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.store import MemoryStore
 
@@ -75,8 +76,20 @@ def test_a_second_round_does_not_find_what_the_first_left(results):
 
 def test_what_the_store_held_is_left_alone():
     store = MemoryStore()
+    chunkcache.wrap(tiny_model(), chat_tokenizer(), store=store).precompute(TEXTS)
+    before = {entry.key for entry in store.entries()}
     compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], store=store, cold=True, answers=False)
-    assert not list(store.entries())
+    assert before
+    assert {entry.key for entry in store.entries()} == before
+
+
+def test_policies_find_nothing_that_others_left(results):
+    alone = compare(tiny_model(), chat_tokenizer(), CASES, ["query:ratio=0.3"], answers=False)
+    beside = compare(tiny_model(), chat_tokenizer(), CASES, ["prefix", "reuse", "query:ratio=0.3"], answers=False)
+    shares = [
+        [row["recomputed_share"] for row in run.rows if row["policy"].startswith("query")] for run in (alone, beside)
+    ]
+    assert shares[0] == shares[1]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, results):
@@ -119,6 +132,7 @@ class _Echo:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warmed: list[Any] = field(default_factory=list)
+    ended: bool = False
 
     def warm(self, parts: list[list[int]]) -> None:
         self.warmed.append(parts)
@@ -142,6 +156,28 @@ def test_a_peer_has_rows_beside_the_policies():
     assert not row["same_answer"]
     assert row["tokens"] == results.rows[0]["tokens"]
     assert len(peer.warmed) == 1
+
+
+class _Broken(_Echo):
+    """A peer that fails the first time it is asked about a prompt."""
+
+    asked = 0
+
+    def answer(self, parts: list[list[int]], answer_tokens: int) -> Any:
+        self.asked += 1
+        if self.asked == 2:  # the first warms up
+            raise PeerError("no such luck. It said: /home/someone")
+        return super().answer(parts, answer_tokens)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_peer_that_fails_does_not_end_the_run(ended):
+    peer = _Broken(ended=ended)
+    results = compare(tiny_model(), chat_tokenizer(), CASES, ["reuse"], peers=[peer])  # type: ignore[list-item]
+    first, second = (row for row in results.rows if row["policy"] == "peer:echo")
+    assert (first["ttft_s"], first["error"]) == (None, "no such luck")
+    assert (second["ttft_s"] is None) == ended
+    assert summary(results)["policies"].get("peer:echo", {}).get("prompts", 0) == (0 if ended else 1)
 
 
 def test_fidelity_is_what_its_formulas_say():

@@ -119,6 +119,11 @@ class Peer:
         except (KeyError, TypeError, ValueError) as error:
             raise self._failed(f"answered what is no answer ({error!r})") from None
 
+    @property
+    def ended(self) -> bool:
+        """Whether its process is no more."""
+        return self._process.poll() is not None
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
@@ -192,10 +197,9 @@ def _python(name: str, folder: Path, spec: PeerSpec) -> Path:
 
 
 def _environ(threads: int) -> dict[str, str]:
-    """Return the environment variables of a peer: no network, so many threads, which sleep when there is no work."""
+    """Return the environment variables of a peer: no network, and so many threads."""
     return {
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

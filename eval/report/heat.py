@@ -10,8 +10,9 @@ from chunkcache.eval.results import Results
 
 def summary(results: Results) -> dict[str, Any]:
     """Return the pieces of the prompt by policy: `{policy: [{"role", "texts": [..], "shares": [..]}]}`."""
-    policies = dict.fromkeys(row["policy"] for row in results.rows)
-    return {policy: _pieces([row for row in results.rows if row["policy"] == policy]) for policy in policies}
+    rows = {(row["policy"], row["index"]): row for row in results.rows}  # once, though a run was interrupted
+    policies = dict.fromkeys(policy for policy, _ in rows)
+    return {policy: _pieces([row for (name, _), row in rows.items() if name == policy]) for policy in policies}
 
 
 def _pieces(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
