@@ -61,6 +61,7 @@ def bench_all(
     requests: int,
     policies: tuple[str, ...],
     peers: Path | None,
+    peer_prompts: int | None,
     peer_names: tuple[str, ...],
     model_name: str,
     device: str | None,
@@ -76,7 +77,7 @@ def bench_all(
     for each in data:
         for chunks in counts:
             one = {"data": (each,), "counts": (chunks,), "prompts": prompts}
-            ctx.invoke(bench_quality, **one, **asked, peers=peers, peer_names=peer_names)
+            ctx.invoke(bench_quality, **one, **asked, peers=peers, peer_prompts=peer_prompts, peer_names=peer_names)
     ctx.invoke(bench_ttft, **where, data=data[:1], lengths=lengths, prompts=2, policies=GROWING)
     ctx.invoke(bench_load, **where, data=data[-1], requests=requests, chunks=min(counts), warm=True)
     ctx.invoke(bench_batch, **where, data=data[-1])

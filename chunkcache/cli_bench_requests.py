@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
 
-from chunkcache.cli_inputs import load, read_cases
+from chunkcache.cli_inputs import load, read_cases, retrieved_cases
 from chunkcache.console import err, out, progress, status, table, wide
 from chunkcache.errors import DocumentError, PeerError
 from chunkcache.options import json_option, model_options, options, out_option
@@ -32,11 +32,17 @@ policies_option = click.option(
 peers_options = options(
     click.option("--peers", type=click.Path(path_type=Path, exists=True, file_okay=False),
                  help="Folder of `bench peers`: what is set up there is measured, too."),
+    click.option("--peer-prompts", type=click.IntRange(1), help="Run them on the first so many prompts only."),
     click.option("--peer", "peer_names", multiple=True, help="Only this peer; may be given several times."),
 )  # fmt: skip
 prompt_options = options(
     click.option("--prompts", default=20, show_default=True, type=click.IntRange(1), help="Prompts to run."),
     click.option("--skip", default=0, show_default=True, type=click.IntRange(0), help="Prompts to leave out first."),
+    click.option(
+        "--questions",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="JSON Lines with question and answers: DATA is then a corpus that is searched for the chunks.",
+    ),
     click.option("--fill", is_flag=True, help="Give cases with too few chunks some of other cases."),
 )
 compare_options = options(
@@ -77,71 +83,78 @@ class _Set:
 )
 def bench_ttft(lengths: tuple[int, ...], **asked: Any) -> None:
     """Measure the time to first token on the prompts of DATA, against full prefill, and where it goes."""
-    _run("ttft", asked, _ladders(asked, lengths) if lengths else _sets(asked))
+    _run("ttft", asked, lengths)
 
 
 @click.command("quality")
 @compare_options
 def bench_quality(**asked: Any) -> None:
     """Measure answers and fidelity to full prefill on the prompts of DATA, and the time to first token with them."""
-    _run("quality", asked, _sets(asked))
+    _run("quality", asked)
 
 
-def _sets(asked: dict[str, Any]) -> Callable[[PreTrainedTokenizerBase], list[_Set]]:
-    """Return what makes the prompts: for each file and number of chunks those of the file."""
+def _sets(asked: dict[str, Any], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Set]:
+    """Return the prompts of each data file: with each number of chunks, or `prompts` of each length."""
+    from chunkcache.eval.data import cut, ladder
+
     found = []
     for data in asked["data"]:
-        for chunks in asked["counts"]:
-            cases = read_cases(data, chunks, asked["prompts"], asked["skip"], asked["fill"])
-            about = {**_about(data, asked), "chunks": chunks, "tokens": None, "fill": asked["fill"]}
-            found.append(_Set(f"{data.stem}-{chunks}", cases, {**about, "chunk_tokens": asked["chunk_tokens"]}))
+        about = _about(data, asked)
+        if lengths:
+            cases = ladder(read_cases(data, 0, 100, asked["skip"], quiet=True), lengths, asked["prompts"], tokenizer)
+            found.append(_Set(f"{data.stem}-lengths", cases, {**about, "chunks": None, "tokens": list(lengths)}))
+        for chunks in () if lengths else asked["counts"]:
+            if asked["questions"] is not None:
+                cases = retrieved_cases(data, asked["questions"], chunks, asked["chunk_tokens"] or 512,
+                                        asked["prompts"], asked["skip"], tokenizer)  # fmt: skip
+            else:
+                cases = read_cases(data, chunks, asked["prompts"], asked["skip"], asked["fill"])
+                cases = cut(cases, asked["chunk_tokens"], tokenizer)
+            found.append(_Set(f"{data.stem}-{chunks}", cases, {**about, "chunks": chunks, "tokens": None}))
+    return found
 
-    def make(tokenizer: PreTrainedTokenizerBase) -> list[_Set]:
-        from chunkcache.eval.data import cut
 
-        return [replace(each, cases=cut(each.cases, asked["chunk_tokens"], tokenizer)) for each in found]
+def _check(asked: dict[str, Any], lengths: Sequence[int]) -> None:
+    """Refuse what cannot be measured, before the model is loaded."""
+    from chunkcache.blend import parse_policy
+    from chunkcache.eval.data import load_cases
 
-    return make
-
-
-def _ladders(asked: dict[str, Any], lengths: Sequence[int]) -> Callable[[PreTrainedTokenizerBase], list[_Set]]:
-    """Return what makes the prompts: for each file, `prompts` of each length."""
-    pools = {data: read_cases(data, 0, 100, asked["skip"], quiet=True) for data in asked["data"]}
-
-    def make(tokenizer: PreTrainedTokenizerBase) -> list[_Set]:
-        from chunkcache.eval.data import ladder
-
-        return [
-            _Set(
-                f"{data.stem}-lengths",
-                ladder(pool, lengths, asked["prompts"], tokenizer),
-                {**_about(data, asked), "chunks": None, "tokens": list(lengths), "fill": False, "chunk_tokens": None},
-            )
-            for data, pool in pools.items()
-        ]
-
-    return make
+    for policy in asked["policies"]:
+        parse_policy(policy)
+    stems = [data.stem for data in asked["data"]]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise DocumentError(f"two data files are called {stem!r}; results go by that name, so rename one")
+    if asked["questions"] is not None and lengths:
+        raise DocumentError("--tokens makes prompts of chunks as they come; leave --questions out")
+    for data in () if asked["questions"] is not None else asked["data"]:
+        load_cases(data, limit=1)
 
 
 def _about(data: Path, asked: dict[str, Any]) -> dict[str, Any]:
     from chunkcache.eval.data import checksum
 
-    return {"data": data.stem, "data_sha256": checksum(data), "skip": asked["skip"]}
+    questions = asked["questions"]
+    return {
+        "data": data.stem,
+        "data_sha256": checksum(data),
+        "questions_sha256": None if questions is None else checksum(questions),
+        "skip": asked["skip"],
+        "fill": asked["fill"],
+        "chunk_tokens": asked["chunk_tokens"],
+    }
 
 
-def _run(bench: str, asked: dict[str, Any], sets: Callable[[PreTrainedTokenizerBase], list[_Set]]) -> None:
+def _run(bench: str, asked: dict[str, Any], lengths: Sequence[int] = ()) -> None:
     """Measure all sets over all stores, each into a file of its own, and show what they come to."""
-    from chunkcache.blend import parse_policy
     from chunkcache.eval import compare
 
-    for policy in asked["policies"]:
-        parse_policy(policy)
-    _check_names(asked["data"])
+    _check(asked, lengths)
     folder: Path | None = asked["out"]
     model, tokenizer = load(asked["model_name"], asked["device"], asked["dtype"])
     found: dict[str, Results] = {}
     with started_peers(asked["peers"], asked["peer_names"], asked["model_name"], model, tokenizer) as peers:
-        for each in sets(tokenizer):
+        for each in _sets(asked, lengths, tokenizer):
             for number, store in enumerate(asked["stores"], start=1):
                 several = f"-{number}-{store.partition(':')[0]}" if len(asked["stores"]) > 1 else ""
                 name = f"{bench}-{each.name}{several}"
@@ -149,7 +162,7 @@ def _run(bench: str, asked: dict[str, Any], sets: Callable[[PreTrainedTokenizerB
                 with progress(name) as on_prompt:
                     found[name] = compare(
                         model, tokenizer, each.cases, asked["policies"], each.about, path, store,
-                        asked["cold"], asked["rounds"], bench == "quality", peers, on_prompt,
+                        asked["cold"], asked["rounds"], bench == "quality", peers, asked["peer_prompts"], on_prompt,
                     )  # fmt: skip
                 if not asked["as_json"]:
                     show({name: found[name]})
@@ -157,14 +170,6 @@ def _run(bench: str, asked: dict[str, Any], sets: Callable[[PreTrainedTokenizerB
         from chunkcache.eval.report import build_report
 
         click.echo(json.dumps(build_report(found), indent=2))
-
-
-def _check_names(data: Sequence[Path]) -> None:
-    """Refuse files whose results would have one name."""
-    stems = [each.stem for each in data]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise DocumentError(f"two data files are called {stem!r}; results go by that name, so rename one")
 
 
 @contextmanager
@@ -231,11 +236,14 @@ def bench_heatmap(
     as_json: bool,
 ) -> None:
     """Note which tokens of a prompt each policy recomputes: one of DATA, or one over the example documents."""
+    from chunkcache.eval.data import checksum
     from chunkcache.eval.heatmap import heatmap
     from chunkcache.eval.report import build_report
 
     case = _example(chunks) if data is None else read_cases(data, chunks, 1, prompt)[0]
-    about = {"data": None, "chunks": chunks} if data is None else {**_about(data, {"skip": prompt}), "chunks": chunks}
+    about: dict[str, Any] = {"data": None, "chunks": chunks}
+    if data is not None:
+        about = {"data": data.stem, "data_sha256": checksum(data), "prompt": prompt, "chunks": chunks}
     model, tokenizer = load(model_name, device, dtype)
     with status("prefilling"):
         path = None if out is None else out / "heatmap.jsonl"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from chunkcache.console import err, status
+from chunkcache.console import err, progress, status
 from chunkcache.errors import DocumentError
 
 if TYPE_CHECKING:
@@ -32,6 +32,28 @@ def read_cases(
     if len(cases) < prompts and not quiet:
         err.print(f"[yellow]only {len(cases)} prompts of {escape(str(data))} can be used, not {prompts}[/]")
     return cases
+
+
+def retrieved_cases(
+    corpus: Path,
+    questions: Path,
+    chunks: int,
+    chunk_tokens: int,
+    prompts: int,
+    skip: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Case]:
+    """Return questions with the chunks of a corpus that are found for them."""
+    from chunkcache.eval import Case
+    from chunkcache.retriever import Retriever, load_documents
+
+    with progress("indexing documents") as on_progress:
+        retriever = Retriever.build(load_documents(corpus), tokenizer, size=chunk_tokens, on_progress=on_progress)
+    asked = draw_questions(questions, skip + prompts, 0)[skip:]
+    found = [(row, retriever.search(row["question"], chunks)) for row in asked]
+    return [
+        Case(row["question"], tuple(hit.chunk.text for hit in hits), tuple(row["answers"])) for row, hits in found
+    ]
 
 
 def load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,17 +13,24 @@ from rich.table import Table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+SAY_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
 class Bar:
-    """A progress bar: call it with (done, total)."""
+    """A progress bar: call it with (done, total). Where there is no terminal, a line now and then."""
 
     def __init__(self, bars: Progress, label: str) -> None:
         self._bars = bars
         self._task = bars.add_task(label, total=None)
+        self._said_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         self._bars.update(self._task, completed=done, total=total)
+        if not err.is_terminal and time.monotonic() - self._said_at > SAY_EVERY:
+            self._said_at = time.monotonic()
+            task = self._bars.tasks[self._task]
+            left = "" if task.time_remaining is None else f", {span_text(task.time_remaining)} left"
+            err.print(f"{task.description}: {done} of {total}{left}")
 
     def say(self, label: str) -> None:
         """Change the text beside it."""

@@ -113,6 +113,7 @@ def compare(
     rounds: int = 1,
     answers: bool = True,
     peers: Sequence[Peer] = (),
+    peer_prompts: int | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> Results:
     """Run full prefill, `policies` and `peers` over `cases`.
@@ -130,6 +131,7 @@ def compare(
         rounds: how often each prompt is timed.
         answers: whether fidelity and answers are measured, once per prompt.
         peers: started already.
+        peer_prompts: they run on the first so many prompts only; None for all.
         on_prompt: called with (prompts done, prompts in all).
 
     Raises:
@@ -148,6 +150,7 @@ def compare(
         "options": {each.name: each.options for each in ours},
         "fingerprint": ours[0].llm.fingerprint,
         "peers": {peer.name: {"versions": peer.versions, "settings": peer.settings} for peer in peers},
+        "peer_prompts": peer_prompts if peers else None,
         "store": shown(store) if isinstance(store, str) else type(store).__name__,
         "cold": cold,
         "rounds": rounds,
@@ -158,14 +161,15 @@ def compare(
     if answers and any(case.answers for case in cases):
         rouge_l("a", ["a"])
     with Results.open(path, BENCH, settings, ran_on(model)) as results:
-        contenders: list[_Contender] = [*ours, *(_PeerContender(peer, ours[0].llm, cold) for peer in peers)]
-        wanted = {(contender.name, turn) for contender in contenders for turn in range(rounds)}
+        theirs = [_PeerContender(peer, ours[0].llm, cold) for peer in peers]
         there: dict[int, set[tuple[str, int]]] = {}
         for row in results.rows:
             there.setdefault(row["prompt"], set()).add((row["policy"], row["round"]))
-        _warm_up(contenders, cases[0])
+        _warm_up([*ours, *theirs], cases[0])
         try:
             for index, case in enumerate(cases):
+                contenders = [*ours, *(theirs if peer_prompts is None or index < peer_prompts else ())]
+                wanted = {(contender.name, turn) for contender in contenders for turn in range(rounds)}
                 if not wanted <= there.get(index, set()):
                     for measured in _measure(ours[0].llm, contenders, index, case, rounds, answers):
                         results.add(asdict(measured))

@@ -195,5 +195,9 @@ def _filled(pool: Iterator[str], length: int, tokenizer: PreTrainedTokenizerBase
 
 
 def checksum(path: str | Path) -> str:
-    """Return the SHA-256 of a file, which tells one data set from another."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Return the SHA-256 of a file, or of a folder's files, which tells one data set from another."""
+    found = hashlib.sha256()
+    for each in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
+        if each.is_file():
+            found.update(each.read_bytes())
+    return found.hexdigest()

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals (BCa, by scipy): how far a figure may be off, given the prompts it is from."""
+"""Bootstrap confidence intervals, by scipy: how far a figure may be off, given the prompts that it is from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from chunkcache.errors import DocumentError
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+LEAST = 6  # values that an interval needs
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
 
 
@@ -26,17 +27,17 @@ class Interval(NamedTuple):
 def interval(values: Sequence[float], statistic: str = "median", seed: int = 0) -> Interval:
     """Return the `median` or `mean` of some values with its confidence interval.
 
-    Of fewer than three values, or of values that are all alike, nothing can be said: low and high are the least and
-    the largest of them.
+    BCa for a mean, percentiles for a median. Of fewer than six values nothing can be said: low and high are the
+    figure itself.
 
     Raises:
         DocumentError: scipy is not installed.
     """
     data = np.asarray(values, dtype=float)
     value = float(_STATISTICS[statistic](data))
-    if len(data) < 3 or np.ptp(data) == 0:
-        return Interval(value, float(data.min()), float(data.max()))
-    low, high = _bootstrap(data, statistic, "BCa", seed)
+    if len(data) < LEAST or np.ptp(data) == 0:
+        return Interval(value, value, value)
+    low, high = _bootstrap(data, statistic, "BCa" if statistic == "mean" else "percentile", seed)
     if not np.isfinite([low, high]).all():  # BCa knows no answer where nearly all values are alike
         low, high = _bootstrap(data, statistic, "percentile", seed)
     return Interval(value, low, high)

@@ -128,3 +128,18 @@ def test_a_policy_that_is_unknown_is_told_before_the_model_is_loaded(command_lin
     code, _, err = command_line("bench", "ttft", data, "--chunks", "2", "--policy", "nope", "--model", "./nowhere")
     assert code == 2
     assert "nope" in err
+
+
+def test_a_corpus_is_searched_for_the_chunks(bench, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, text in enumerate(TEXTS):
+        (corpus / f"{number}.txt").write_text(text)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "When was the bridge opened?", "answers": ["1931"]}))
+    args = (str(corpus), "--questions", str(questions), *FEW, "--chunk-tokens", "64", "--json")
+    code, out, _ = bench("quality", *args)
+    assert code == 0
+    [section] = json.loads(out)["sections"]
+    assert (section["name"], section["summary"]["prompts"]) == ("quality-corpus-2", 1)
+    assert section["summary"]["policies"]["reuse"]["f1"] is not None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chunkcache.eval.compare import FULL, PEER
+from chunkcache.eval.fidelity import ANSWER_TOKENS
 from chunkcache.eval.report.parts import Cell, Plot, Series, Table, number
 
 Section = dict[str, Any]
@@ -81,6 +82,7 @@ def _speed(section: Section) -> Table:
     rows = [
         [
             Cell(name_of(policy)),
+            number(each["prompts"], 0),
             number(each["ttft_s"]),
             number(each["ttft_ratio"]),
             number(each["ttft_p90"]),
@@ -92,9 +94,10 @@ def _speed(section: Section) -> Table:
     note = (
         "TTFT: time to first token, median, from the texts in hand to the first token id. Of full: median over the "
         "prompts of the ratio to full prefill's on the same prompt. Recomputed: mean share of all tokens in all "
-        "layers. Memory: what the request adds to the process over the size of the prompt's own KV."
+        "layers. Memory: what the request adds to the process over the size of the prompt's own KV. A peer's clock "
+        "starts with the token ids in hand."
     )
-    columns = ["policy", "TTFT, s", "of full", "p90, s", "recomputed", "memory / KV"]
+    columns = ["policy", "prompts", "TTFT, s", "of full", "p90, s", "recomputed", "memory / KV"]
     return Table("Time to first token", columns, rows, note)
 
 
@@ -125,8 +128,8 @@ def _quality(summary: dict[str, Any]) -> Table:
     ]
     columns = ["policy", *(column for score in QUALITY.values() for column in (score, f"{score} − full"))]
     note = (
-        "Greedy answers against the accepted ones, means. “− full”: the difference to full prefill's score, paired "
-        "by prompt; where its interval holds 0, the two cannot be told apart."
+        f"Greedy answers of at most {ANSWER_TOKENS} tokens against the accepted ones, means. “− full”: the difference"
+        " to full prefill's score, paired by prompt; where its interval holds 0, the two cannot be told apart."
     )
     return Table("Answers", columns, rows, note)
 
@@ -171,7 +174,8 @@ def _growth_plot(summary: dict[str, Any]) -> Plot:
     ]
     caption = (
         "A mark for each prompt, and the power law fitted to them. Both axes are logarithmic: a slope of 1 is linear "
-        "growth. Lower and flatter is better."
+        "growth. Lower and flatter is better. `query` looks at prompts of 2,048 chunk tokens or more only, so below "
+        "that it does less."
     )
     x, y = "tokens of the prompt", "TTFT, s"
     return Plot("points", "Time to first token against context length", y, caption, series, x, logx=True, logy=True)

@@ -53,8 +53,9 @@ def views(report: dict[str, Any]) -> list[Section]:
 
 def facts(report: dict[str, Any]) -> Facts:
     """Return what all sections ran on."""
-    each = [_ran_on(section) for section in report["sections"]]
-    shared = {name: value for name, value in each[0].items() if all(other.get(name) == value for other in each)}
+    each = [_ran_on(section) for section in report["sections"] if "model" in section["ran_on"]]  # not simulated
+    first = each[0] if each else {}
+    shared = {name: value for name, value in first.items() if all(other.get(name) == value for other in each)}
     days = sorted(section["started"][:10] for section in report["sections"])
     return {**shared, "measured": days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"}
 
@@ -93,7 +94,7 @@ def _view(section: dict[str, Any], shared: Facts) -> Section:
         )
         parts["heat"] = {policy: [_piece(piece) for piece in pieces] for policy, pieces in summary.items()}
     else:
-        title, lead = TITLES[section["bench"]], ""
+        title, lead = f"{TITLES[section['bench']]}: {section['name']}", ""
         plots = [Plot.of(plain) for plain in summary["plots"] if plain["series"]]
         parts = {"tables": [table_of(plain) for plain in summary["tables"]], "plots": plots}
     return Section(section["name"], title, lead, own, settings=_shown(settings), **parts)
