@@ -188,6 +188,8 @@ def started_peers(
 
     from chunkcache.eval.peers import PEERS, Peer, peer_weights
 
+    if model.device.type != "cpu":
+        raise PeerError(f"peers run on the CPU, and the model is on {model.device}: pass --device cpu with --peers")
     with ExitStack() as running:
         found = []
         for name in names or PEERS:

@@ -83,6 +83,11 @@ def test_what_the_store_held_is_left_alone():
     assert {entry.key for entry in store.entries()} == before
 
 
+def test_warming_up_leaves_nothing_of_the_first_prompt(results):
+    first, second = (row for row in results.rows if row["policy"] == "prefix")
+    assert first["hits"] == second["hits"] == 0
+
+
 def test_policies_find_nothing_that_others_left(results):
     alone = compare(tiny_model(), chat_tokenizer(), CASES, ["query:ratio=0.3"], answers=False)
     beside = compare(tiny_model(), chat_tokenizer(), CASES, ["prefix", "reuse", "query:ratio=0.3"], answers=False)
