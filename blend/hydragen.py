@@ -1,8 +1,9 @@
 """Sequences that share their beginning decode together over one copy of its KV (Hydragen, arXiv 2402.05099).
 
 Attention splits by softmax's sums (section 3): the queries of all sequences, stacked, against the shared keys in one
-matrix product, and each sequence's against its own keys; the two are merged by their sums of exponentials. So shared
-KV are read once per step and layer, however many sequences there are. It is exact up to rounding.
+matrix product, and each sequence's against its own keys; the two are merged by the logarithms of their sums of
+exponentials. So shared KV are read once per step and layer, however many sequences there are. It is exact up to
+rounding.
 
 Sequences are padded on the left of what is their own, right behind the shared tokens: so they all end at the same
 index, as transformers' `generate()` wants it, and their positions come out of the attention mask.
@@ -29,7 +30,7 @@ BLOCK_ROWS = 256  # stacked queries whose scores over the shared keys exist at o
 
 logger = logging.getLogger("chunkcache")
 KV = tuple[Tensor, Tensor]
-Part = tuple[Tensor, Tensor, Tensor]
+Part = tuple[Tensor, Tensor]
 
 
 class SharedCache(DynamicCache):
@@ -129,7 +130,7 @@ class SharedCache(DynamicCache):
 
 
 def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> Part:
-    """Attend to some of the keys, without dividing by the sum of exponentials.
+    """Attend to some of the keys.
 
     Args:
         query: `[..., rows, head_dim]`, scaled; keys and values are `[..., keys, head_dim]`.
@@ -137,7 +138,7 @@ def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, so
         softcap: bound on the scores.
 
     Returns:
-        weighted values `[..., rows, head_dim]`; highest score, and sum of exponentials less it, `[..., rows, 1]`.
+        attention `[..., rows, head_dim]`; logarithm of the sum of exponentials of the scores, `[..., rows, 1]`.
     """
     scores = torch.matmul(query, keys.transpose(-1, -2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -148,21 +149,17 @@ def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, so
     highest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
-    return torch.matmul(weights.to(values.dtype), values).to(weights.dtype), highest, total
+    weights = weights.div_(total)  # before they meet the values: a sum of thousands does not fit float16
+    return torch.matmul(weights.to(values.dtype), values).to(weights.dtype), highest + total.log()
 
 
 def _merged(one: Part, other: Part, sinks: Tensor | None) -> Tensor:
     """Return the attention `[sequences, kv_heads, rows, head_dim]` over the keys of both parts, and over sinks."""
-    highest = torch.maximum(one[1], other[1])
+    whole = torch.logaddexp(one[1], other[1])
     if sinks is not None:
-        sinks = sinks.to(highest.dtype).view(1, highest.shape[1], -1, 1)
-        sinks = sinks.repeat_interleave(highest.shape[2] // sinks.shape[2], dim=2)
-        highest = torch.maximum(highest, sinks)
-    first, second = (one[1] - highest).exp_(), (other[1] - highest).exp_()
-    total = one[2] * first + other[2] * second
-    if sinks is not None:
-        total = total + (sinks - highest).exp_()
-    return (one[0] * first + other[0] * second) / total
+        sinks = sinks.to(whole.dtype).view(1, whole.shape[1], -1, 1)
+        whole = torch.logaddexp(whole, sinks.repeat_interleave(whole.shape[2] // sinks.shape[2], dim=2))
+    return one[0] * (one[1] - whole).exp_() + other[0] * (other[1] - whole).exp_()
 
 
 def over_shared(decoder: Decoder, cache: SharedCache) -> Any:

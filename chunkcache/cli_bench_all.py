@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from chunkcache.cli_bench_batch import bench_batch
-from chunkcache.cli_bench_load import bench_load
+from chunkcache.cli_bench_load import bench_load, bench_simulate
 from chunkcache.cli_bench_report import bench_report
 from chunkcache.cli_bench_requests import bench_heatmap, bench_quality, bench_ttft, peers_options, policies_option
 from chunkcache.options import model_options
 
 LENGTHS = (1000, 2000, 3000, 4000, 6000, 7900)  # tokens of chunks
 GROWING = ("full", "cacheblend:ratio=0.15", "query")  # policies whose growth with the context is measured
+BUDGETS = (1.0, 0.3)  # memory for chunk KV under load, as shares of all chunks'
+VALIDATED = 0.6  # load at which the requests are also sent on the wall clock
 
 
 @click.command("all")
@@ -45,7 +48,7 @@ GROWING = ("full", "cacheblend:ratio=0.15", "query")  # policies whose growth wi
     type=click.IntRange(1),
     help="Context lengths, in tokens of chunks; may be given several times.",
 )
-@click.option("--requests", default=60, show_default=True, type=click.IntRange(2), help="Requests under load.")
+@click.option("--requests", default=40, show_default=True, type=click.IntRange(2), help="Requests under load.")
 @policies_option
 @peers_options
 @model_options
@@ -79,7 +82,9 @@ def bench_all(
             one = {"data": (each,), "counts": (chunks,), "prompts": prompts}
             ctx.invoke(bench_quality, **one, **asked, peers=peers, peer_prompts=peer_prompts, peer_names=peer_names)
     ctx.invoke(bench_ttft, **where, data=data[:1], lengths=lengths, prompts=2, policies=GROWING)
-    ctx.invoke(bench_load, **where, data=data[-1], requests=requests, chunks=min(counts), warm=True)
+    load: dict[str, Any] = {"requests": requests, "chunks": 2, "documents": 20, "warm": True}
+    ctx.invoke(bench_load, **where, **load, data=data[-1], budgets=BUDGETS, validated=(VALIDATED,))
+    ctx.invoke(bench_simulate, out=out)
     ctx.invoke(bench_batch, **where, data=data[-1])
     ctx.invoke(bench_heatmap, **where, policies=policies)
     command = shlex.join(["chunkcache", *(Path(each).name if Path(each).exists() else each for each in sys.argv[1:])])

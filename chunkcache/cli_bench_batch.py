@@ -1,4 +1,4 @@
-"""`chunkcache bench batch`: offline batches, grouped by what they share, against one request after another."""
+"""`chunkcache bench batch`: offline batches, grouped by what they share, against plain ones and none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ from chunkcache.options import json_option, model_options, out_option
 @click.option(
     "--new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Length of an answer at most."
 )
-@click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="How often all of it is run.")
+@click.option(
+    "--rounds",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How often all of it is run; six for intervals.",
+)
 @click.option("--store", help="URL of a store that is used for nothing else: it is cleared.  [default: memory]")
 @model_options
 @out_option
@@ -53,7 +59,7 @@ def bench_batch(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Answer questions of DATA over sets of its chunks: grouped, with shared KV decoded together, and one by one."""
+    """Answer questions of DATA over sets of its chunks: one by one, in plain batches, and grouped over shared KV."""
     from chunkcache.blend import parse_policy
     from chunkcache.errors import DocumentError
     from chunkcache.eval.batch import STORE, summary, workload

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 POLICIES = ("full", "prefix", "cacheblend:ratio=0.15", "query")
 ABOVE_0 = click.FloatRange(0, min_open=True)
+SKEW = click.FloatRange(0, 5)
+SHAPE, ACCELERATOR, GPUS = "llama-3.1-70b", "h100", 4
+REDIS_BANDWIDTH = 2e9  # an assumption: what one Redis hands out depends on its network, its cores and the entries
+NOT_FITTED = ("accelerator", "gpus", "flops", "utilisation", "overhead")  # a fit says all of these
 
 policies_option = click.option(
     "--policy", "policies", multiple=True, default=POLICIES, show_default=True, help="May be given several times."
@@ -51,13 +55,13 @@ policies_option = click.option(
     type=click.IntRange(1),
     help="Different chunks of DATA that may be asked for.",
 )
-@click.option("--skew", default=0.9, show_default=True, type=click.FloatRange(0), help="Of the Zipf law over them.")
+@click.option("--skew", default=0.9, show_default=True, type=SKEW, help="Of the Zipf law over them.")
 @click.option(
     "--rate",
     "rates",
     multiple=True,
     type=ABOVE_0,
-    help="Requests per second to show; may be given several times. By default a range that fits.",
+    help="Requests per second to print curves for; may be given several times. By default a range that fits.",
 )
 @click.option(
     "--budget",
@@ -88,14 +92,16 @@ policies_option = click.option(
     "--validate",
     "validated",
     multiple=True,
-    type=ABOVE_0,
-    metavar="RATE",
-    help="Also send the requests on the wall clock, at this rate, to each policy; in the first budget.",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="LOAD",
+    help="Also send the requests on the wall clock, to each policy at this share of the rate that it can keep up "
+    "with, such as 0.5; in the first budget.",
 )
 @click.option(
     "--bound",
     type=ABOVE_0,
-    help="TTFT in seconds that 90 % of the requests shall meet. By default twice the slowest policy's without load.",
+    help="TTFT in seconds that 90 % of the requests shall meet, in what is printed. By default twice the slowest "
+    "policy's without load.",
 )
 @click.option("--seed", default=0, show_default=True, type=int)
 @model_options
@@ -129,7 +135,6 @@ def bench_load(
     Every request is served once under each policy and cache budget; the waiting at each rate is simulated from these
     times, and checked against real waiting with --validate.
     """
-    from chunkcache.blend import parse_policy
     from chunkcache.eval import Results
     from chunkcache.eval.load import Group, LoadBench
     from chunkcache.eval.load_summary import summary
@@ -137,36 +142,36 @@ def bench_load(
     from chunkcache.eval.workload import poisson, trace_arrivals
 
     names = list(dict.fromkeys(policies))
-    meant = {name: str(parse_policy(name)) for name in names}
     source, workload = _workload(data, sessions, requests, chunks, documents, skew, seed)
     recorded = None if trace is None else trace_arrivals(trace, requests)
+    model, tokenizer = load(model_name, device, dtype)
+    groups = [Group(budget, which) for which in dict.fromkeys(tiers) for budget in dict.fromkeys(budgets)]
+    bench = LoadBench(model, tokenizer, workload, names, groups, warm, answer_tokens)
     settings = {
         **_about(source), "sessions": sessions is not None, "arrivals": recorded, "requests": requests,
         "chunks": chunks, "documents": len(workload.chunks), "skew": None if sessions else skew, "policies": names,
         "budgets": list(budgets), "tiers": list(tiers), "warm": warm, "answer_tokens": answer_tokens, "seed": seed,
-        "options": meant, "rates": sorted(rates), "bound_s": bound,
+        **bench.about,
     }  # fmt: skip
-    model, tokenizer = load(model_name, device, dtype)
-    groups = [Group(budget, which) for which in dict.fromkeys(tiers) for budget in dict.fromkeys(budgets)]
-    bench = LoadBench(model, tokenizer, workload, names, groups, warm, answer_tokens)
-    path = None if out is None else out / f"load-{source.stem}-{chunks}.jsonl"
+    path = None if out is None else out / f"load-{source.stem}-{chunks}{'-warm' if warm else ''}.jsonl"
     with Results.open(path, "load", settings, ran_on(model)) as results:
         with progress("measuring requests") as on_step:
             bench.measure(results, on_step)
-        runs = [(name, rate) for rate in dict.fromkeys(validated) for name in names]
+        runs = [(name, share) for share in dict.fromkeys(validated) for name in names]
         with progress("sending requests on the wall clock") as on_run:
-            for done, (name, rate) in enumerate(runs):
+            for done, (name, share) in enumerate(runs):
                 on_run(done, len(runs))
-                bench.real_run(name, groups[0], rate, recorded or poisson(requests, seed), results)
-    show_tables(summary(results), as_json)
+                bench.real_run(name, groups[0], share, recorded or poisson(requests, seed), results)
+    show_tables(summary(results, rates, bound), as_json)
 
 
 @click.command("simulate")
-@click.option("--shape", default="llama-3.1-70b", show_default=True, help="Model: one whose shape is built in.")
-@click.option("--accelerator", default="h100", show_default=True, help="One whose figures are built in.")
-@click.option("--gpus", default=4, show_default=True, type=click.IntRange(1), help="Accelerators of a replica.")
+@click.option("--shape", show_default=SHAPE, help="Model: one whose shape is built in.")
+@click.option("--accelerator", show_default=ACCELERATOR, help="One whose figures are built in.")
+@click.option("--gpus", show_default=str(GPUS), type=click.IntRange(1), help="Accelerators of a replica.")
 @click.option("--flops", type=ABOVE_0, help="Peak FLOP/s of an accelerator, instead of the built-in figure.")
 @click.option("--memory-bandwidth", type=ABOVE_0, help="Bytes/s at which an accelerator gets KV from memory.")
+@click.option("--hbm-bandwidth", type=ABOVE_0, help="Bytes/s at which it reads weights from its own memory.")
 @click.option(
     "--utilisation", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that prefill gets."
 )
@@ -174,7 +179,13 @@ def bench_load(
 @click.option("--replicas", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--memory", default="256GiB", show_default=True, help="For KV, of each replica.")
 @click.option("--redis", default="4TiB", show_default=True, help="For KV, of the one Redis; none for no Redis.")
-@click.option("--redis-bandwidth", default=12.5e9, show_default=True, type=ABOVE_0, help="Bytes/s, shared by all.")
+@click.option(
+    "--redis-bandwidth",
+    default=REDIS_BANDWIDTH,
+    show_default=True,
+    type=ABOVE_0,
+    help="Bytes/s, shared by all; an assumption.",
+)
 @click.option("--redis-latency", default=0.001, show_default=True, type=click.FloatRange(0), help="Seconds.")
 @click.option("--route", default="round-robin", show_default=True, help="round-robin or least-loaded.")
 @click.option("--documents", default=5000, show_default=True, type=click.IntRange(1), help="Different chunks.")
@@ -182,7 +193,7 @@ def bench_load(
 @click.option("--chunk-tokens", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--prefix-tokens", default=64, show_default=True, type=click.IntRange(0))
 @click.option("--question-tokens", default=48, show_default=True, type=click.IntRange(1))
-@click.option("--skew", default=0.9, show_default=True, type=click.FloatRange(0), help="Of the Zipf law over chunks.")
+@click.option("--skew", default=0.9, show_default=True, type=SKEW, help="Of the Zipf law over chunks.")
 @click.option("--requests", default=2000, show_default=True, type=click.IntRange(20))
 @click.option("--rate", "rates", multiple=True, type=ABOVE_0, help="Requests per second; may be given several times.")
 @policies_option
@@ -190,7 +201,8 @@ def bench_load(
     "--fit",
     "fitted",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Instead of an accelerator: speed as of the full prefills of --shape in this results folder.",
+    help="Instead of an accelerator: speed as of the full prefills in this results folder. Needs --shape, that of "
+    "the model measured, and --memory-bandwidth and --hbm-bandwidth of the machine.",
 )
 @click.option("--seed", default=0, show_default=True, type=int)
 @out_option
@@ -210,7 +222,7 @@ def bench_simulate(policies: Sequence[str], out: Path | None, as_json: bool, **a
     population.draw()
     rates = sorted(asked["rates"]) or default_rates(cluster, population)
     about = {**settings(cluster, population, names, rates), "fit": checks}
-    path = None if out is None else out / f"simulation-{asked['shape']}-{asked['replicas']}.jsonl"
+    path = None if out is None else out / f"simulation-{asked['shape'] or SHAPE}-{asked['replicas']}.jsonl"
     with Results.open(path, "simulation", about, {"simulated": True}) as results, progress("simulating") as on_run:
         simulate(cluster, population, results, on_run)
     show_tables(summary(results), as_json)
@@ -223,25 +235,42 @@ def _cluster(asked: dict[str, Any]) -> tuple[Cluster, Population, list[dict[str,
     from chunkcache.eval.simulate import Population, fit_folder
     from chunkcache.store import parse_bytes
 
-    for name, known in (("shape", SHAPES), ("accelerator", MACHINES)):
-        if asked[name] not in known:
-            raise InputError(f"no {name} {asked[name]!r} is built in; there are {', '.join(known)}")
-    shape, machine = SHAPES[asked["shape"]], MACHINES[asked["accelerator"]]
+    shape_name = asked["shape"] or SHAPE
+    for name, value, known in (("shape", shape_name, SHAPES), ("accelerator", asked["accelerator"], MACHINES)):
+        if value is not None and value not in known:
+            raise InputError(f"no {name} {value!r} is built in; there are {', '.join(known)}")
+    shape = SHAPES[shape_name]
+    sizes = Sizes(asked["prefix_tokens"], asked["chunk_tokens"], asked["question_tokens"])
     checks: list[dict[str, Any]] = []
     if asked["fitted"] is not None:
-        machine, checks = fit_folder(asked["fitted"], shape, asked["memory_bandwidth"] or machine.memory_bandwidth)
-    figures = ("flops", "memory_bandwidth", "utilisation", "overhead")
-    given = {name: asked[name] for name in figures if asked[name] is not None}
-    machine = replace(machine, **given)
-    machine = machine if asked["fitted"] else machine.times(asked["gpus"])
+        _check_fit(asked)
+        bandwidths = asked["memory_bandwidth"], asked["hbm_bandwidth"]
+        machine, checks = fit_folder(asked["fitted"], shape_name, shape, sizes, *bandwidths)
+    else:
+        figures = ("flops", "memory_bandwidth", "hbm_bandwidth", "utilisation", "overhead")
+        given = {name: asked[name] for name in figures if asked[name] is not None}
+        machine = replace(MACHINES[asked["accelerator"] or ACCELERATOR], **given).times(asked["gpus"] or GPUS)
     cluster = Cluster(
-        Costs(shape, machine), Sizes(asked["prefix_tokens"], asked["chunk_tokens"], asked["question_tokens"]),
-        asked["replicas"], parse_bytes(asked["memory"]),
+        Costs(shape, machine), sizes, asked["replicas"], parse_bytes(asked["memory"]),
         0 if asked["redis"] == "none" else parse_bytes(asked["redis"]),
         asked["redis_bandwidth"], asked["redis_latency"], asked["route"],
     )  # fmt: skip
     population = Population(asked["documents"], asked["chunks"], asked["skew"], asked["requests"], asked["seed"])
     return cluster, population, checks
+
+
+def _check_fit(asked: dict[str, Any]) -> None:
+    """Refuse a fit that lacks what measured requests do not tell, or is given what they do."""
+    for name in ("shape", "memory_bandwidth", "hbm_bandwidth"):
+        if asked[name] is None:
+            raise InputError(
+                f"--fit needs --{name.replace('_', '-')} of what was measured; the results do not tell it"
+            )
+    for name in NOT_FITTED:
+        if asked[name] is not None:
+            raise InputError(
+                f"--fit finds the speed of what was measured, and --{name} says another; pass one of them"
+            )
 
 
 def _workload(

@@ -6,12 +6,14 @@ chunks in common, so that the store's nearest tier still holds them (BatchLLM, a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from chunkcache.errors import PromptError
 from chunkcache.prompt import Passage, Prompt
+
+NEIGHBOURS = 64  # groups with a chunk in common that are compared at most, for each chunk: one may be in all of them
 
 
 class Request(NamedTuple):
@@ -22,25 +24,35 @@ class Request(NamedTuple):
     system: str | None = None
 
 
-def checked(requests: Sequence[tuple[Any, ...]]) -> list[Request]:
+def checked(requests: Iterable[tuple[Any, ...]]) -> list[Request]:
     """Return the requests as such.
 
     Raises:
-        PromptError: one is something else.
+        PromptError: one is something else, or its chunks are one text.
     """
+    found = []
     for index, request in enumerate(requests):
-        if isinstance(request, str) or not 1 <= len(request) <= 3:
-            raise PromptError(f"request {index} is no (question, chunks, system) but a {type(request).__name__}")
-    return [Request(*request) for request in requests]
+        wrong = isinstance(request, (str, bytes, Mapping)) or not isinstance(request, Sequence)
+        if wrong or not 1 <= len(request) <= 3:
+            raise PromptError(
+                f"request {index} is no (question, chunks, system) but a {type(request).__name__}; pass a tuple"
+            )
+        asked = Request(*request)
+        if isinstance(asked.chunks, (str, bytes, Mapping, Passage)) or not isinstance(asked.chunks, Iterable):
+            raise PromptError(
+                f"request {index}: its chunks are a {type(asked.chunks).__name__}; pass a list of texts or Passages"
+            )
+        found.append(asked._replace(chunks=tuple(asked.chunks)))
+    return found
 
 
 def reordered(requests: Sequence[Request]) -> list[Request]:
     """Return the requests with the chunks first that most of them have, so that more prompts begin alike.
 
     Raises:
-        PromptError: a chunk is a `Passage`, whose place may matter.
+        PromptError: a chunk is no text but a `Passage`, whose place may matter, or something else.
     """
-    if any(isinstance(chunk, Passage) for request in requests for chunk in request.chunks):
+    if any(not isinstance(chunk, str) for request in requests for chunk in request.chunks):
         raise PromptError("reorder=True moves whole chunks; pass them as texts, not as Passages")
     counts = Counter(chunk for request in requests for chunk in request.chunks)
     rank = {chunk: place for place, (chunk, _) in enumerate(counts.most_common())}  # ties as they come
@@ -59,28 +71,41 @@ def grouped(prompts: Sequence[Prompt]) -> list[list[int]]:
 def ordered(groups: Sequence[list[int]], prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return groups so that each is followed by one that has most chunk tokens in common with it.
 
-    Between equals the one whose prompt begins alike for longer comes first, then the one that came first.
+    Between equals the one whose prompt begins alike for longer comes first, then the one that came first. Of the
+    groups that have a chunk, the first `NEIGHBOURS` still to come are looked at.
     """
-    chunks = [dict.fromkeys(prompts[group[0]].chunks) for group in groups]
-    having: dict[tuple[int, ...], set[int]] = {}
-    for number, own in enumerate(chunks):
-        for chunk in own:
-            having.setdefault(chunk, set()).add(number)
-    left = dict.fromkeys(range(len(groups)))
+    numbers: dict[tuple[int, ...], int] = {}  # chunks are long: they are hashed once
+    chunks = [[numbers.setdefault(each, len(numbers)) for each in prompts[group[0]].chunks] for group in groups]
+    lengths = [len(chunk) for chunk in numbers]
+    having: list[deque[int]] = [deque() for _ in numbers]
+    for group, own in enumerate(chunks):
+        for chunk in set(own):
+            having[chunk].append(group)
+    left = set(range(len(groups)))
     order: list[list[int]] = []
-    current = 0
+    current = first = 0
     while left:
-        del left[current]
+        left.remove(current)
         order.append(groups[current])
-        for chunk in chunks[current]:
-            having[chunk].discard(current)
-        common: Counter[int] = Counter()
-        for chunk in chunks[current]:
-            common.update(dict.fromkeys(having[chunk], len(chunk)))
-        ids = prompts[groups[current][0]].chunks
-        best = max(common, key=lambda n: (common[n], _alike(ids, prompts[groups[n][0]].chunks), -n), default=None)
-        current = next(iter(left), 0) if best is None else best
+        own = chunks[current]
+        near = {group for chunk in set(own) for group in _next(having[chunk], left)}
+        common = {group: sum(lengths[chunk] for chunk in {*own} & {*chunks[group]}) for group in near}
+        best = max(near, key=lambda n: (common[n], _alike(own, chunks[n]), -n), default=None)
+        while first < len(groups) and first not in left:
+            first += 1
+        current = first if best is None else best
     return order
+
+
+def _next(groups: deque[int], left: Set[int]) -> list[int]:
+    """Return the first of `groups` that are left, and take those before them that are not out of it."""
+    found: list[int] = []
+    while groups and len(found) < NEIGHBOURS:
+        group = groups.popleft()
+        if group in left:
+            found.append(group)
+    groups.extendleft(reversed(found))
+    return found
 
 
 def _alike(ids: Sequence[Any], others: Sequence[Any]) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from chunkcache.attach import Attachment
 from chunkcache.batch import MAX_BATCH, Batcher, OnBatch
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill, parse_policy, self_check
 from chunkcache.blend.guard import Rung, climb
+from chunkcache.blend.hydragen import can_share
 from chunkcache.calibration import Calibration
 from chunkcache.conversation import Conversation
 from chunkcache.generation import (
@@ -122,6 +124,11 @@ class CachedLLM(KeepsChunks):
         """How many tokens a prompt and its answer may have together."""
         return self._decoder.max_tokens
 
+    @cached_property
+    def batches(self) -> bool:
+        """Whether this model can decode sequences together over one copy of shared KV; tried out once."""
+        return can_share(self._decoder)
+
     # --- the request
 
     def generate(
@@ -175,7 +182,7 @@ class CachedLLM(KeepsChunks):
 
     def generate_batch(
         self,
-        requests: Sequence[tuple[Any, ...]],
+        requests: Iterable[tuple[Any, ...]],
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
         max_batch: int = MAX_BATCH,
@@ -188,20 +195,22 @@ class CachedLLM(KeepsChunks):
 
         Args:
             requests: of (question, chunks, system) each, the last two optional; as for `generate`.
-            policy: as in `generate`. One that looks at the question looks at those of all requests of a batch.
+            policy: as in `generate`. One that looks at the question looks at those of all requests of a batch. Under
+                a guard, whose bound is for one question, requests are answered one by one.
             max_new_tokens: as in `generate`.
             max_batch: sequences that are decoded together at most.
             max_kv_bytes: bytes of KV that a batch may need, apart from what the store holds; None for no bound.
             reorder: sort the chunks of each prompt so that more prompts begin alike. It changes answers.
-            on_batch: called with every `Batch` that is done.
-            options: any keyword of transformers' `generate()` that makes sense for a batch.
+            on_batch: called with every `Batch` that is done, and its answers: so they are kept if a later one fails.
+            options: any keyword of transformers' `generate()` that makes sense for a batch. A logits processor sees
+                ids that are padded with the prompt's first token, between what is shared and the question.
 
         Returns:
-            the answers, in the order of the requests. What `generate()` itself returned is padded.
+            the answers, in the order of the requests. Their `output` is on the CPU, and padded likewise.
 
         Raises:
             PromptError, ContextLengthError, InputError: as `generate`, with the index of the request, and where one
-                does not fit `max_kv_bytes`; before any is answered.
+                does not fit `max_kv_bytes`; for an option that padding misleads; before any is answered.
             PolicyError: the policy is unknown.
         """
         chosen, options = self.chosen(policy), with_length(options, max_new_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 from chunkcache.blend import Plan, SelectivePrefill
 
 logger = logging.getLogger("chunkcache")
-_warn_once = lru_cache(maxsize=None)(logger.warning)
+warn_once = lru_cache(maxsize=None)(logger.warning)
 
 
 @dataclass
@@ -35,6 +35,7 @@ class RequestStats:
         guard_predicted: KL of the first token that it predicts at most, in nats; 0 after full prefill.
         guard_full: whether it fell back to full prefill.
         fallbacks: 1 if the request was served by the model's own full prefill instead, else 0.
+        batched: sequences that were decoded together; 1 for a request that was answered alone.
         tokenize_s: texts to token ids.
         lookup_s: reading the store.
         compute_s: computing chunk KV and a prefix that were missing, and storing them.
@@ -62,6 +63,7 @@ class RequestStats:
     guard_predicted: float = 0.0
     guard_full: bool = False
     fallbacks: int = 0
+    batched: int = 1
     tokenize_s: float = 0.0
     lookup_s: float = 0.0
     compute_s: float = 0.0
@@ -113,7 +115,7 @@ class RequestStats:
             self.recomputed_share = (cache.computed + cache.scouted) / (len(cache.plan) * len(cache.layers))
         else:
             self.fallbacks = 1
-            _warn_once("the model put the fused cache aside and prefilled the whole prompt itself")
+            warn_once("the model put the fused cache aside and prefilled the whole prompt itself")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers as a plain dict for JSON."""

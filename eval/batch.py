@@ -1,9 +1,10 @@
-"""Offline batches against one request after another: tokens per second, peak KV, loads, and whether answers hold.
+"""Offline batches: tokens per second, KV, loads, and whether answers hold, of three ways to answer many questions.
 
 Some questions are asked over each of a few sets of chunks, and neighbouring sets have a chunk in common. They come
-shuffled, and are answered one by one in that order, and by `generate_batch`. The store is empty before each pass:
-computing chunks is part of its time. Attention is timed by itself, too: over one copy of shared KV, and over a copy
-for each sequence.
+shuffled, and are answered one by one in that order; by `generate_batch`; and, as transformers' users do it, by the
+model's own `generate()` on left-padded whole prompts, to tell what sharing adds from what batching does. The store
+is empty before each pass: computing chunks is part of its time. Attention is timed by itself, too: over one copy of
+shared KV, and over a copy for each sequence.
 """
 
 from __future__ import annotations
@@ -18,26 +19,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import chunkcache
 from chunkcache.batch import MAX_BATCH, Batch
 from chunkcache.blend import layer_kv
 from chunkcache.blend.hydragen import SharedCache
 from chunkcache.eval.answers import f1
-from chunkcache.eval.batch_summary import GROUPED, WAYS
+from chunkcache.eval.batch_summary import BATCHED, FULL, GROUPED, WAYS
 from chunkcache.eval.batch_summary import summary as summary
 from chunkcache.eval.data import Case
 from chunkcache.eval.machine import ran_on
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import Results
 from chunkcache.generation import Generation
+from chunkcache.grouping import grouped
 from chunkcache.llm import CachedLLM
+from chunkcache.stats import RequestStats
 from chunkcache.store import open_store
 from chunkcache.store.url import shown
 
 BENCH = "batch"
-FULL = "full"
 STORE = "memory://?max_bytes=4GiB"
 BATCHES, LENGTHS = (2, 4, 8), (512, 1024, 2048, 4096)  # sequences and shared tokens that attention is timed for
 OWN_TOKENS = 48  # behind the shared ones
@@ -80,7 +88,10 @@ def bench_batch(
     rounds: int = 1,
     on_pass: OnPass | None = None,
 ) -> Results:
-    """Answer `cases`, in their order and in groups, under full prefill and each of `policies`.
+    """Answer `cases`, in their order and in groups, under full prefill and each of `policies`; and in plain batches.
+
+    The order of the ways goes round from policy to policy and from round to round: over three rounds each comes first
+    once. Fewer leave some of the machine's drift in the figures.
 
     Args:
         model: the model.
@@ -108,10 +119,11 @@ def bench_batch(
         llms = {name: chunkcache.wrap(model, tokenizer, store=opened, policy=name) for name in names}
         passes = _Passes(llms, cases, max_batch, new_tokens)
         todo = [
-            (round_, name, WAYS[(turn + round_ + index) % 2])
+            (round_, name, way)
             for round_ in range(rounds)
             for index, name in enumerate(names)
-            for turn in range(2)
+            for turn in range(len(WAYS))
+            if (way := WAYS[(turn + round_ + index) % len(WAYS)]) != BATCHED or name == FULL
         ]
         for done, (round_, name, way) in enumerate(todo):
             if not results.done(kind="pass", round=round_, policy=name, way=way):
@@ -162,14 +174,19 @@ class _Passes:
             seconds = time.perf_counter() - started
         if self._full is None:
             self._full = first
-        alone = per_token * max(each.stats.tokens + len(each.token_ids) for each in answers)
         return {
             "policy": policy,
             "way": way,
             "seconds": seconds,
             "prompt_tokens": sum(each.stats.tokens for each in answers),
             "new_tokens": sum(len(each.token_ids) for each in answers),
-            "kv_bytes": max((batch["kv_bytes"] for batch in batches if batch["shared_tokens"]), default=alone),
+            "kv_bytes": max(
+                batch["kv_bytes"]
+                or per_token
+                * len(batch["requests"])
+                * (max(answers[index].stats.tokens for index in batch["requests"]) + self.new_tokens)
+                for batch in batches
+            ),
             "peak_bytes": peak.nbytes,
             "loads": {tier: hits - before[tier] for tier, hits in _hits(llm).items()},
             "batches": batches,
@@ -213,29 +230,81 @@ class _Passes:
                 )
             last = now
 
+        requests = [(case.question, case.chunks) for case in self.cases]
         options: dict[str, Any] = {
             "max_new_tokens": new_tokens,
             "do_sample": False,
             "logits_processor": LogitsProcessorList([taken]),
         }
         if way == GROUPED:
-            requests = [(case.question, case.chunks) for case in self.cases]
             answers = llm.generate_batch(requests, max_batch=self.max_batch, on_batch=take, **options)
+        elif way == BATCHED:
+            answers = plain_batches(llm, requests, self.max_batch, take, options)
         else:
             answers = []
-            for index, case in enumerate(self.cases):
-                answers.append(llm.generate(case.question, case.chunks, **options))
-                take(Batch((index,), index, 0, 0, index + 1, len(self.cases)))
+            for index, request in enumerate(requests):
+                answers.append(llm.generate(*request, **options))
+                take(Batch((index,), index, 0, 0, index + 1, len(requests), (answers[-1],)))
         return answers, [first[index] for index in range(len(self.cases))]
 
     def _warm_up(self, llm: CachedLLM, way: str) -> float:
         """Let kernels and allocators settle on short prompts; return the bytes of KV of a token."""
         chunks = [chunk[:200] for chunk in self.cases[0].chunks[:2]]
+        requests = [("Is this to warm up?", chunks), ("Or not?", chunks)]
         if way == GROUPED:
-            llm.generate_batch([("Is this to warm up?", chunks), ("Or not?", chunks)], max_new_tokens=2)
+            llm.generate_batch(requests, max_new_tokens=2)
+        elif way == BATCHED:
+            plain_batches(llm, requests, 2, lambda batch: None, {"max_new_tokens": 2, "do_sample": False})
         start = llm.prefill("Is this to warm up?", chunks)
         layers = range(len(start.cache.layers))
         return sum(part.nbytes / part.shape[2] for index in layers for part in layer_kv(start.cache, index))
+
+
+def plain_batches(
+    llm: CachedLLM,
+    requests: Sequence[tuple[str, Sequence[str]]],
+    max_batch: int,
+    on_batch: Callable[[Batch], None],
+    options: dict[str, Any],
+) -> list[Generation]:
+    """Answer with the model's own `generate()`, the whole prompts of a group side by side and padded on the left.
+
+    An answer's `ttft_s` is when its batch was done; what a batch tells of its KV is 0.
+
+    Args:
+        llm: whose model and prompts they are; nothing else of it is used.
+        requests: question and chunks of each.
+        max_batch: sequences of a batch at most.
+        on_batch: called with every batch that is done.
+        options: keywords for `generate()`.
+    """
+    started = time.perf_counter()
+    tokenizer, device = llm.tokenizer, llm.model.device
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = llm.model.generation_config.eos_token_id
+    ends = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
+    prompts = [llm.prompts.build(*request) for request in requests]
+    found: dict[int, Generation] = {}
+    for number, group in enumerate(grouped(prompts)):
+        members = sorted(group, key=lambda index: len(prompts[index].token_ids))
+        for at in range(0, len(members), max_batch):
+            batch = members[at : at + max_batch]
+            ids = [list(prompts[index].token_ids) for index in batch]
+            longest = max(map(len, ids))
+            padded = torch.tensor([[pad] * (longest - len(each)) + each for each in ids], device=device)
+            mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in ids], device=device)
+            output = llm.model.generate(padded, attention_mask=mask, pad_token_id=pad, **options)
+            seconds = time.perf_counter() - started
+            for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+                length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+                text = str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip()
+                stats = RequestStats(
+                    FULL, len(prompts[index].token_ids), len(requests[index][1]), batched=len(batch), ttft_s=seconds
+                )
+                found[index] = Generation(text, row[:length], seconds, stats, None)
+            done = tuple(found[index] for index in batch)
+            on_batch(Batch(tuple(batch), number, 0, 0, len(found), len(requests), done))
+    return [found[index] for index in range(len(requests))]
 
 
 def _hits(llm: CachedLLM) -> dict[str, int]:
@@ -251,8 +320,9 @@ def _kl(full: Tensor, other: Tensor) -> float:
 def time_attention(model: PreTrainedModel, sequences: int, tokens: int, repeats: int = 7) -> dict[str, Any]:
     """Time a decoding step's attention over one copy of `tokens` shared KV, and with SDPA over a copy per sequence.
 
-    Random KV of the model's shape, in four layers by turns, so that no cache of the processor holds them all. Medians
-    in seconds per layer.
+    Random KV of the model's shape, in four layers by turns, so that no cache of the processor holds them all, and
+    none with a sliding window. Query heads that share a KV head go to SDPA as such, or packed as its rows: what is
+    faster counts. Medians in seconds per layer.
     """
     config = model.config.get_text_config(decoder=True)
     heads, layers = config.num_attention_heads, 4
@@ -264,30 +334,35 @@ def time_attention(model: PreTrainedModel, sequences: int, tokens: int, repeats:
 
     query, own = some(sequences, heads, 1, dim), some(2, sequences, kv_heads, OWN_TOKENS, dim)
     shared = [(some(kv_heads, tokens, dim), some(kv_heads, tokens, dim)) for _ in range(layers)]
-    cache = SharedCache(config, shared, [0] * sequences, OWN_TOKENS)
+    cache = SharedCache(
+        PreTrainedConfig.from_dict({"num_hidden_layers": layers}), shared, [0] * sequences, OWN_TOKENS
+    )
     whole = [
         [torch.cat((part.expand(sequences, -1, -1, -1), mine), dim=2) for part, mine in zip(kv, own, strict=True)]
         for kv in shared
     ]
-
-    def once() -> None:
-        for index in range(layers):
-            cache.attend(index, query, (own[0], own[1]))
-
-    def repeated() -> None:
-        for keys, values in whole:
-            torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=heads != kv_heads)
-
-    seconds: dict[str, list[float]] = {"shared_s": [], "repeated_s": []}
+    packed = query.view(sequences, kv_heads, -1, dim)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    ways: dict[str, Callable[[int], Tensor]] = {
+        "shared": lambda index: cache.attend(index, query, (own[0], own[1])),
+        "grouped": lambda index: attend(query, whole[index][0], whole[index][1], enable_gqa=heads != kv_heads),
+        "packed": lambda index: attend(packed, whole[index][0], whole[index][1]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
-        for name, attend in (("shared_s", once), ("repeated_s", repeated)):
+        for name, way in ways.items():
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            attend()
+            for index in range(layers):
+                way(index)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:  # the first is to warm up
                 seconds[name].append((time.perf_counter() - started) / layers)
     found = {name: statistics.median(each) for name, each in seconds.items()}
-    return {"kind": "attention", "sequences": sequences, "tokens": tokens, **found}
+    copies = min(found["grouped"], found["packed"])
+    return {
+        "kind": "attention", "sequences": sequences, "tokens": tokens, "shared_s": found["shared"],
+        "repeated_s": copies,
+    }  # fmt: skip

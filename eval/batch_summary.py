@@ -1,4 +1,8 @@
-"""What the rows of `eval.batch` come to: throughput, memory, loads and answers, one by one and grouped."""
+"""What the rows of `eval.batch` come to: throughput, memory, loads and answers of each way.
+
+A gain is the median over the rounds of how many times as fast a way is as another of the same round, whose passes ran
+next to one another. It has an interval where there are `intervals.LEAST` rounds.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from chunkcache.eval.intervals import interval
+from chunkcache.eval.intervals import LEAST, interval
 from chunkcache.eval.results import Results
 
-ONE_BY_ONE, GROUPED = "one by one", "grouped"
-WAYS = (ONE_BY_ONE, GROUPED)
+FULL = "full"
+ONE_BY_ONE, BATCHED, GROUPED = "one by one", "plain batches", "grouped"
+WAYS = (ONE_BY_ONE, BATCHED, GROUPED)  # plain batches are under full prefill only
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -21,8 +26,11 @@ def summary(results: Results) -> dict[str, Any]:
         for policy in results.settings["policies"]
     }
     for policy, ways in policies.items():
-        for name in WAYS if len(ways) == 2 else ():
-            ways[name]["equal"] = _equal(_of(passes, policy, ONE_BY_ONE), _of(passes, policy, name))
+        for name, found in ways.items():
+            alone, rows = _of(passes, policy, ONE_BY_ONE), _of(passes, policy, name)
+            found["gain"] = _gain(alone, rows)
+            found["gain_over_batches"] = _gain(_of(passes, FULL, BATCHED), rows)
+            found["equal"] = _equal(alone, rows) if alone else None
     attention = [row for row in results.rows if row["kind"] == "attention"]
     return {
         "requests": results.settings["requests"],
@@ -37,9 +45,18 @@ def _of(rows: Sequence[dict[str, Any]], policy: str, way: str) -> list[dict[str,
     return [row for row in rows if row["policy"] == policy and row["way"] == way]
 
 
+def _gain(slow: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Return how many times as fast `rows` are: the median, and its interval where there are enough rounds."""
+    by_round = {row["round"]: row["seconds"] for row in slow}
+    ratios = [by_round[row["round"]] / row["seconds"] for row in rows if row["round"] in by_round]
+    if not ratios:
+        return None
+    return list(interval(ratios)) if len(ratios) >= LEAST else [statistics.median(ratios)]
+
+
 def _summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seconds = statistics.median(row["seconds"] for row in rows)
-    answers = [answer for row in rows for answer in row["answers"]]
+    answers = rows[0]["answers"]  # other rounds ask the same again
     peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
     scores = [answer["f1"] for answer in answers if answer["f1"] is not None]
     return {
@@ -66,27 +83,28 @@ def _passes_table(policies: dict[str, dict[str, dict[str, Any]]]) -> dict[str, A
     def number(value: float | None, digits: int, scale: float = 1.0) -> str:
         return "n/a" if value is None else f"{value / scale:.{digits}f}"
 
-    rows = []
-    for policy, ways in policies.items():
-        slow = ways.get(ONE_BY_ONE)
-        for way, found in ways.items():
-            gain = found["requests_per_s"] / slow["requests_per_s"] if slow else None
-            rows.append(
-                [
-                    policy, way, f"{found['requests_per_s']:.3f}", number(gain, 2),
-                    f"{found['new_tokens_per_s']:.1f}",
-                    f"{found['prompt_tokens_per_s']:.0f}", number(found["kv_bytes"], 0, 2**20),
-                    number(found["peak_bytes"], 0, 2**20), str(sum(found["loads"].values())),
-                    f"{found['recomputed_share']:.1%}", f"{found['kl_first'][0]:.4f}",
-                    number(found["f1"] and found["f1"][0], 3), number(found.get("equal"), 2),
-                ]
-            )  # fmt: skip
+    def times(gain: list[float] | None) -> str:
+        if gain is None:
+            return "n/a"
+        return f"{gain[0]:.2f}" + (f" [{gain[1]:.2f}, {gain[2]:.2f}]" if len(gain) > 1 else "")
+
+    rows = [
+        [
+            policy, way, f"{found['requests_per_s']:.3f}", times(found["gain"]), times(found["gain_over_batches"]),
+            f"{found['new_tokens_per_s']:.1f}", f"{found['prompt_tokens_per_s']:.0f}",
+            number(found["kv_bytes"], 0, 2**20), number(found["peak_bytes"], 0, 2**20),
+            str(sum(found["loads"].values())), f"{found['recomputed_share']:.1%}", f"{found['kl_first'][0]:.4f}",
+            number(found["f1"] and found["f1"][0], 3), number(found["equal"], 2),
+        ]
+        for policy, ways in policies.items()
+        for way, found in ways.items()
+    ]  # fmt: skip
     columns = [
-        "policy", "way", "requests/s", "gain", "new tokens/s", "prompt tokens/s", "KV MiB", "peak MiB", "loads",
-        "computed", "KL first", "F1", "equal",
+        "policy", "way", "requests/s", "gain", "over plain", "new tokens/s", "prompt tokens/s", "KV MiB, computed",
+        "peak MiB, with store", "loads", "computed", "KL first", "F1", "equal",
     ]  # fmt: skip
     return {
-        "title": "offline batches (equal: answers that are those of one by one)",
+        "title": "offline batches (gain over one by one, and over plain batches; equal: answers as one by one)",
         "columns": columns,
         "rows": rows,
     }
@@ -109,7 +127,9 @@ def _attention_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _plots(
     policies: dict[str, dict[str, dict[str, Any]]], attention: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    whole = {policy: ways for policy, ways in policies.items() if len(ways) == 2}
+    whole = {policy: ways for policy, ways in policies.items() if ONE_BY_ONE in ways and GROUPED in ways}
+    rates = {policy: {way: found["requests_per_s"] for way, found in ways.items()} for policy, ways in whole.items()}
+    plain = rates.get(FULL, {}).get(BATCHED)
     plots: list[dict[str, Any]] = []
     if whole:
         plots.append(
@@ -117,10 +137,13 @@ def _plots(
                 "kind": "bars",
                 "title": "Offline batches",
                 "y": "requests per second",
-                "caption": "Questions over recurring chunks, in the order they come and grouped by what they share.",
+                "caption": "Questions over recurring chunks: in the order they come; in plain left-padded batches, "
+                "which prefill every prompt in full whatever the policy; and grouped by what they share.",
                 "groups": list(whole),
                 "series": [
-                    {"name": way, "values": [ways[way]["requests_per_s"] for ways in whole.values()]} for way in WAYS
+                    {"name": way, "values": [each.get(way, plain) for each in rates.values()]}
+                    for way in WAYS
+                    if way != BATCHED or plain is not None
                 ],
             }
         )

@@ -98,10 +98,12 @@ class Cluster:
 class Found:
     """What a run did: TTFTs in the order of arrival, chunks by where they came from, and how busy it was.
 
-    `link_busy` and `busy` are shares of the run's time, of reading over the link and of all replicas.
+    `link_busy` and `busy` are shares of the run's time, of reading over the link and of all replicas; `services` are
+    the seconds that each request held its replica.
     """
 
     ttfts: list[float]
+    services: list[float]
     chunks: dict[str, int] = field(default_factory=lambda: {"memory": 0, "redis": 0, "computed": 0})
     link_busy: float = 0.0
     busy: float = 0.0
@@ -126,16 +128,21 @@ class Run:
         self._writes = simpy.Resource(self._env, capacity=1)
         self._redis = LRU(cluster.redis_bytes)
         self._replicas = [_Replica(self._env, cluster.memory_bytes) for _ in range(cluster.replicas)]
-        self._found = Found([])
-        self._read_s = self._served_s = 0.0
+        self._found = Found([], [])
+        self._read_s = 0.0
+        self._warm_up = 0
 
-    def serve(self, arrivals: Sequence[float], requests: Sequence[tuple[int, ...]]) -> Found:
-        """Simulate requests for chunks, by their numbers, that arrive at these times (s, in order)."""
-        self._found.ttfts = [0.0] * len(arrivals)
+    def serve(self, arrivals: Sequence[float], requests: Sequence[tuple[int, ...]], warm_up: int = 0) -> Found:
+        """Simulate requests for chunks, by their numbers, that arrive at these times (s, in order).
+
+        The chunks of the first `warm_up` requests are not counted.
+        """
+        self._warm_up = warm_up
+        self._found.ttfts, self._found.services = [0.0] * len(arrivals), [0.0] * len(arrivals)
         self._env.process(self._arrive(arrivals, requests))
         self._env.run()
         self._found.link_busy = self._read_s / self._env.now
-        self._found.busy = self._served_s / self._env.now / len(self._replicas)
+        self._found.busy = sum(self._found.services) / self._env.now / len(self._replicas)
         return self._found
 
     def _arrive(self, arrivals: Sequence[float], requests: Sequence[tuple[int, ...]]) -> Events:
@@ -153,19 +160,20 @@ class Run:
         with replica.server.request() as turn:
             yield turn
             began = self._env.now
-            yield from self._prefill(chunks, replica)
-            self._served_s += self._env.now - began
+            yield from self._prefill(chunks, replica, counted=number >= self._warm_up)
+            self._found.services[number] = self._env.now - began
         replica.waiting -= 1
         self._found.ttfts[number] = self._env.now - came
 
-    def _prefill(self, chunks: tuple[int, ...], replica: _Replica) -> Events:
+    def _prefill(self, chunks: tuple[int, ...], replica: _Replica, counted: bool) -> Events:
         sizes, costs = self._cluster.sizes, self._cluster.costs
         if self._reuse is None:
-            yield self._env.timeout(costs.prefill_s(sizes.prefix + len(chunks) * sizes.chunk + sizes.question))
-            self._found.chunks["computed"] += len(chunks)
+            self._found.chunks["computed"] += counted * len(chunks)
+            yield self._env.timeout(costs.full_s(sizes.prefix + len(chunks) * sizes.chunk + sizes.question))
             return
-        keys = self._keys(chunks)
-        near, far, missing = self._look_up(keys, replica)
+        near, far, missing = self._look_up(self._keys(chunks), replica)
+        for name, found in (("memory", near), ("redis", far), ("computed", missing)):
+            self._found.chunks[name] += counted * len(found)
         compute_s, steps = self._compute(len(near) + len(far), len(missing))
         yield self._env.timeout(compute_s)
         began = self._env.now
@@ -201,8 +209,6 @@ class Run:
                 far.append(key)
             else:
                 missing.append(key)
-        for name, found in (("memory", near), ("redis", far), ("computed", missing)):
-            self._found.chunks[name] += len(found)
         return near, far, missing
 
     def _compute(self, stored: int, missing: int) -> tuple[float, list[Step]]:
@@ -213,7 +219,7 @@ class Run:
             held = sizes.prefix + stored * sizes.chunk
             rows = missing * sizes.chunk + sizes.question
             layer = costs.layer_s(rows, held + rows / 2)
-            return 0.0, [(index, layer) for index in range(costs.shape.layers)]
+            return 0.0, [*((index, layer) for index in range(costs.shape.layers)), costs.head]
         alone = missing * costs.prefill_s(sizes.chunk, sizes.prefix + self._reuse.lead)
         return alone, costs.fused_steps(self._reuse, sizes.prefix, (stored + missing) * sizes.chunk, sizes.question)
 

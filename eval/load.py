@@ -4,8 +4,8 @@ There are two ways to run, on the same requests:
 
     measure     every request runs at once when the one before it is done, under each policy with a store of its own;
                 its times then feed `chunkcache.eval.queueing`, which finds the waiting at any rate
-    real_run    requests are sent on the wall clock by a thread that does not wait for answers, into the queue of one
-                worker. It proves the first way right, at one rate
+    real_run    every request comes at its time on the wall clock, whatever became of those before, and waits for
+                the one worker. It proves the first way right, at one rate
 
 A *group* is one byte budget with one set of tiers. In a group all policies take turns, request by request and in an
 order that rotates, so that a drift of the machine hits all alike; groups run one after the other. What a store writes
@@ -17,9 +17,7 @@ that were measured already, which is done, unmeasured. Groups that are complete 
 
 from __future__ import annotations
 
-import queue
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +30,6 @@ import chunkcache
 from chunkcache.blend import Policy, parse_policy
 from chunkcache.encoder import TokenIds
 from chunkcache.errors import InputError
-from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import Results
 from chunkcache.eval.workload import Request, Workload, at_rate
 from chunkcache.kv import ChunkKey, ChunkKV
@@ -130,12 +127,11 @@ class Server:
         return counts, found.ttft_s, whole_s
 
     def measure(self, question: str, chunks: Sequence[str], tokens: int) -> dict[str, Any]:
-        """Answer; return what a row says of it. `peak_bytes` is over what was resident before, None if unknown."""
+        """Answer; return what a row says of it."""
         wanted = frozenset(self.llm.prompts.chunk(text) for text in chunks)
         for tier in self.tiers.values():
             tier.wanted, tier.chunk_hits = wanted, 0
-        with PeakMemory(self.llm.model.device) as peak:
-            counts, ttft_s, whole_s = self.answer(question, chunks, tokens)
+        counts, ttft_s, whole_s = self.answer(question, chunks, tokens)
         self.llm.store.flush()
         return {
             **counts,
@@ -143,7 +139,6 @@ class Server:
             "service_s": whole_s,
             "ttft_service_s": ttft_s,
             "stored_bytes": {name: tier.stats().nbytes for name, tier in self.tiers.items()},
-            "peak_bytes": peak.nbytes,
         }
 
 
@@ -158,6 +153,10 @@ class LoadBench:
         groups: budgets and tiers.
         warm: whether stores hold all chunks that fit, the most popular ones, before the first request.
         answer_tokens: length of every answer; the server is held for all of it.
+
+    Attributes:
+        about: what tells this model and these policies from others: its fingerprint, and the policies with nothing
+            left open.
 
     Raises:
         PolicyError: a policy is unknown.
@@ -182,6 +181,8 @@ class LoadBench:
         self._groups = list(groups)
         self._warm, self._answer_tokens = warm, answer_tokens
         probe = chunkcache.wrap(model, tokenizer, store=MemoryStore())
+        options = {name: str(probe.chosen(policy)) for name, policy in self._policies.items()}
+        self.about = {"fingerprint": probe.fingerprint, "options": options}
         self._sizes = _sizes(probe, workload)
         for group in self._groups:
             self._sizes.budget(group.budget)
@@ -197,26 +198,35 @@ class LoadBench:
                 if on_step is not None:
                     on_step(index * turns + turn, turns * len(self._groups))
 
-    def real_run(self, name: str, group: Group, rate: float, pattern: Sequence[float], results: Results) -> None:
+    def real_run(self, name: str, group: Group, load: float, pattern: Sequence[float], results: Results) -> None:
         """Send all requests on the wall clock, to one policy in one group; one row for the whole run.
 
         Args:
             name: the policy.
             group: budget and tiers.
-            rate: requests per second.
+            load: rate, as a share of what this policy was measured to keep up with.
             pattern: arrival times at one request per second.
-            results: takes the row; nothing is done if it is there.
+            results: with the measured rows; takes the row, and nothing is done if it is there.
+
+        Raises:
+            InputError: the requests were not measured in this group yet.
         """
-        if results.done(kind=REAL, policy=name, rate=rate):
+        about = {"kind": REAL, "policy": name, "budget": group.budget, "tiers": group.tiers, "load": load}
+        if results.done(**about):
             return
+        measured = {**about, "kind": MEASURED}
+        del measured["load"]
+        services = [row["service_s"] for row in results.rows if measured.items() <= row.items()]
+        if len(services) < len(self._workload.requests):
+            raise InputError(f"{name} was measured for {len(services)} requests of {group} only; measure all first")
+        rate = load * len(services) / sum(services)
         arrivals = at_rate(pattern, rate)
         with self._server(name, group) as server:
             served = _open_loop(arrivals, lambda number: self._answer(server, self._workload.requests[number]))
-        about = {"kind": REAL, "policy": name, "budget": group.budget, "tiers": group.tiers, "rate": rate}
         columns = ("waiting_s", "ttft_service_s", "service_s")
         rows = {column: [each[index] for each in served] for index, column in enumerate(columns)}
         ttfts = [waiting + first for waiting, first, _ in served]
-        results.add({**about, "arrivals_s": arrivals, "ttft_s": ttfts, **rows})
+        results.add({**about, "rate": rate, "arrivals_s": arrivals, "ttft_s": ttfts, **rows})
 
     def _group(self, group: Group, results: Results) -> Iterator[None]:
         """Serve all requests in a group; yields after each."""
@@ -276,30 +286,15 @@ def _sizes(llm: CachedLLM, workload: Workload) -> Sizes:
 def _open_loop(
     arrivals: Sequence[float], answer: Callable[[int], tuple[float, float]]
 ) -> list[tuple[float, float, float]]:
-    """Send requests at their times, whatever became of those before; serve them one by one in the order they come.
+    """Serve requests one by one in the order they come; each comes at its time, whatever became of those before.
 
     Returns:
         of each request the seconds that it waited, and what `answer` returned.
     """
-    sent: queue.SimpleQueue[int] = queue.SimpleQueue()
-    stop = threading.Event()
-    started = time.perf_counter()
-
-    def send() -> None:
-        for number, arrival in enumerate(arrivals):
-            if stop.wait(max(0.0, started + arrival - time.perf_counter())):
-                return
-            sent.put(number)
-
-    sender = threading.Thread(target=send, name="chunkcache-load", daemon=True)
-    sender.start()
     served = []
-    try:
-        for _ in arrivals:
-            number = sent.get()
-            waited = time.perf_counter() - started - arrivals[number]
-            served.append((waited, *answer(number)))
-    finally:
-        stop.set()
-        sender.join()
+    started = time.perf_counter()
+    for number, arrival in enumerate(arrivals):
+        time.sleep(max(0.0, started + arrival - time.perf_counter()))
+        waited = max(0.0, time.perf_counter() - started - arrival)
+        served.append((waited, *answer(number)))
     return served

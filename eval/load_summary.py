@@ -18,7 +18,9 @@ from chunkcache.eval.workload import poisson
 SEEDS = 20  # patterns of arrival that are pooled
 PERCENTS = (50, 90, 99)
 POINTS = 14  # rates of a curve
-TABLE_LOADS = (0.5, 0.8, 1.0)  # rates of the table, as shares of what full prefill can keep up with
+TABLE_LOADS = (0.5, 0.8, 0.95)  # rates of the table, as shares of what full prefill can keep up with
+OVERLOAD = "overload"
+CLOSE = 0.1  # how far a simulation may be off the real run
 WINDOWS = 10  # of the hit rate over time
 FULL = "full"
 Rows = list[dict[str, Any]]
@@ -40,18 +42,22 @@ class Stand:
         return self.budget, self.tiers
 
 
-def summary(results: Results) -> dict[str, Any]:
+def summary(results: Results, rates: Sequence[float] = (), bound_s: float | None = None) -> dict[str, Any]:
     """Return tables and plots of a load test, and the figures that they show as plain JSON values.
 
-    Groups that were not measured to the end are left out.
+    Groups that were not measured to the end are left out. At rates that a policy cannot keep up with it has no TTFT.
+
+    Args:
+        results: of `chunkcache.eval.load`.
+        rates: requests per second of the curves; by default a range that fits.
+        bound_s: TTFT that 90 % of the requests shall meet; by default twice the slowest policy's without load.
     """
     stands = list(_stands(results))
     if not stands:
         return {"policies": {}, "tables": [], "plots": []}
     doubled = {s.group: s.queue.highest_rate(2 * s.queue.unloaded(90)) for s in stands if s.policy == FULL}
-    bound = results.settings["bound_s"] or 2 * max(s.queue.unloaded(90) for s in stands)
+    bound = bound_s or 2 * max(s.queue.unloaded(90) for s in stands)
     found = [_figures(stand, bound, doubled.get(stand.group)) for stand in stands]
-    rates = results.settings["rates"] or _rates(stands)
     checks = [_check(row, stands) for row in results.rows if row["kind"] == REAL]
     return {
         "requests": results.settings["requests"],
@@ -59,7 +65,7 @@ def summary(results: Results) -> dict[str, Any]:
         "policies": found,
         "validation": [check for check in checks if check is not None],
         "tables": _tables(found, stands, bound, checks),
-        "plots": [*_curves(stands, rates), *_budgets(found, bound), *_over_time(stands)],
+        "plots": [*_curves(stands, sorted(rates) or _rates(stands)), *_budgets(found, bound), *_over_time(stands)],
     }
 
 
@@ -83,8 +89,9 @@ def _figures(stand: Stand, bound: float, doubled: float | None) -> dict[str, Any
     unloaded = queue.unloaded(90)
     asked = sum(row["chunks"] for row in rows)
     tiers = rows[0]["tier_hits"]
-    peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
-    moved = None if doubled is None else percentile(queue.ttfts(doubled), 90) / unloaded - 1
+    moved = None
+    if doubled is not None and doubled < queue.capacity:
+        moved = percentile(queue.ttfts(doubled), 90) / unloaded - 1
     return {
         "policy": stand.policy,
         "budget": stand.budget,
@@ -98,7 +105,6 @@ def _figures(stand: Stand, bound: float, doubled: float | None) -> dict[str, Any
         "hit_rate": sum(row["hits"] for row in rows) / asked if asked else 0.0,
         "tier_hit_rate": {name: sum(row["tier_hits"][name] for row in rows) / max(asked, 1) for name in tiers},
         "stored_bytes": {name: max(row["stored_bytes"][name] for row in rows) for name in tiers},
-        "peak_bytes": max(peaks) if peaks else None,
     }
 
 
@@ -123,13 +129,14 @@ def _check(row: dict[str, Any], stands: Sequence[Stand]) -> dict[str, Any] | Non
             "difference": percentile(apart, percent) / real - 1,
             "difference_own_services": percentile(same, percent) / real - 1,
         }
+    found["within_10_percent"] = all(abs(found[p]["difference"]) <= CLOSE for p in ("p50", "p90"))
     return found
 
 
 def _rates(stands: Sequence[Stand]) -> list[float]:
-    """Return rates from where nobody waits to beyond what the fastest can keep up with."""
+    """Return rates from where nobody waits to what the fastest can just not keep up with."""
     low = 0.1 * min(stand.queue.capacity for stand in stands)
-    high = 1.2 * max(stand.queue.capacity for stand in stands)
+    high = max(stand.queue.capacity for stand in stands)
     return [low * (high / low) ** (step / (POINTS - 1)) for step in range(POINTS)]
 
 
@@ -146,10 +153,17 @@ def _tables(
         for p in (check["p50"], check["p90"]):
             cells += [_number(p["real_s"]), _number(p["simulated_s"]), f"{p['difference']:+.1%}"]
         own = f"{check['p50']['difference_own_services']:+.1%} / {check['p90']['difference_own_services']:+.1%}"
-        rows.append([*cells, own])
+        rows.append([*cells, "yes" if check["within_10_percent"] else "no", own])
     if rows:
         each = [f"{p} {what}" for p in ("p50", "p90") for what in ("real s", "simulated s", "difference")]
-        columns = ["policy", "requests/s", "load", *each, "with the real run's own service times, p50 / p90"]
+        columns = [
+            "policy",
+            "requests/s",
+            "load",
+            *each,
+            "within 10 %",
+            "with the real run's own service times, p50 / p90",
+        ]
         tables.append({"title": "Real runs beside their simulation", "columns": columns, "rows": rows})
     return tables
 
@@ -162,13 +176,19 @@ def _main_table(found: Sequence[Mapping[str, Any]], bound: float) -> dict[str, A
             _number(each["unloaded_s"]["p90"]),
             _number(each["rate_p90_doubled"]),
             _number(each["rate_at_bound"]),
-            "n/a" if each["p90_moved"] is None else f"{each['p90_moved']:+.0%}",
+            _moved(each),
         ]
         for each in found
     ]
     columns = ["policy", "budget", "tiers", "unloaded p50 s", "p90 s", "requests/s where p90 doubles"]
     columns += [f"requests/s with p90 within {_number(bound)} s", "p90 where full's has doubled"]
     return {"title": "Under load: service times measured, waiting simulated", "columns": columns, "rows": rows}
+
+
+def _moved(each: Mapping[str, Any]) -> str:
+    if each["rate_full_doubled"] is None:
+        return "n/a"
+    return OVERLOAD if each["p90_moved"] is None else f"{each['p90_moved']:+.0%}"
 
 
 def _cache_table(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -178,12 +198,11 @@ def _cache_table(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"{each['hit_rate']:.0%}",
             " + ".join(f"{share:.0%}" for share in each["tier_hit_rate"].values()),
             " + ".join(_size(nbytes) for nbytes in each["stored_bytes"].values()),
-            _size(each["peak_bytes"]),
         ]
         for each in found
         if each["policy"] != FULL
     ]
-    columns = ["policy", "budget", "tiers", "hit rate", "of each tier", "stored at most", "a request's peak"]
+    columns = ["policy", "budget", "tiers", "hit rate", "of each tier", "stored at most"]
     return {"title": "Caches: measured", "columns": columns, "rows": rows}
 
 
@@ -198,13 +217,16 @@ def _rate_table(stands: Sequence[Stand]) -> dict[str, Any]:
     rates = [share * base.queue.capacity for share in TABLE_LOADS]
     rows = []
     for stand in chosen:
-        cells = []
-        for rate in rates:
-            ttfts = stand.queue.ttfts(rate)
-            cells.append(" / ".join(_number(percentile(ttfts, percent)) for percent in PERCENTS))
-        rows.append([stand.policy, *cells])
+        rows.append([stand.policy, *(_cell(stand.queue, rate) for rate in rates)])
     columns = ["policy", *(f"{_number(rate)} requests/s" for rate in rates)]
     return {"title": f"TTFT p50 / p90 / p99 in seconds, {_named(group)}", "columns": columns, "rows": rows}
+
+
+def _cell(queue: Queue, rate: float) -> str:
+    if rate >= queue.capacity:
+        return OVERLOAD
+    ttfts = queue.ttfts(rate)
+    return " / ".join(_number(percentile(ttfts, percent)) for percent in PERCENTS)
 
 
 # --- plots
@@ -213,7 +235,10 @@ def _rate_table(stands: Sequence[Stand]) -> dict[str, Any]:
 def _curves(stands: Sequence[Stand], rates: Sequence[float]) -> list[dict[str, Any]]:
     group = _largest(stands)
     chosen = [stand for stand in stands if stand.group == group]
-    found = {stand.policy: [stand.queue.ttfts(rate) for rate in rates] for stand in chosen}
+    found = {
+        stand.policy: [(rate, stand.queue.ttfts(rate)) for rate in rates if rate < stand.queue.capacity]
+        for stand in chosen
+    }
     return [
         {
             "kind": "lines",
@@ -222,15 +247,17 @@ def _curves(stands: Sequence[Stand], rates: Sequence[float]) -> list[dict[str, A
             "y": f"TTFT p{percent}, s",
             "logx": True,
             "logy": True,
-            "caption": f"{_named(group)}; service times measured one by one, waiting simulated.",
+            "caption": f"{_named(group)}; service times measured one by one, waiting simulated, up to what "
+            "each can keep up with.",
             "series": [
                 {
                     "name": policy,
                     "policy": policy,
-                    "points": [[rate, percentile(t, percent)] for rate, t in zip(rates, ttfts, strict=True)],
+                    "points": [[rate, percentile(ttfts, percent)] for rate, ttfts in points],
                     "simulated": True,
                 }
-                for policy, ttfts in found.items()
+                for policy, points in found.items()
+                if points
             ],
         }
         for percent in PERCENTS
@@ -304,9 +331,9 @@ def _named(group: tuple[float, str]) -> str:
     return f"budget {group[0]:g}, {group[1]}"
 
 
-def _number(value: float | None) -> str:
-    return "any" if value is None else f"{value:.3g}"
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
-def _size(nbytes: float | None) -> str:
-    return "n/a" if nbytes is None else f"{nbytes / 2**20:,.0f} MiB"
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"

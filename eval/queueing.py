@@ -7,15 +7,14 @@ simulated here. What follows is exact up to what requests do to one another besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from chunkcache.eval.workload import at_rate, check_rate
+from chunkcache.eval.workload import at_rate
 
 STEPS = 24  # of a bisection
-_CEILING = 1e6  # times the rate at which one request follows the other: above, no bound on the TTFT is met or missed
 
 
 @dataclass(frozen=True)
@@ -70,32 +69,24 @@ class Queue:
 
     @property
     def capacity(self) -> float:
-        """Requests per second that the server can just keep up with."""
+        """Requests per second that the server can just keep up with.
+
+        At this rate and above the queue only grows: what a finite run finds there tells how long the run is.
+        """
         return len(self.services) / sum(service.whole_s for service in self.services)
 
-    def highest_rate(self, bound_s: float, percent: float = 90) -> float | None:
-        """Return the highest rate at which a percentile of the TTFT stays within `bound_s`.
+    def highest_rate(self, bound_s: float, percent: float = 90) -> float:
+        """Return the highest rate at which a percentile of the TTFT stays within `bound_s`, by bisection.
 
-        0 if it does not even without load; None if so few requests stay within it however close they come.
+        0 if it does not even without load; never above the capacity, however short the run.
         """
         if self.unloaded(percent) > bound_s:
             return 0.0
-
-        def met(rate: float) -> bool:
-            return percentile(self.ttfts(rate), percent) <= bound_s
-
-        return _highest(met, self.capacity)
-
-
-def _highest(met: Callable[[float], bool], start: float) -> float | None:
-    """Return the highest rate that meets a bound which all lower ones meet, too, by bisection."""
-    check_rate(start)
-    low, high = 0.0, start
-    while met(high):
-        low, high = high, 2 * high
-        if high > _CEILING * start:
-            return None
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if met(middle) else (low, middle)
-    return low
+        low, high = 0.0, self.capacity
+        if percentile(self.ttfts(high), percent) <= bound_s:
+            return high
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            met = percentile(self.ttfts(middle), percent) <= bound_s
+            low, high = (middle, high) if met else (low, middle)
+        return low

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from chunkcache.errors import InputError
-from chunkcache.eval.cluster import POLICIES, ROUTES, Cluster, Run
-from chunkcache.eval.costs import Costs, Machine, Shape, fit, predicted
+from chunkcache.eval.cluster import POLICIES, ROUTES, Cluster, Run, Sizes
+from chunkcache.eval.costs import Costs, Machine, Reuse, Shape, fit, predicted
 from chunkcache.eval.queueing import percentile
-from chunkcache.eval.results import Results
+from chunkcache.eval.results import Results, read_folder
 from chunkcache.eval.workload import at_rate, check_rate, poisson, zipf_draws
 
 LOADS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # rates, as shares of full prefill's capacity
 PERCENTS = (50, 90, 99)
+BUSY = 0.99  # load from which on the queue grows for as long as requests come
+SAME = ("model", "dtype", "device", "threads", "cores", "system")  # of what measured requests ran on
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
@@ -49,7 +52,7 @@ class Population:
         """Return the chunks of every request, by their numbers.
 
         Raises:
-            InputError: there are fewer chunks than a request has.
+            InputError: there are fewer chunks than a request has, or the skew is out of range.
         """
         if self.documents < self.k:
             raise InputError(f"{self.documents} chunks are too few for requests of {self.k}")
@@ -78,7 +81,7 @@ def check_cluster(cluster: Cluster, policies: Sequence[str]) -> None:
 def default_rates(cluster: Cluster, population: Population) -> list[float]:
     """Return rates around what full prefill can keep up with."""
     sizes = cluster.sizes
-    whole = cluster.costs.prefill_s(sizes.prefix + population.k * sizes.chunk + sizes.question)
+    whole = cluster.costs.full_s(sizes.prefix + population.k * sizes.chunk + sizes.question)
     return [load * cluster.replicas / whole for load in LOADS]
 
 
@@ -100,11 +103,12 @@ def settings(cluster: Cluster, population: Population, policies: Sequence[str], 
 def simulate(cluster: Cluster, population: Population, results: Results, on_run: Progress | None = None) -> None:
     """Simulate each policy at each rate of the settings of `results`, that has no row yet; one row per run."""
     requests, pattern = population.draw(), poisson(population.requests, population.seed)
+    warm_up = population.requests // 10
     runs = [(policy, rate) for policy in results.settings["policies"] for rate in results.settings["rates"]]
     for done, (policy, rate) in enumerate(runs, 1):
         if not results.done(policy=policy, rate=rate):
-            found = Run(cluster, policy).serve(at_rate(pattern, rate), requests)
-            counted = found.ttfts[len(found.ttfts) // 10 :]
+            found = Run(cluster, policy).serve(at_rate(pattern, rate), requests, warm_up)
+            counted = found.ttfts[warm_up:]
             total = sum(found.chunks.values())
             results.add(
                 {
@@ -115,6 +119,7 @@ def simulate(cluster: Cluster, population: Population, results: Results, on_run:
                     "chunks": {name: count / total for name, count in found.chunks.items()},
                     "link_busy": found.link_busy,
                     "busy": found.busy,
+                    "load": rate * statistics.mean(found.services[warm_up:]) / cluster.replicas,
                 }
             )
         if on_run is not None:
@@ -124,31 +129,40 @@ def simulate(cluster: Cluster, population: Population, results: Results, on_run:
 # --- fitted to measured requests
 
 
-def fit_folder(folder: Path, shape: Shape, memory_bandwidth: float) -> tuple[Machine, list[Row]]:
+def fit_folder(
+    folder: Path, name: str, shape: Shape, sizes: Sizes, memory_bandwidth: float, hbm_bandwidth: float
+) -> tuple[Machine, list[Row]]:
     """Fit a machine to the full prefills in a results folder, and try it on the other policies there.
 
     Args:
-        folder: with `requests-*.jsonl` of `chunkcache bench ttft` or `quality`, warm.
+        folder: with results of `chunkcache bench ttft` or `quality`, warm.
+        name: of the shape.
         shape: of the model that was measured.
+        sizes: its prefix and its question are taken for those of the measured prompts.
         memory_bandwidth: bytes/s at which stored KV are put in place.
+        hbm_bandwidth: bytes/s at which weights are read.
 
     Returns:
-        The machine; and per policy the median seconds that were measured and that the model expects, and the median
-        of the relative errors of single requests, with their signs (`error`) and without (`error_size`).
+        The machine; and for full prefill and each policy that is modelled the median seconds that were measured where
+        all chunks were stored, those that the model expects, and the median of the relative errors of single
+        requests, with their signs (`error`) and without (`error_size`).
 
     Raises:
-        InputError: there are no such rows.
+        InputError: there are no such rows, or they are of several machines or models, or of another than the shape.
     """
-    found = [Results.read(path) for path in sorted(folder.glob("requests-*.jsonl"))]
-    rows = [row for results in found if not results.settings.get("cold") for row in results.rows]
-    rows = [row for row in rows if row.get("recomputed_share") is not None and row["ttft_s"] is not None]
+    found = [results for results in read_folder(folder).values() if results.bench == "requests"]
+    found = [results for results in found if not results.settings["cold"]]
+    _check_measured(folder, found, name, shape)
+    rows = [row for results in found for row in results.rows if row["policy"] in POLICIES and not row["fallbacks"]]
     full = [(float(row["tokens"]), float(row["ttft_s"])) for row in rows if row["policy"] == "full"]
-    machine = fit(shape, full, memory_bandwidth, str(folder))
+    machine = fit(shape, full, memory_bandwidth, hbm_bandwidth, str(folder))
     costs = Costs(shape, machine)
     checks = []
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        own = [row for row in rows if row["policy"] == policy]
-        expected = [predicted(costs, row) for row in own]
+    for policy, reuse in POLICIES.items():
+        own = [row for row in rows if row["policy"] == policy and (reuse is None or not row["misses"])]
+        if not own:
+            continue
+        expected = [_expected(costs, reuse, sizes, row) for row in own]
         errors = [seconds / row["ttft_s"] - 1 for seconds, row in zip(expected, own, strict=True)]
         checks.append(
             {
@@ -161,6 +175,38 @@ def fit_folder(folder: Path, shape: Shape, memory_bandwidth: float) -> tuple[Mac
             }
         )
     return machine, checks
+
+
+def _expected(costs: Costs, reuse: Reuse | None, sizes: Sizes, row: Row) -> float:
+    stored = row["tokens"] - sizes.prefix - sizes.question
+    if stored <= 0:
+        raise InputError(
+            f"a measured prompt of {row['tokens']} tokens has no room for a prefix of {sizes.prefix} and a question "
+            f"of {sizes.question}; pass those of the measured prompts as --prefix-tokens and --question-tokens"
+        )
+    return predicted(costs, reuse, sizes.prefix, stored, sizes.question)
+
+
+def _check_measured(folder: Path, found: Sequence[Results], name: str, shape: Shape) -> None:
+    """Refuse requests that cannot be fitted together, or not to this shape."""
+    if not found:
+        raise InputError(f"{folder} has no warm results of `chunkcache bench ttft` or `quality` to fit to")
+    first = found[0]
+    for other in found[1:]:
+        for field in SAME:
+            there, here = other.ran_on.get(field), first.ran_on.get(field)
+            if there != here:
+                raise InputError(
+                    f"{folder} has results of {field}={here!r} and of {there!r}; pass a folder of one machine and "
+                    "model"
+                )
+    model, dtype = str(first.ran_on["model"]), first.ran_on["dtype"]
+    if name not in model.lower():
+        raise InputError(f"{folder} was measured on the model {model!r}, which is not --shape {name}")
+    if DTYPE_BYTES.get(dtype) != shape.dtype_bytes:
+        raise InputError(
+            f"{folder} was measured in {dtype}; {name} is built in with {shape.dtype_bytes} bytes a value"
+        )
 
 
 # --- what it comes to
@@ -178,7 +224,8 @@ def summary(results: Results) -> dict[str, Any]:
     about = (
         f"Simulated: {cluster['replicas']} replicas, {redis}, {population['documents']:,} chunks of "
         f"{cluster['sizes']['chunk']} tokens, {population['k']} a request. {cluster['costs']['shape']['source']}; "
-        f"{machine['source']}; {speed}."
+        f"{machine['source']}; {speed}. At an overload the TTFT grows with the length of the run; curves leave it "
+        "out."
     )
     plots = [_plot(by_policy, f"p{percent}", about) for percent in PERCENTS] if by_policy else []
     tables = [*_tables(by_policy), *_fit_tables(asked.get("fit", []))]
@@ -193,23 +240,28 @@ def _tables(by_policy: Mapping[str, Sequence[Row]]) -> list[Row]:
     rows = []
     for name, own in by_policy.items():
         at = {row["rate"]: row for row in own}
-        cells = [" / ".join(f"{at[r]['ttft_s'][f'p{p}']:.3g}" for p in PERCENTS) if r in at else "" for r in chosen]
-        rows.append([name, *cells])
+        rows.append([name, *(_cell(at[rate]) if rate in at else "" for rate in chosen)])
     columns = ["policy", *(f"{rate:.3g} requests/s" for rate in chosen)]
     shares = [
         [
             name,
             *(f"{last['chunks'][where]:.0%}" for where in ("memory", "redis", "computed")),
             f"{last['link_busy']:.0%}",
+            f"{last['load']:.0%}",
         ]
         for name, own in by_policy.items()
         for last in own[-1:]
     ]
-    from_where = ["policy", "from memory", "from Redis", "computed", "reading from Redis"]
+    from_where = ["policy", "from memory", "from Redis", "computed", "reading from Redis", "load"]
     return [
         {"title": "Simulated: TTFT p50 / p90 / p99 in seconds", "columns": columns, "rows": rows},
         {"title": "Simulated: where chunks came from, at the highest rate", "columns": from_where, "rows": shares},
     ]
+
+
+def _cell(row: Row) -> str:
+    ttfts = " / ".join(f"{row['ttft_s'][f'p{percent}']:.3g}" for percent in PERCENTS)
+    return f"{ttfts} (overload)" if row["load"] >= BUSY else ttfts
 
 
 def _fit_tables(checks: Sequence[Row]) -> list[Row]:
@@ -228,10 +280,11 @@ def _plot(by_policy: Mapping[str, Sequence[Row]], name: str, about: str) -> Row:
         {
             "name": policy,
             "policy": policy,
-            "points": [[row["rate"], row["ttft_s"][name]] for row in rows],
+            "points": points,
             "simulated": True,
         }
         for policy, rows in by_policy.items()
+        if (points := [[row["rate"], row["ttft_s"][name]] for row in rows if row["load"] < BUSY])
     ]
     plot = {"kind": "lines", "title": f"Simulated: TTFT {name} against request rate", "x": "requests per second"}
     return {**plot, "y": f"TTFT {name}, s", "logx": True, "logy": True, "caption": about, "series": series}

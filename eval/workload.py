@@ -18,14 +18,17 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from chunkcache.errors import DocumentError, InputError
 from chunkcache.eval.data import Case
 
 T = TypeVar("T")
+HIGHEST_SKEW = 5.0  # above, all requests are for the same few chunks
 Turns = list[dict[str, Any]]
 _DOCUMENT = re.compile(r"^\[Document \d+: (.*?)\]\s*(?=^\[Document \d+: |^Question: )", re.M | re.S)
 _QUESTION = re.compile(r"^Question: (.*)\Z", re.M | re.S)
@@ -118,6 +121,7 @@ def zipf_workload(cases: Sequence[Case], count: int, chunks: int, documents: int
 
     Raises:
         DocumentError: the cases have fewer different chunks than a request needs.
+        InputError: the skew is out of range.
     """
     asked_of: dict[str, str] = {text: case.question for case in reversed(cases) for text in case.chunks}
     texts = list(dict.fromkeys(text for case in cases for text in case.chunks))[:documents]
@@ -133,13 +137,16 @@ def zipf_workload(cases: Sequence[Case], count: int, chunks: int, documents: int
 
 
 def zipf_draws(documents: int, k: int, skew: float, draw: random.Random) -> Iterator[tuple[int, ...]]:
-    """Yield, for ever, `k` different numbers below `documents`: n comes with a weight of `(n + 1) ** -skew`."""
-    weights = list(accumulate((rank + 1) ** -skew for rank in range(documents)))
-    while True:
-        numbers: dict[int, None] = {}
-        while len(numbers) < k:
-            numbers[draw.choices(range(documents), cum_weights=weights)[0]] = None
-        yield tuple(numbers)
+    """Return tuples, without end, of `k` different numbers below `documents`: n has a weight of `(n + 1) ** -skew`.
+
+    Raises:
+        InputError: the skew is below 0 or too high.
+    """
+    if not 0 <= skew <= HIGHEST_SKEW:
+        raise InputError(f"a skew of {skew} is not between 0 and {HIGHEST_SKEW:g}; pass for example 0.9")
+    weights = np.arange(1, documents + 1, dtype=float) ** -skew
+    drawn = np.random.default_rng(draw.getrandbits(64))  # exponential races: who comes in is who would be drawn next
+    return (tuple(np.argsort(drawn.exponential(size=documents) / weights)[:k].tolist()) for _ in repeat(None))
 
 
 def session_workload(path: str | Path, count: int, chunks: int, seed: int, at_once: int = 4) -> Workload:

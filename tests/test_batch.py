@@ -6,11 +6,15 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from helpers_llm import TEXTS, own_model, plain, prompt_ids, snapshot, tiny_model, wrapped
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from chunkcache.blend.guard import GuardModel
 from chunkcache.blend.query import Query
+from chunkcache.calibration import Calibration
 from chunkcache.errors import ContextLengthError, InputError, PolicyError, PromptError
+from chunkcache.stats import warn_once
 from chunkcache.store import MemoryStore
 
 QUESTIONS = (
@@ -96,7 +100,10 @@ def test_each_sequence_ends_at_its_own_end():
     eos = [whole[0][2], whole[1][5]]
     wanted = [llm.generate(*each, eos_token_id=eos, **OPTIONS).token_ids for each in requests]
     assert len({len(each) for each in wanted}) > 1
-    assert ids(llm.generate_batch(requests, eos_token_id=eos, **OPTIONS)) == wanted
+    config = GenerationConfig(eos_token_id=eos)
+    for given in ({"eos_token_id": each} for each in (eos, tuple(eos), torch.tensor(eos))):
+        assert ids(llm.generate_batch(requests, **given, **OPTIONS)) == wanted
+    assert ids(llm.generate_batch(requests, generation_config=config, **OPTIONS)) == wanted
 
 
 def test_stop_strings_end_each_sequence_by_itself():
@@ -107,6 +114,9 @@ def test_stop_strings_end_each_sequence_by_itself():
     wanted = [llm.generate(*each, stop_strings=[stop], **OPTIONS).token_ids for each in requests]
     assert len(wanted[0]) < 10
     assert ids(llm.generate_batch(requests, stop_strings=[stop], **OPTIONS)) == wanted
+    for asked in (requests, requests[:1]):  # together, and alone
+        config = GenerationConfig(stop_strings=[stop])
+        assert ids(llm.generate_batch(asked, generation_config=config, **OPTIONS)) == wanted[: len(asked)]
 
 
 def test_a_chunk_is_looked_up_once_for_a_group():
@@ -152,14 +162,98 @@ def test_reordered_prompts_share_more():
     assert got[2].stats.tokens < got[0].stats.tokens
 
 
-def test_a_model_that_cannot_is_served_one_by_one_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr("chunkcache.batch.can_share", lambda decoder: False)
+def test_a_model_that_cannot_is_served_one_by_one_and_says_so_once(monkeypatch, caplog):
+    tried = []
+    monkeypatch.setattr("chunkcache.llm.can_share", lambda decoder: tried.append(decoder))
+    warn_once.cache_clear()
     llm, seen = wrapped(policy="full"), []
     wanted = ids(llm.generate(*each, **OPTIONS) for each in MIXED)
     with caplog.at_level(logging.WARNING, "chunkcache"):
-        assert ids(llm.generate_batch(MIXED, on_batch=seen.append, **OPTIONS)) == wanted
-    assert [record.message for record in caplog.records if "one by one" in record.message]
+        for _ in range(2):
+            got = llm.generate_batch(MIXED, on_batch=seen.append, **OPTIONS)
+            assert ids(got) == wanted
+            assert {each.stats.batched for each in got} == {1}
+    assert len([record for record in caplog.records if "one by one" in record.message]) == 1
     assert all(len(batch.requests) == 1 for batch in seen)
+    assert len(tried) == 1
+
+
+def test_it_is_counted_how_many_were_decoded_together():
+    got = wrapped(policy="full").generate_batch([(q, TEXTS) for q in QUESTIONS] + [("Why?",)], max_batch=3, **OPTIONS)
+    assert sorted(each.stats.batched for each in got) == [1, 1, 3, 3, 3]
+
+
+def test_a_guarded_policy_answers_each_question_by_itself():
+    accepts = GuardModel(((-99.0, 0.0, 0.0),) * 3, ((0.05, 0.0),))
+    given = Calibration(wrapped().fingerprint, None, accepts)
+    one, many = (wrapped(policy="query:ratio=0.1,guard=0.05", calibration=given) for _ in range(2))
+    requests = [(question, TEXTS) for question in QUESTIONS]
+    got = many.generate_batch(requests, **OPTIONS)
+    assert ids(got) == ids(one.generate(*each, **OPTIONS) for each in requests)
+    assert [(each.stats.guard_passes, each.stats.batched) for each in got] == [(1, 1)] * len(QUESTIONS)
+
+
+@pytest.mark.parametrize("policy", ["full", "reuse", "query:ratio=0.3"])
+def test_stages_are_those_of_the_group_and_count_once(policy):
+    requests = [(question, chunks) for chunks in (TEXTS, TEXTS[::-1]) for question in QUESTIONS]
+    got = wrapped(policy=policy).generate_batch(requests, max_batch=2, **OPTIONS)
+    one_at_a_time = ("tokenize_s", "lookup_s", "compute_s", "prefill_s", "assemble_s", "select_s", "recompute_s")
+    spent = sum(getattr(each.stats, name) for each in got for name in one_at_a_time[:4])
+    assert spent < max(each.ttft_s for each in got)  # of the whole call; nothing is counted twice
+    for each in got:
+        stages = each.stats.stages()
+        assert sum(stages.values()) == pytest.approx(each.ttft_s)
+        assert stages["other"] >= 0
+    for group in (got[:4], got[4:]):
+        fusions = 2 if policy.startswith("query") else 1  # each batch, where the questions are looked at
+        assert sum(each.stats.recompute_s > 0 for each in group) == fusions
+        assert sum(each.stats.prefill_s > 0 for each in group) == 2
+
+
+@pytest.mark.parametrize(("policy", "hits"), [("full", 0), ("prefix", 3), ("reuse", 3), ("query:ratio=0.3", 3)])
+def test_later_members_hit_what_the_first_looked_up_or_stored(policy, hits):
+    got = wrapped(policy=policy).generate_batch([(question, TEXTS) for question in QUESTIONS], max_batch=2, **OPTIONS)
+    assert sorted(each.stats.hits for each in got) == [0, hits, hits, hits]
+    assert sum(each.stats.misses for each in got) == hits
+
+
+class _Fails(LogitsProcessor):
+    """Raises when the tokens of one batch are all there."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise ZeroDivisionError("in mid-batch")
+        return scores
+
+
+def test_an_error_in_mid_batch_loses_nothing_that_is_done_and_leaves_the_model_as_it_was():
+    model = tiny_model()
+    llm = wrapped(model, policy="query:ratio=0.3")
+    requests = [(question, TEXTS) for question in QUESTIONS]
+    before, kept = snapshot(model), {}
+    fails = LogitsProcessorList([_Fails(OPTIONS["max_new_tokens"] + 3)])
+
+    def keep(batch):
+        kept.update(zip(batch.requests, batch.generations, strict=True))
+
+    with pytest.raises(ZeroDivisionError):
+        llm.generate_batch(requests, max_batch=2, on_batch=keep, logits_processor=fails, **OPTIONS)
+    assert snapshot(model) == before
+    whole = llm.generate_batch(requests, max_batch=2, **OPTIONS)
+    assert len(kept) == 2
+    assert all(each.token_ids == whole[index].token_ids for index, each in kept.items())
+
+
+def test_each_output_is_its_own():
+    got = wrapped(policy="full").generate_batch([(question, TEXTS) for question in QUESTIONS], **OPTIONS)
+    for each in got:
+        assert each.output.shape[0] == 1
+        assert each.output.untyped_storage().nbytes() == each.output.nbytes
+        assert each.output[0, -10:].tolist()[: len(each.token_ids)] == each.token_ids
 
 
 def test_wrong_requests_are_named_before_any_work():
@@ -187,6 +281,11 @@ def test_wrong_requests_are_named_before_any_work():
         {"max_length": 100},
         {"max_new_tokens": 0},
         {"generation_config": GenerationConfig(num_beams=3)},
+        {"no_repeat_ngram_size": 2},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"min_length": 5},
+        {"generation_config": GenerationConfig(no_repeat_ngram_size=3)},
+        {"prefix_allowed_tokens_fn": lambda batch, sent: [1]},
     ],
 )
 def test_what_a_batch_cannot_do_is_refused(options):
@@ -203,5 +302,13 @@ def test_an_unknown_policy_is_refused_and_no_request_is_no_answer():
 def test_processors_and_penalties_see_no_padding():
     llm = wrapped(own_model(), policy="full")
     requests = [(question, TEXTS) for question in QUESTIONS]
-    options = {**OPTIONS, "repetition_penalty": 1.5}
-    assert ids(llm.generate_batch(requests, **options)) == ids(llm.generate(*each, **options) for each in requests)
+    first = llm.generate(*requests[0], **OPTIONS).token_ids[0]
+    for more in (
+        {"repetition_penalty": 1.5},
+        {"min_new_tokens": 5, "eos_token_id": first},
+        {"bad_words_ids": [[first]]},
+    ):
+        options = {**OPTIONS, **more}
+        assert ids(llm.generate_batch(requests, **options)) == ids(
+            llm.generate(*each, **options) for each in requests
+        )

@@ -61,6 +61,36 @@ def test_equals_plain_attention(kv_heads, tails, window, softcap, sinks):
             torch.testing.assert_close(found[number, skip:].transpose(0, 1), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_half_precision_is_as_good_as_its_rounding(dtype, sinks):
+    torch.manual_seed(0)
+    tokens, dim = 3000, 16
+    shared = (torch.randn(2, tokens, dim).to(dtype), (100 + torch.randn(2, tokens, dim)).to(dtype))
+    own = torch.randn(3, 2, 4, 6, dim).to(dtype)
+    query, key, value = own[0], own[1][:, :2], own[2][:, :2]
+    cache = SharedCache(zoo.build("llama").config, [shared] * zoo.LAYERS, [0, 2], 6)
+    sink = torch.randn(4).to(dtype) if sinks else None
+    found = cache.attend(0, query, cache.update(key, value, 0), None, None, sink)
+    assert found.dtype == dtype
+    assert found.isfinite().all()  # 3000 values of 100 add up to more than float16 holds
+    for number, pad in enumerate((0, 2)):
+        keys, values = (
+            torch.cat((s, o[number, :, pad:]), dim=1).float() for s, o in zip(shared, (key, value), strict=True)
+        )
+        wanted = plain(
+            query[number, :, pad:].float(), keys, values, None, None, None if sink is None else sink.float()
+        )
+        torch.testing.assert_close(
+            found[number, pad:].transpose(0, 1).float(), wanted, atol=0.1, rtol=2 * torch.finfo(dtype).eps
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_decodes_together(dtype):
+    assert can_share(decoder("llama", dtype=dtype))
+
+
 @pytest.mark.parametrize(("name", "attention"), zoo.SERVED)
 def test_a_model_over_shared_kv_gives_the_logits_of_each_sequence_alone(name, attention):
     checked = decoder(name, attention)

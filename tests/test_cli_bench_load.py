@@ -22,8 +22,11 @@ def data(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("wrong", [("--rate", "0"), ("--budget", "0"), ("--validate", "-1"), ("--bound", "0")])
-def test_figures_that_are_not_above_zero_are_refused(wrong, data):
+@pytest.mark.parametrize(
+    "wrong",
+    [("--rate", "0"), ("--budget", "0"), ("--validate", "0"), ("--validate", "1"), ("--bound", "0"), ("--skew", "6")],
+)
+def test_figures_out_of_range_are_refused(wrong, data):
     found = CliRunner().invoke(bench_load, [data, *wrong])
     assert found.exit_code == 2
     assert wrong[0] in found.output
@@ -48,13 +51,20 @@ def test_a_small_load_test_goes_on_from_its_folder(data, tmp_path):
         "--policy",
         "query",
         "--validate",
-        "50",
+        "0.5",
     ]
     arguments += ["--model", saved_model(tmp_path / "model"), "--out", str(tmp_path / "out"), "--json"]
     first, again = (CliRunner().invoke(bench_load, arguments) for _ in range(2))
     assert first.exception is None
     assert json.loads(first.stdout) == json.loads(again.stdout)
-    assert [check["policy"] for check in json.loads(first.stdout)["validation"]] == ["full", "query"]
+    checks = json.loads(first.stdout)["validation"]
+    assert [(check["policy"], check["load"]) for check in checks] == [("full", 0.5), ("query", 0.5)]
+    other = CliRunner().invoke(bench_load, [*arguments, "--bound", "1000", "--rate", "0.01"])
+    assert json.loads(other.stdout)["bound_s"] == 1000  # how it is shown is no reason to measure again
+    [path] = (tmp_path / "out").glob("*.jsonl")
+    head = json.loads(path.read_text(encoding="utf-8").splitlines()[0])["settings"]
+    assert head["options"]["full"] == "full"
+    assert head["fingerprint"]
 
 
 def test_a_simulation_prints_that_it_is_one():
@@ -71,6 +81,8 @@ def test_a_simulation_prints_that_it_is_one():
         (("--policy", "link"), "has no cost model"),
         (("--route", "none"), "cannot be routed"),
         (("--chunks", "60"), "too few"),
+        (("--fit", "."), "--fit needs --memory-bandwidth"),
+        (("--fit", ".", "--memory-bandwidth", "1e10", "--hbm-bandwidth", "1e10"), "--gpus says another"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(wrong, why):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from chunkcache.eval.cluster import LRU, POLICIES, Cluster, Run, Sizes
-from chunkcache.eval.costs import Costs, Machine, Shape
+from chunkcache.eval.costs import Costs, Machine, Shape, predicted
+from chunkcache.eval.queueing import Service, serve
+from chunkcache.eval.workload import at_rate, poisson, zipf_draws
 
-SHAPE = Shape(params=1.0, layers=1, heads=1, kv_heads=1, head_dim=1, dtype_bytes=1, source="made up")  # 2 B a token
-MACHINE = Machine(flops=1.0, memory_bandwidth=float("inf"), utilisation=1.0, overhead=0.0, source="made up")
+SHAPE = Shape(
+    params=1.0, head_params=0.0, layers=1, heads=1, kv_heads=1, head_dim=1, dtype_bytes=1, source="made up"
+)  # 2 B a token
+FAST = float("inf")
+MACHINE = Machine(
+    flops=1.0, memory_bandwidth=FAST, hbm_bandwidth=FAST, utilisation=1.0, overhead=0.0, source="made up"
+)
 SIZES = Sizes(prefix=0, chunk=10, question=0)
 CLUSTER = Cluster(Costs(SHAPE, MACHINE), SIZES, 1, 1e9, 0, 1.0, 0.0)
 CHUNK_S = 2 * 10 + 4 * 10 * 5  # prefill of a chunk
@@ -95,3 +103,33 @@ def test_every_policy_of_the_table_runs():
         found = Run(replace(CLUSTER, sizes=sizes), policy).serve([0.0, 1e7], [(0, 1, 2), (0, 1, 2)])
         assert sum(found.chunks.values()) == 6
         assert (found.ttfts[1] < found.ttfts[0]) == (policy != "full")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_replica_is_the_queue_that_is_made_of_its_service_times(policy):
+    cluster = replace(CLUSTER, sizes=Sizes(5, 20, 3), memory_bytes=6 * 40)  # six chunks
+    drawn = zipf_draws(20, 3, 0.9, random.Random(0))
+    requests, pattern = [next(drawn) for _ in range(200)], poisson(200, 1)
+    alone = Run(cluster, policy).serve([1e7 * number for number in range(200)], requests)
+    assert len(set(alone.services)) == 1 if policy == "full" else len({round(each) for each in alone.services}) > 1
+    arrivals = at_rate(pattern, 0.8 * 200 / sum(alone.services))
+    loaded = Run(cluster, policy).serve(arrivals, requests)
+    assert loaded.chunks == alone.chunks
+    assert max(loaded.ttfts) > 2 * max(alone.ttfts)  # there is waiting
+    assert loaded.ttfts == pytest.approx(serve(arrivals, [Service(each, each) for each in alone.services]))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_fit_is_tried_on_what_is_simulated(policy):
+    sizes = Sizes(prefix=5, chunk=20, question=3)
+    costs = Costs(replace(SHAPE, layers=4, head_params=7.0), replace(MACHINE, memory_bandwidth=0.01))
+    run = Run(replace(CLUSTER, costs=costs, sizes=sizes), policy).serve([0.0, 1e7], [(0, 1, 2), (0, 1, 2)])
+    assert predicted(costs, POLICIES[policy], 5, 60, 3) == pytest.approx(run.ttfts[1])
+
+
+def test_chunks_are_counted_from_the_end_of_the_warm_up_on():
+    arrivals, requests = [0, 1e6, 2e6], [(0,), (0,), (0,)]
+    assert Run(CLUSTER, "query").serve(arrivals, requests, warm_up=1).chunks == {
+        "memory": 2, "redis": 0, "computed": 0
+    }  # fmt: skip
+    assert Run(CLUSTER, "full").serve(arrivals, requests, warm_up=1).chunks["computed"] == 2

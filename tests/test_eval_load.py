@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from helpers_llm import TEXTS, chat_tokenizer, tiny_model
 
@@ -117,34 +115,72 @@ def test_a_run_goes_on_in_the_cache_state_where_it_stopped(tmp_path):
         assert len(then.rows) == len(whole.rows)
 
 
-def test_a_real_run_serves_all_requests_at_their_times_and_only_once():
+def test_a_real_run_comes_at_a_share_of_what_was_measured_and_only_once():
     results = memory()
     run = bench(["reuse"], answer_tokens=3)
+    with pytest.raises(InputError, match="measure all first"):
+        run.real_run("reuse", ROOMY[0], 0.9, [0, 1, 2, 3, 4], results)
+    run.measure(results)
     for _ in range(2):
-        run.real_run("reuse", Group(1.0, MEMORY), 50.0, [0, 1, 2, 3, 4], results)
-    [row] = results.rows
-    assert row["arrivals_s"] == [0, 0.02, 0.04, 0.06, 0.08]
-    for waiting, first, ttft, whole in zip(
-        row["waiting_s"], row["ttft_service_s"], row["ttft_s"], row["service_s"], strict=True
-    ):
-        assert waiting >= 0
-        assert ttft == waiting + first
-        assert first < whole
+        run.real_run("reuse", ROOMY[0], 0.9, [0, 1, 2, 3, 4], results)
+    [row] = results.rows[5:]
+    services = column(results, "service_s", "reuse")
+    assert row["rate"] == pytest.approx(0.9 * 5 / sum(services))
+    assert row["arrivals_s"] == pytest.approx([number / row["rate"] for number in range(5)])
+    assert all(first < whole for first, whole in zip(row["ttft_service_s"], row["service_s"], strict=True))
+    assert sum(row["ttft_s"]) == pytest.approx(sum(row["waiting_s"]) + sum(row["ttft_service_s"]))
 
 
-def test_who_sends_does_not_wait_for_answers():
+def test_a_real_run_is_told_by_its_group():
+    results = memory()
+    there = {"kind": "real", "policy": "reuse", "load": 0.5}
+    results.add({**there, "budget": 0.7, "tiers": MEMORY})
+    results.add({**there, "budget": 1.0, "tiers": DISK})
+    run = bench(["reuse"])
+    run.measure(results)
+    run.real_run("reuse", ROOMY[0], 0.5, [0, 1, 2, 3, 4], results)
+    assert len(results.rows) == 2 + 5 + 1
+
+
+class Clock:
+    """Time that passes only in sleep."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_requests_come_at_their_times_whatever_became_of_those_before(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("chunkcache.eval.load.time", clock)
+    lasting = [2.0, 1.0, 1.0, 1.0, 0.5]
+    came = []
+
     def answer(number):
-        time.sleep(0.05)
-        return 0.0, float(number)
+        came.append(clock.now - 100)
+        clock.sleep(lasting[number])
+        return lasting[number] / 2, lasting[number]
 
-    served = _open_loop([0, 0, 0], answer)
-    assert [number for *_, number in served] == [0, 1, 2]
-    assert [waited >= 0.05 * index for index, (waited, *_) in enumerate(served)] == [True] * 3
+    served = _open_loop([1.0, 1.5, 2.0, 9.0, 9.25], answer)
+    assert came == [1.0, 3.0, 4.0, 9.0, 10.0]  # idle, then a backlog, then idle and a backlog again
+    assert [waited for waited, *_ in served] == [0.0, 1.5, 2.0, 0.0, 0.75]
+    assert [whole for *_, whole in served] == lasting
 
 
-def test_a_failure_ends_a_real_run_at_once():
-    def answer(number):
-        raise RuntimeError("the model is gone")
+def test_a_policy_meets_the_same_cache_alone_and_beside_others():
+    alone, beside = memory(), memory()
+    bench(["reuse"]).measure(alone)
+    bench(["prefix", "query", "reuse"]).measure(beside)
+    for name in ("hits", "misses", "tier_hits", "stored_bytes"):
+        assert column(alone, name, "reuse") == column(beside, name, "reuse")
 
-    with pytest.raises(RuntimeError, match="the model is gone"):
-        _open_loop([0, 3600], answer)
+
+def test_a_bench_tells_its_model_and_its_policies():
+    about = bench(["query"]).about
+    assert about["options"]["query"].startswith("query:ratio=")
+    assert len(about["fingerprint"]) == 64

@@ -10,7 +10,7 @@ from chunkcache.eval.load_summary import summary
 from chunkcache.eval.results import Results
 
 SETTINGS = {
-    "requests": 200, "arrivals": None, "seed": 0, "rates": [], "bound_s": None, "policies": ["full", "query"],
+    "requests": 200, "arrivals": None, "seed": 0, "policies": ["full", "query"],
 }  # fmt: skip
 
 
@@ -19,12 +19,12 @@ def measured(policy, seconds, budget=1.0, hits=0):
         yield {
             "kind": "measured", "request": number, "policy": policy, "budget": budget, "tiers": "memory",
             "tokens": 100, "chunks": 2, "hits": hits, "misses": 2 - hits, "tier_hits": {"memory": hits},
-            "service_s": seconds, "ttft_service_s": seconds, "stored_bytes": {"memory": 1 << 20}, "peak_bytes": None,
+            "service_s": seconds, "ttft_service_s": seconds, "stored_bytes": {"memory": 1 << 20},
         }  # fmt: skip
 
 
-def results(*rows, **settings):
-    found = Results("load", {**SETTINGS, **settings}, {})
+def results(*rows):
+    found = Results("load", SETTINGS, {})
     for each in rows:
         for row in each:
             found.add(row)
@@ -49,19 +49,34 @@ def test_tables_and_plots_are_what_a_report_can_show():
     budgets = [
         rows for budget in (0.5, 1.0) for rows in (measured("full", 2.0, budget), measured("query", 0.2, budget))
     ]
-    found = summary(results(*budgets, rates=[0.1, 0.2], bound_s=3.0))
+    found = summary(results(*budgets), rates=[0.2, 0.1, 0.6], bound_s=3.0)
+    assert found["bound_s"] == 3.0
     assert all(len(row) == len(table["columns"]) for table in found["tables"] for row in table["rows"])
     assert all(isinstance(cell, str) for table in found["tables"] for row in table["rows"] for cell in row)
     titles = [plot["title"] for plot in found["plots"]]
     assert len(titles) == len(set(titles)) == 3 + 1 + 2
     [p90] = [plot for plot in found["plots"] if plot["title"].startswith("TTFT p90")]
-    assert [x for x, _ in p90["series"][0]["points"]] == [0.1, 0.2]
+    assert [x for x, _ in p90["series"][0]["points"]] == [0.1, 0.2]  # full prefill can not keep up with 0.6
+    assert [x for x, _ in p90["series"][1]["points"]] == [0.1, 0.2, 0.6]
     assert all(series["simulated"] for series in p90["series"])
+
+
+def test_what_cannot_be_kept_up_with_has_no_ttft():
+    found = summary(results(measured("full", 0.5), measured("query", 2.0)), bound_s=1000.0)
+    full, query = found["policies"]
+    assert (full["rate_at_bound"], query["rate_at_bound"]) == (full["capacity"], query["capacity"]) == (2.0, 0.5)
+    assert full["rate_p90_doubled"] > query["capacity"]
+    assert query["p90_moved"] is None
+    under_load, rates, _ = found["tables"]
+    assert under_load["rows"][1][-1] == "overload"
+    assert rates["rows"][1][1:] == ["overload"] * 3
+    for plot in found["plots"][:3]:
+        assert max(x for x, _ in plot["series"][1]["points"]) < 0.5
 
 
 def test_a_real_run_is_set_beside_its_simulation():
     real = {
-        "kind": "real", "policy": "query", "budget": 1.0, "tiers": "memory", "rate": 4.0,
+        "kind": "real", "policy": "query", "budget": 1.0, "tiers": "memory", "rate": 4.0, "load": 0.8,
         "arrivals_s": [0.0] * 200, "ttft_service_s": [0.1] * 200, "service_s": [0.1] * 200,
         "ttft_s": [0.1 * (n + 1) for n in range(200)],
     }  # fmt: skip
@@ -70,6 +85,20 @@ def test_a_real_run_is_set_beside_its_simulation():
     assert check["p90"]["difference"] == pytest.approx(1)  # measured apart, each took twice as long
     assert check["p90"]["difference_own_services"] == pytest.approx(0, abs=1e-9)
     assert check["load"] == pytest.approx(0.8)
+    assert check["within_10_percent"] is False
+    assert "no" in found["tables"][-1]["rows"][0]
+
+
+@pytest.mark.parametrize(("slower", "within"), [(1.05, True), (1.15, False)])
+def test_it_is_said_whether_the_simulation_is_within_ten_percent(slower, within):
+    real = {
+        "kind": "real", "policy": "query", "budget": 1.0, "tiers": "memory", "rate": 0.5, "load": 0.1,
+        "arrivals_s": [2.0 * n for n in range(200)], "ttft_service_s": [0.2 * slower] * 200,
+        "service_s": [0.2 * slower] * 200, "ttft_s": [0.2 * slower] * 200,
+    }  # fmt: skip
+    [check] = summary(results(measured("query", 0.2), [real]))["validation"]
+    assert check["within_10_percent"] is within
+    assert check["p50"]["difference"] == check["p90"]["difference"] == pytest.approx(1 / slower - 1)
 
 
 def test_what_was_not_measured_to_the_end_is_left_out():

@@ -53,7 +53,8 @@ def test_the_highest_rate_is_where_the_bound_is_met_and_no_higher():
     assert percentile(queue.ttfts(rate), 90) <= 2.0 < percentile(queue.ttfts(rate * 1.01), 90)
     assert 0 < rate < queue.capacity == 1
     assert queue.highest_rate(0.5) == 0
-    assert queue.highest_rate(1000) is None  # even if all come at once
+    assert percentile(queue.ttfts(2.0), 90) < 1000  # twice what it can serve, but only for a while
+    assert queue.highest_rate(1000) == queue.capacity
 
 
 def test_a_rate_is_above_zero():

@@ -61,6 +61,20 @@ def test_documents_come_as_often_as_the_zipf_law_says():
         assert counts[number] / 30_000 == pytest.approx(1 / (number + 1) / whole, abs=0.01)
 
 
+def test_later_ones_of_a_request_are_drawn_from_what_is_left():
+    drawn = zipf_draws(3, 2, 1.0, random.Random(0))
+    counts = Counter(next(drawn) for _ in range(30_000))
+    weights = (1, 1 / 2, 1 / 3)
+    for (one, two), count in counts.items():
+        expected = weights[one] / sum(weights) * weights[two] / (sum(weights) - weights[one])
+        assert count / 30_000 == pytest.approx(expected, abs=0.01)
+    assert len(counts) == 6
+    assert set(next(zipf_draws(50, 50, 5.0, random.Random(0)))) == set(range(50))  # and it comes to an end
+    for skew in (-1, 5.1, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="skew of"):
+            zipf_draws(3, 2, skew, random.Random(0))
+
+
 def test_requests_ask_for_different_chunks_with_a_question_of_their_case():
     workload = zipf_workload(CASES, 50, chunks=3, documents=10, skew=0.9, seed=0)
     assert len(workload.chunks) == 10

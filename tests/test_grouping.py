@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chunkcache import grouping
 from chunkcache.errors import PromptError
 from chunkcache.grouping import Request, checked, grouped, ordered, reordered, shared_tokens
 from chunkcache.prompt import Passage, Prompt
@@ -44,7 +45,34 @@ def test_a_passage_is_not_moved():
         reordered([Request("a", [Passage("text")])])
 
 
-@pytest.mark.parametrize("wrong", ["a question", (), ("q", (), None, "more")])
+@pytest.mark.parametrize("wrong", ["a question", b"q", (), ("q", (), None, "more"), {"question": "q"}, 7, {"q"}])
 def test_what_is_no_request_is_named(wrong):
     with pytest.raises(PromptError, match="request 1 is no"):
         checked([("q",), wrong])
+
+
+@pytest.mark.parametrize("chunks", ["one text", b"bytes", {"text": "a"}, Passage("text"), None, 3])
+def test_chunks_that_are_no_list_are_refused(chunks):
+    with pytest.raises(PromptError, match="request 1: its chunks are a"):
+        checked([("q",), ("q", chunks)])
+
+
+def test_requests_may_come_from_anywhere_once():
+    assert checked((str(n), iter(["a", "b"])) for n in range(2)) == [
+        Request("0", ("a", "b")),
+        Request("1", ("a", "b")),
+    ]
+    with pytest.raises(PromptError, match="request 0 is no"):
+        checked("why")
+    with pytest.raises(PromptError, match="pass them as texts"):
+        reordered([Request("a", (["nested"],))])
+
+
+def test_a_chunk_that_all_groups_have_costs_no_more_than_a_few_looks(monkeypatch):
+    looks = []
+    real = grouping._alike
+    monkeypatch.setattr(grouping, "_alike", lambda *args: looks.append(1) or real(*args))
+    prompts = [prompt(0, 10 + number // 2, 5000 + number) for number in range(2000)]
+    groups = ordered(grouped(prompts), prompts)
+    assert groups == [[number] for number in range(2000)]
+    assert len(looks) <= 2000 * (grouping.NEIGHBOURS + 2)
