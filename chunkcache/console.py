@@ -14,6 +14,7 @@ from rich.table import Table
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 SAY_EVERY = 30.0  # seconds between lines of progress where there is no terminal
+SPEED_OVER = 3600.0  # seconds that the time left is estimated from: steps take up to minutes
 
 
 class Bar:
@@ -41,7 +42,7 @@ class Bar:
 def progress(label: str) -> Iterator[Bar]:
     """Show a progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bars:
+    with Progress(*columns, console=err, transient=True, speed_estimate_period=SPEED_OVER) as bars:
         yield Bar(bars, label)
 
 

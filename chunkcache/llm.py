@@ -377,7 +377,7 @@ class CachedLLM(KeepsChunks):
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
         if setting(self.model, options, "pad_token_id") is None:
             options["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        if options.get("stop_strings"):
+        if setting(self.model, options, "stop_strings"):
             options.setdefault("tokenizer", self.tokenizer)
         before = time.perf_counter()
         finished = needs_finished_cache(self.model, options)

@@ -15,6 +15,7 @@ from chunkcache.eval.results import Results
 
 Row = dict[str, Any]
 SCORES = ("f1", "em", "rouge_l")
+ROUNDING = 1e-4  # nats; a divergence below is none
 WORST = 3  # prompts of each policy that are listed
 
 
@@ -118,7 +119,7 @@ def _worst(by_policy: dict[str, list[Row]], full: dict[int, list[Row]]) -> list[
     worst = []
     for name in by_policy:
         if name != FULL and not name.startswith(PEER):
-            judged = [row for row in by_policy[name] if row["kl_first"] is not None]
+            judged = [row for row in by_policy[name] if (row["kl_first"] or 0) > ROUNDING]
             worst += sorted(judged, key=lambda row: -row["kl_first"])[:WORST]
     found = []
     for row in worst:
