@@ -19,12 +19,13 @@ test: $(STAMP)    ## run the tests
 	@$(BIN)/python -m pytest
 
 test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in an environment that has it
-	@$(LMBIN)/python -m pytest tests/integration/test_lmcache.py tests/test_store_lmcache_adapter.py
+	@$(LMBIN)/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
 
 lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict -p chunkcache
+	@$(BIN)/lint-imports --no-logo
 
 check: lint test    ## lint and test, as CI does
 

@@ -21,7 +21,7 @@ from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan, Segment
 from chunkcache.blend.rotary import Rotary
 from chunkcache.kv import Layer
-from chunkcache.quantised import GROUP, QuantisedLayer
+from chunkcache.kv.quantised import GROUP, QuantisedLayer
 
 
 def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:

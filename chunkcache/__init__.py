@@ -16,9 +16,13 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chunkcache.batch import Batch
-    from chunkcache.conversation import Conversation
     from chunkcache.corpus import Corpus
+    from chunkcache.engine.batch import Batch
+    from chunkcache.engine.conversation import Conversation
+    from chunkcache.engine.generation import Generation, TextStream
+    from chunkcache.engine.grouping import Request
+    from chunkcache.engine.precompute import Precomputed
+    from chunkcache.engine.stats import RequestStats
     from chunkcache.errors import (
         CalibrationError,
         ChunkCacheError,
@@ -36,13 +40,9 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         UnsupportedModelError,
     )
-    from chunkcache.generation import Generation, TextStream
-    from chunkcache.grouping import Request
     from chunkcache.llm import CachedLLM, Prefilled, wrap
     from chunkcache.models import load_model
-    from chunkcache.precompute import Precomputed
-    from chunkcache.prompt import Passage
-    from chunkcache.stats import RequestStats
+    from chunkcache.prompt.builder import Passage
     from chunkcache.store import Store, open_store
 
 __version__ = _version("chunkcache")
@@ -82,16 +82,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "batch": ("Batch",),
-    "conversation": ("Conversation",),
     "corpus": ("Corpus",),
-    "generation": ("Generation", "TextStream"),
-    "grouping": ("Request",),
+    "engine.batch": ("Batch",),
+    "engine.conversation": ("Conversation",),
+    "engine.generation": ("Generation", "TextStream"),
+    "engine.grouping": ("Request",),
+    "engine.precompute": ("Precomputed",),
+    "engine.stats": ("RequestStats",),
     "llm": ("CachedLLM", "Prefilled", "wrap"),
     "models": ("load_model",),
-    "precompute": ("Precomputed",),
-    "prompt": ("Passage",),
-    "stats": ("RequestStats",),
+    "prompt.builder": ("Passage",),
     "store": ("Store", "open_store"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,5 +1,5 @@
 """`python -m chunkcache` is the command line."""
 
-from chunkcache.cli import main
+from chunkcache.cli.main import main
 
 main()

@@ -14,15 +14,15 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from chunkcache.engine.generation import Generation, TextStream, check_options, with_length
 from chunkcache.errors import InputError
-from chunkcache.generation import Generation, TextStream, check_options, with_length
-from chunkcache.hints import Hints
 from chunkcache.kv import ChunkKey
-from chunkcache.library import Progress
+from chunkcache.library.library import Progress
 from chunkcache.llm import CachedLLM
-from chunkcache.order import ServedOrders, distinct
-from chunkcache.prompt import Passage, Prompt
+from chunkcache.prompt.builder import Passage, Prompt
 from chunkcache.retriever import Change
+from chunkcache.retriever.order import ServedOrders, distinct
+from chunkcache.store.hints import Hints
 
 if TYPE_CHECKING:
     from chunkcache.blend import Policy

@@ -24,14 +24,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from chunkcache.attach import Attachment
-from chunkcache.batch import MAX_BATCH, Batcher, OnBatch
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill, parse_policy, self_check
 from chunkcache.blend.guard import Rung, climb
 from chunkcache.blend.hydragen import can_share
-from chunkcache.calibration import Calibration
-from chunkcache.conversation import Conversation
-from chunkcache.generation import (
+from chunkcache.engine.attach import Attachment
+from chunkcache.engine.batch import MAX_BATCH, Batcher, OnBatch
+from chunkcache.engine.calibration import Calibration
+from chunkcache.engine.conversation import Conversation
+from chunkcache.engine.generation import (
     FirstTokenClock,
     Generation,
     TextStream,
@@ -40,17 +40,17 @@ from chunkcache.generation import (
     setting,
     with_length,
 )
-from chunkcache.identity import check_tokenizer, fingerprint
-from chunkcache.known import KnownTexts
+from chunkcache.engine.planner import Planner
+from chunkcache.engine.precompute import KeepsChunks
+from chunkcache.engine.stats import RequestStats
+from chunkcache.engine.tuning import Tuning
 from chunkcache.kv import Context
-from chunkcache.library import ChunkLibrary
-from chunkcache.messages import Message, MessageBuilder
-from chunkcache.planner import Planner
-from chunkcache.precompute import KeepsChunks
-from chunkcache.prompt import INSTRUCTION, Passage, Prompt, PromptBuilder
-from chunkcache.stats import RequestStats
+from chunkcache.library.fingerprint import check_tokenizer, fingerprint
+from chunkcache.library.library import ChunkLibrary
+from chunkcache.prompt.builder import INSTRUCTION, Passage, Prompt, PromptBuilder
+from chunkcache.prompt.known_texts import KnownTexts
+from chunkcache.prompt.messages import Message, MessageBuilder
 from chunkcache.store import Store, open_store
-from chunkcache.tuning import Tuning
 
 DEFAULT_STORE = "memory://?max_bytes=2GiB"
 DEFAULT_POLICY = "query"
@@ -191,7 +191,7 @@ class CachedLLM(KeepsChunks):
         on_batch: OnBatch | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Answer many requests offline, those over the same chunks together; see `chunkcache.batch`.
+        """Answer many requests offline, those over the same chunks together; see `chunkcache.engine.batch`.
 
         Args:
             requests: of (question, chunks, system) each, the last two optional; as for `generate`.

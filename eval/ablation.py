@@ -24,8 +24,8 @@ from chunkcache.blend.policy import Check
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.kv import ChunkKV
+from chunkcache.kv.quantised import dense
 from chunkcache.llm import CachedLLM
-from chunkcache.quantised import dense
 
 LEAD = 1024
 STORE = "memory://?max_bytes=4GiB"

@@ -28,9 +28,12 @@ from transformers import (
 )
 
 import chunkcache
-from chunkcache.batch import MAX_BATCH, Batch
 from chunkcache.blend import layer_kv
 from chunkcache.blend.hydragen import SharedCache
+from chunkcache.engine.batch import MAX_BATCH, Batch
+from chunkcache.engine.generation import Generation
+from chunkcache.engine.grouping import grouped
+from chunkcache.engine.stats import RequestStats
 from chunkcache.eval.answers import f1
 from chunkcache.eval.batch_summary import BATCHED, FULL, GROUPED, WAYS
 from chunkcache.eval.batch_summary import summary as summary
@@ -38,10 +41,7 @@ from chunkcache.eval.data import Case
 from chunkcache.eval.machine import ran_on
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import Results
-from chunkcache.generation import Generation
-from chunkcache.grouping import grouped
 from chunkcache.llm import CachedLLM
-from chunkcache.stats import RequestStats
 from chunkcache.store import open_store
 from chunkcache.store.url import shown
 

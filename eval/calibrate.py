@@ -16,7 +16,7 @@ from chunkcache.blend import Policy, parse_policy
 from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.guard import GuardModel, Signals
 from chunkcache.blend.query import Query
-from chunkcache.calibration import Calibration
+from chunkcache.engine.calibration import Calibration
 from chunkcache.errors import PolicyError
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity

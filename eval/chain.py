@@ -28,15 +28,15 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from chunkcache.blend import parse_policy
+from chunkcache.engine.generation import Generation, TextStream
 from chunkcache.errors import PolicyError, PromptError
 from chunkcache.eval.answers import f1
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS
 from chunkcache.eval.machine import meta_data
-from chunkcache.generation import Generation, TextStream
+from chunkcache.integrations.langchain import ChatChunkCache, ChunkCacheRetriever
+from chunkcache.integrations.langchain_messages import as_chat
 from chunkcache.llm import CachedLLM
-from chunkcache.retriever.langchain import ChatChunkCache, ChunkCacheRetriever
-from chunkcache.retriever.langchain_messages import as_chat
 
 PROMPT = ChatPromptTemplate.from_template(
     "Answer the question from the passages below.\n\n{context}\n\nQuestion: {question}"

@@ -13,7 +13,7 @@ import chunkcache
 from chunkcache.eval.data import Case
 from chunkcache.eval.machine import ran_on
 from chunkcache.eval.results import Results
-from chunkcache.prompt import Prompt
+from chunkcache.prompt.builder import Prompt
 
 BENCH = "heatmap"
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from chunkcache.eval.workload import interleaved, recorded_sessions, trace_blocks
-from chunkcache.hints import Hints
 from chunkcache.kv import ChunkKey, ChunkKV, Origin
 from chunkcache.store import MemoryStore, Store, TieredStore
+from chunkcache.store.hints import Hints
 from chunkcache.store.ledger import Ledger
 
 BUDGETS = (0.02, 0.05, 0.1, 0.2)

@@ -28,11 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Policy, parse_policy
-from chunkcache.encoder import TokenIds
 from chunkcache.errors import InputError
 from chunkcache.eval.results import Results
 from chunkcache.eval.workload import Request, Workload, at_rate
 from chunkcache.kv import ChunkKey, ChunkKV
+from chunkcache.library.encoder import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.store import DiskStore, MemoryStore, Store, Tier, TieredStore
 from chunkcache.store.base import Heads

@@ -25,7 +25,7 @@ from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.machine import SEED, meta_data
 from chunkcache.llm import CachedLLM, Prefilled
-from chunkcache.order import ServedOrders
+from chunkcache.retriever.order import ServedOrders
 
 POLICIES = ("prefix", "cachecraft:alpha=0.3", "query")
 TOLERANCES = (0, 1, 2, 4)

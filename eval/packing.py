@@ -13,10 +13,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Decoder, layer_kv, parse_policy
-from chunkcache.encoder import Encoder, TokenIds
 from chunkcache.kv import ChunkKV
+from chunkcache.kv.quantised import dense
+from chunkcache.library.encoder import Encoder, TokenIds
 from chunkcache.llm import DEFAULT_POLICY
-from chunkcache.quantised import dense
 from chunkcache.retriever import Document, split
 
 

@@ -7,8 +7,8 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 
+from chunkcache.integrations.langchain import ChatChunkCache, ChunkCacheRetriever, ChunkRetriever
 from chunkcache.retriever import Retriever, load_documents
-from chunkcache.retriever.langchain import ChatChunkCache, ChunkCacheRetriever, ChunkRetriever
 
 folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "corpus"
 question = sys.argv[2] if len(sys.argv) > 2 else "Who designed the lighthouse called Hexel Light?"

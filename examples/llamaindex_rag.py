@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_index.core import Settings, SimpleDirectoryReader, VectorStoreIndex
 from llama_index.core.node_parser import SentenceSplitter
 
-from chunkcache.retriever.llamaindex import ChunkCacheEmbedding, ChunkCacheLLM, ChunkCachePostprocessor
+from chunkcache.integrations.llamaindex import ChunkCacheEmbedding, ChunkCacheLLM, ChunkCachePostprocessor
 
 folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("corpus")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import pipeline
 
 import chunkcache
-import chunkcache.pipeline  # registers the task "chunkcache-rag"
+import chunkcache.integrations.transformers  # registers the task "chunkcache-rag"
 from chunkcache.retriever import load_documents, split
 
 # Any causal language model and its tokenizer will do, loaded with from_pretrained or so.

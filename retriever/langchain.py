@@ -1,24 +1,16 @@
-"""The LangChain plug-in: a retriever and a chat model for chains that stay as they are.
-
-chat = ChatChunkCache(llm=llm)
-retriever = ChunkCacheRetriever(retriever=store.as_retriever(), llm=llm)
-chain = {"context": retriever, "question": RunnablePassthrough()} | prompt | chat
-"""
+"""Deprecated: this plug-in is `chunkcache.integrations.langchain`; this path goes with the next release."""
 
 from __future__ import annotations
 
-from chunkcache.errors import InputError
+import warnings
+from importlib import import_module
+from typing import Any
 
-try:
-    from chunkcache.retriever.ahead import CHUNK_KEY
-    from chunkcache.retriever.langchain_chat import ChatChunkCache
-    from chunkcache.retriever.langchain_messages import document_block
-    from chunkcache.retriever.langchain_retriever import ChunkCacheRetriever, ChunkRetriever
-except ModuleNotFoundError as error:
-    if not (error.name or "").startswith("langchain_core"):
-        raise
-    raise InputError(
-        f'the LangChain plug-in needs langchain-core ({error}): pip install "chunkcache[langchain]"'
-    ) from error
+_NEW = "chunkcache.integrations.langchain"
 
-__all__ = ["CHUNK_KEY", "ChatChunkCache", "ChunkCacheRetriever", "ChunkRetriever", "document_block"]
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    warnings.warn(f"{__name__} has moved: import {name} from {_NEW}", DeprecationWarning, stacklevel=2)
+    return getattr(import_module(_NEW), name)

@@ -1,35 +1,16 @@
-r"""The LlamaIndex plug-in: a node postprocessor that prepares KV, an LLM that reuses them, and an embedding.
-
-    llm = ChunkCacheLLM.from_model("smollm2-135m-instruct")
-    engine = index.as_query_engine(llm=llm, node_postprocessors=[ChunkCachePostprocessor(llm)])
-
-Index, retriever, templates and response synthesizer stay as they are. The synthesizer renders nodes as text, and the
-LLM finds the known texts in its messages. So a node is reused where its text stands whole:
-
-- `compact` (the default), `compact_accumulate` and `tree_summarize` join all nodes by blank lines, and divide the
-  whole where it is longer than the window. A node on the border is cut and computed with the prompt, the others are
-  reused.
-- `refine` and `accumulate` put each node into a prompt of its own, and divide one only if it is longer than that.
-- `simple_summarize` writes its text as Python writes a list of strings, with `\n` for the end of a line. Only nodes
-  of one line are found there; take `compact`.
-- Earlier answers, in the later prompts of `refine`, `compact` and `tree_summarize`, are new and computed.
-
-Set `Settings.tokenizer` to `llm.token_ids`, or LlamaIndex counts the window in another tokenizer's tokens.
-"""
+"""Deprecated: this plug-in is `chunkcache.integrations.llamaindex`; this path goes with the next release."""
 
 from __future__ import annotations
 
-from chunkcache.errors import InputError
+import warnings
+from importlib import import_module
+from typing import Any
 
-try:
-    from chunkcache.retriever.ahead import CHUNK_KEY
-    from chunkcache.retriever.llamaindex_llm import ChunkCacheLLM
-    from chunkcache.retriever.llamaindex_nodes import ChunkCacheEmbedding, ChunkCachePostprocessor
-except ModuleNotFoundError as error:
-    if not (error.name or "").startswith("llama_index"):
-        raise
-    raise InputError(
-        f'the LlamaIndex plug-in needs llama-index-core ({error}): pip install "chunkcache[llamaindex]"'
-    ) from error
+_NEW = "chunkcache.integrations.llamaindex"
 
-__all__ = ["CHUNK_KEY", "ChunkCacheEmbedding", "ChunkCacheLLM", "ChunkCachePostprocessor"]
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    warnings.warn(f"{__name__} has moved: import {name} from {_NEW}", DeprecationWarning, stacklevel=2)
+    return getattr(import_module(_NEW), name)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKV, Layer
-from chunkcache.quantised import QuantisedLayer, dense
+from chunkcache.kv.quantised import QuantisedLayer, dense
 
 Bytes = NDArray[np.uint8]
 

@@ -29,7 +29,7 @@ import xxhash
 from torch import Tensor
 
 from chunkcache.kv import ChunkKey, ChunkKV, Context, Layer, Origin
-from chunkcache.quantised import GROUP, QuantisedLayer
+from chunkcache.kv.quantised import GROUP, QuantisedLayer
 from chunkcache.store.base import Entry
 from chunkcache.store.codec import Zstd
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from hypothesis import settings
 
-from chunkcache import cli
+from chunkcache.cli import main as cli
 
 torch.set_num_threads(1)  # tiny models are slower on several threads
 transformers.logging.set_verbosity_error()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers_llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
+from support.llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import chunk_name
-from chunkcache.prompt import Passage
+from chunkcache.prompt.builder import Passage
 from chunkcache.store.memory import MemoryStore
 from chunkcache.store.tiered import TieredStore
 

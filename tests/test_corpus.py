@@ -6,12 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers_llm import wrapped
+from support.llm import wrapped
 
 from chunkcache.corpus import Corpus
 from chunkcache.errors import InputError
 from chunkcache.kv import chunk_name, label
-from chunkcache.prompt import Passage
+from chunkcache.prompt.builder import Passage
 from chunkcache.retriever import Chunk, Document, Embedder, Hit, Retriever
 from chunkcache.store import Where, open_store
 

@@ -7,9 +7,9 @@ import inspect
 import re
 
 import pytest
-import zoo
-from helpers_llm import CHAT_TEMPLATE, QUESTION, TEXTS, chat_tokenizer, own_model, tiny_model, wrapped
-from helpers_tokenizer import tiny_tokenizer
+from support import zoo
+from support.llm import CHAT_TEMPLATE, QUESTION, TEXTS, chat_tokenizer, own_model, tiny_model, wrapped
+from support.tokenizer import tiny_tokenizer
 
 import chunkcache
 from chunkcache import errors

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers_llm import (
+from support.llm import (
     QUESTION,
     TEXTS,
     chat_tokenizer,
@@ -20,7 +20,7 @@ from helpers_llm import (
     tiny_model,
     wrapped,
 )
-from helpers_tokenizer import tiny_tokenizer
+from support.tokenizer import tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 

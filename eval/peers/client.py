@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chunkcache.errors import PeerError
 from chunkcache.eval.peers.registry import HERE, PeerSpec, log_of, python_in, spec_of
-from chunkcache.prompt import Prompt
+from chunkcache.prompt.builder import Prompt
 
 TIMEOUT_S = 600.0  # for one reply
 SAID = 2000  # characters of a peer's own output that an error quotes at most

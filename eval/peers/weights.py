@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkcache.errors import PeerError
 from chunkcache.eval.peers.registry import spec_of
-from chunkcache.identity import fingerprint
+from chunkcache.library.fingerprint import fingerprint
 from chunkcache.models import ALIASES
 
 

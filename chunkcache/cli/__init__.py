@@ -1,0 +1,1 @@
+"""The command line. Commands of other packages join it by the entry point group `chunkcache.commands`."""

@@ -1,0 +1,244 @@
+"""The commands that fill a store and move it: `chunkcache store warm | export | import`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import click
+
+from chunkcache.cli.console import err, progress, size_text, status
+from chunkcache.cli.options import (
+    chunk_tokens_option,
+    json_option,
+    model_options,
+    policy_option,
+    store_option,
+    system_option,
+    where_options,
+)
+from chunkcache.cli.store import find_where, opened
+from chunkcache.errors import ChunkCacheError, InputError
+
+if TYPE_CHECKING:  # torch takes seconds to import: only a command that runs does
+    from chunkcache.store.transfer import Exported, Imported
+    from chunkcache.warm import Warmed
+
+CPUS_PER_WORKER = 4
+
+
+@click.command()
+@click.argument("docs", metavar="DIR", type=click.Path(path_type=Path))
+@store_option
+@model_options
+@chunk_tokens_option
+@policy_option
+@system_option
+@click.option("--tenant", default="", metavar="NAME", help="For requests with this salt only.")
+@click.option(
+    "--ray", "address", metavar="ADDRESS", help="Share the work out over this Ray cluster; local starts one here."
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="Copies of the model on the cluster; as many as fit by default."
+)
+@click.option("--cpus-per-worker", type=click.IntRange(1), help=f"CPUs of each; {CPUS_PER_WORKER} by default.")
+@json_option
+def warm(
+    docs: Path,
+    url: str,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    chunk_tokens: int,
+    policy: str,
+    system: str | None,
+    tenant: str,
+    address: str | None,
+    workers: int | None,
+    cpus_per_worker: int | None,
+    as_json: bool,
+) -> None:
+    """Compute the KV of all documents under DIR ahead of requests.
+
+    What is stored already is left as it is, so an interrupted run goes on where it was, and after an edit only what
+    changed is computed. KV of what is no longer in a document is deleted. A document's id is its path below DIR.
+    """
+    from chunkcache.blend import parse_policy
+    from chunkcache.retriever import load_documents
+    from chunkcache.warm import Job, alone
+    from chunkcache.warm import warm as run
+    from chunkcache.warm.ray import on_ray
+
+    if address is None and (workers or cpus_per_worker):
+        raise InputError("--workers and --cpus-per-worker need --ray ADDRESS: pass that, too, or leave them out")
+    parse_policy(policy)
+    with opened(url, lasting=True):
+        pass  # bad input shows before any work
+    documents = load_documents(docs)
+    job = Job(model_name, url, device, dtype, policy, system, tenant, chunk_tokens)
+    started = time.perf_counter()
+    try:
+        with progress(f"loading {model_name}") as bar:
+            found = (
+                alone(job, bar.say)
+                if address is None
+                else on_ray(job, address, workers, cpus_per_worker or CPUS_PER_WORKER, bar.say)
+            )
+            with found as crew:
+                bar.say("precomputing chunks")
+                done = run(job, documents, crew, bar)
+    except KeyboardInterrupt:
+        err.print(
+            "[yellow]interrupted: what was computed is stored, and the same command goes on from there[/]",
+            soft_wrap=True,
+        )
+        raise
+    _say_warmed(done, time.perf_counter() - started, as_json)
+
+
+@click.command("export")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@store_option
+@where_options
+@json_option
+def export_file(
+    file: Path, url: str, model: str | None, tenant: str | None, document: str | None, as_json: bool
+) -> None:
+    """Write entries to FILE, an uncompressed tar file; - for stdout. Exits with 1 if one could not be read."""
+    from chunkcache.store.transfer import export_entries
+
+    if as_json and str(file) == "-":
+        raise InputError("--json and FILE - both write to stdout: name a file, or leave out --json")
+    with opened(url) as store:
+        where = find_where(store, model, tenant, document)
+        with _written(file) as target, progress("exporting entries") as on_entry:
+            done = export_entries(store, target, where, on_entry)
+    _say_exported(done, as_json)
+    if done.lost:
+        raise ChunkCacheError(f"{done.lost} entries could not be read and are not in the file; see store verify")
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@store_option
+@json_option
+def import_file(file: Path, url: str, as_json: bool) -> None:
+    """Put the entries of FILE, which export wrote, into the store; - for stdin.
+
+    Every entry is verified, and a damaged one left out; the exit code is 1 then. Only with CHUNKCACHE_SECRET set is
+    an entry known to come from somebody who has the secret: without it, import files that you trust.
+    """
+    from chunkcache.store.transfer import import_entries
+
+    with opened(url, lasting=True) as store, _read(file) as source, status("importing entries") as on_status:
+        done = import_entries(
+            store, source, lambda done: on_status(f"importing entries: {done.entries}, {size_text(done.nbytes)}")
+        )
+    _say_imported(done, as_json)
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to; it gets its name when it is whole."""
+    if str(file) == "-":
+        if sys.stdout.isatty():
+            raise InputError("FILE - would print binary data on the terminal: pipe it, or name a file")
+        yield sys.stdout.buffer
+        return
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with partial.open("wb") as target:
+            yield target
+        os.replace(partial, file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}); pass another file") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _read(file: Path) -> Iterator[BinaryIO]:
+    if str(file) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        source = file.open("rb")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); pass a file that export wrote") from None
+    with source:
+        yield source
+
+
+def _say_exported(done: Exported, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"entries": done.entries, "bytes": done.nbytes, "lost": done.lost}, indent=2))
+    else:
+        err.print(f"exported {done.entries} entries, {size_text(done.nbytes)}")
+
+
+def _say_imported(done: Imported, as_json: bool) -> None:
+    """Say what was imported, and fail if something was not."""
+    if as_json:
+        facts = asdict(done)
+        facts["bytes"] = facts.pop("nbytes")
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        err.print(f"imported {done.entries} entries, {size_text(done.nbytes)}")
+        if done.expired or done.other:
+            err.print(f"[dim]left out: {done.expired} expired entries, {done.other} members that are no entries[/]")
+    if done.damaged:
+        raise ChunkCacheError(
+            f"{done.damaged} entries of the file are damaged, or sealed with another CHUNKCACHE_SECRET: left out"
+        )
+    if not done.complete:
+        raise ChunkCacheError("the file has no end: it was cut off, and entries behind the cut are missing")
+    if done.refused:
+        raise ChunkCacheError(
+            f"the store did not take {done.refused} entries: it is too small or in trouble, or they were deleted "
+            "from it after they were computed, which is for good"
+        )
+
+
+def _say_warmed(done: Warmed, seconds: float, as_json: bool) -> None:
+    """Say what was computed, and fail if the store may lack some of it."""
+    facts = {
+        "documents": done.documents,
+        "chunks": done.chunks,
+        "skipped": done.skipped,
+        "computed": done.computed,
+        "tokens": done.computed_tokens,
+        "bytes": done.nbytes,
+        "deleted": done.deleted,
+        "evicted": done.store["evictions"],
+        "seconds": round(seconds, 3),
+        "chunks_per_s": round(done.computed / seconds, 3),
+        "workers": done.workers,
+        "lost_workers": done.lost_workers,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        err.print(
+            f"{done.chunks} chunks of {done.documents} documents: {done.skipped} were stored already, "
+            f"{done.computed} computed ({done.computed_tokens} tokens, {size_text(done.nbytes)}) in {seconds:.1f} s, "
+            f"{facts['chunks_per_s']:.1f} chunks/s",
+            soft_wrap=True,
+        )
+        if done.deleted:
+            err.print(f"{done.deleted} entries deleted that are no longer in their documents")
+        if done.lost_workers:
+            err.print(f"[yellow]{done.lost_workers} of {done.workers} workers died; others did their work[/]")
+    if done.store["evictions"]:
+        err.print(
+            f"[yellow]{done.store['evictions']} entries had to go for room: raise max_bytes of the store[/]",
+            soft_wrap=True,
+        )
+    if done.failures:
+        raise ChunkCacheError(f"{done.failures} operations of the store failed, so it may lack chunks: run it again")

@@ -1,0 +1,1 @@
+"""Plug-ins: LangChain, LlamaIndex and the transformers pipeline. Each is imported by its own name."""

@@ -1,0 +1,279 @@
+"""A LlamaIndex LLM that reuses the KV of retrieved nodes, wherever in the messages their texts stand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+)
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from pydantic import Field, InstanceOf
+
+import chunkcache
+from chunkcache.blend import Policy
+from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation
+from chunkcache.errors import PromptError
+from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, said
+from chunkcache.integrations.stops import listed, stripped, until
+from chunkcache.llm import DEFAULT_POLICY, CachedLLM
+from chunkcache.prompt.builder import INSTRUCTION
+from chunkcache.store import Store
+
+_ROLES = {
+    MessageRole.DEVELOPER: "system",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.FUNCTION: "tool",
+}
+
+Chat = list[dict[str, Any]]
+Response = TypeVar("Response", ChatResponse, CompletionResponse)
+
+
+class ChunkCacheLLM(CustomLLM):
+    """An LLM on top of `chunkcache.wrap`: known texts in its messages are reused.
+
+    A completion is a chat of one user message. Responses count tokens in `additional_kwargs`: `prompt_tokens`,
+    `completion_tokens`, `total_tokens`, and `cached_tokens`, those of the prompt that stored KV were put in place
+    for. Their `raw` has the same as `usage`, and beside it `ttft_s` in seconds and the request's `stats`. The last
+    response of a stream has them. Async calls run in another thread.
+
+    Keywords of a call go before the fields, and any other keyword is one of transformers' `generate()`.
+
+    Attributes:
+        llm: the wrapped model.
+        model_name: what traces call it; the model's own name by default.
+        temperature: 0 is greedy; None is what the model's generation config says.
+        max_tokens: length of the answer at most; None as in `llm.generate`.
+        stop: strings that end the answer, and are no part of it.
+        policy: which reused tokens are recomputed; None for the llm's own.
+        options: further keywords of `generate()`.
+    """
+
+    llm: InstanceOf[CachedLLM] = Field(exclude=True, repr=False)
+    model_name: str = ""
+    temperature: float | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    stop: list[str] | None = None
+    policy: str | InstanceOf[Policy] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, llm: CachedLLM, **fields: Any) -> None:
+        """Raise PolicyError when the policy is unknown, and InputError for a stop string that is empty."""
+        super().__init__(llm=llm, **fields)
+        self.llm.chosen(self.policy)
+        listed(self.stop)
+        if not self.model_name:
+            self.model_name = model_name(self.llm)
+
+    @classmethod
+    def from_model(
+        cls,
+        name: str,
+        *,
+        store: str | Store | None = None,
+        policy: str | Policy = DEFAULT_POLICY,
+        salt: str = "",
+        instruction: str = INSTRUCTION,
+        device: str | None = None,
+        dtype: str = "auto",
+        **fields: Any,
+    ) -> ChunkCacheLLM:
+        """Load a model by its name and wrap it: `chunkcache.load_model`, `chunkcache.wrap` and this class in one.
+
+        Args:
+            name: alias, folder, GGUF file or Hugging Face id.
+            store: for chunk KV, as in `wrap`.
+            policy: as in `wrap`.
+            salt: as in `wrap`.
+            instruction: as in `wrap`.
+            device: as in `load_model`.
+            dtype: as in `load_model`.
+            fields: of this class.
+        """
+        model, tokenizer = chunkcache.load_model(name, device=device, dtype=dtype)
+        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, salt=salt, instruction=instruction)
+        return cls(llm=llm, **{"model_name": name, **fields})
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex knows this class by."""
+        return "ChunkCacheLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex fits prompts to: lengths of context and answer, in tokens."""
+        return LLMMetadata(
+            context_window=self.llm.max_tokens,
+            num_output=self.max_tokens or DEFAULT_NEW_TOKENS,
+            is_chat_model=True,
+            model_name=self.model_name,
+        )
+
+    def token_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, by the model's own tokenizer; good for `Settings.tokenizer`."""
+        return list(self.llm.prompts.encode(text))
+
+    # --- chat
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages.
+
+        Raises:
+            PromptError: a message has other content than text, or an option asks for more than one sequence.
+            ContextLengthError: prompt and answer do not fit the model's context.
+        """
+        return self._answer(as_chat(messages), kwargs, _chat_response)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages; see `chat`."""
+        return await _last(self._stream(as_chat(messages), kwargs, _chat_response))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse, None, None]:
+        """Answer messages piece by piece; leaving the loop early ends the generation. See `chat`."""
+        return self._stream(as_chat(messages), kwargs, _chat_response)
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> AsyncGenerator[ChatResponse, None]:
+        """Answer messages piece by piece; see `stream_chat`."""
+        return _in_thread(self._stream(as_chat(messages), kwargs, _chat_response))
+
+    # --- completion
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer one user message; see `chat`."""
+        return self._answer(self._asked(prompt, formatted), kwargs, _completion_response)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer one user message; see `chat`."""
+        return await _last(self._stream(self._asked(prompt, formatted), kwargs, _completion_response))
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> Generator[CompletionResponse, None, None]:
+        """Answer one user message piece by piece; see `stream_chat`."""
+        return self._stream(self._asked(prompt, formatted), kwargs, _completion_response)
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> AsyncGenerator[CompletionResponse, None]:
+        """Answer one user message piece by piece; see `stream_chat`."""
+        return _in_thread(self._stream(self._asked(prompt, formatted), kwargs, _completion_response))
+
+    # --- inside
+
+    def _asked(self, prompt: str, formatted: bool) -> Chat:
+        text = prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
+        return [{"role": "user", "content": text}]
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of `llm.chat`."""
+        fields = {name: getattr(self, name, None) for name in SETTINGS}
+        return chat_options(fields, {**self.options, **given})
+
+    def _answer(
+        self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
+    ) -> Response:
+        options = self._options(given)
+        generation = self.llm.chat(messages, **options)
+        return _told(response(said(self.llm, generation, options)[0], None), generation)
+
+    def _stream(
+        self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
+    ) -> Generator[Response, None, None]:
+        options = self._options(given)
+
+        def pieces() -> Generator[Response, None, None]:
+            stream = self.llm.chat_stream(messages, **options)  # here, because it begins at once
+            text = ""
+            try:
+                for piece in stripped(until(stream, options.get("stop_strings"))):
+                    text += piece
+                    yield response(text, piece)
+            finally:  # also when the caller stops listening
+                stream.close()
+            if stream.result is not None:
+                yield _told(response(text, ""), stream.result)
+
+        return pieces()
+
+
+def as_chat(messages: Sequence[ChatMessage]) -> Chat:
+    """Return LlamaIndex's messages as `llm.chat` takes them; raises PromptError for what is not text."""
+    return [{"role": _ROLES.get(message.role, message.role.value), "content": _text(message)} for message in messages]
+
+
+def _text(message: ChatMessage) -> str:
+    texts = []
+    for block in message.blocks:
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif not isinstance(block, CachePoint | ThinkingBlock):  # a hint, and what a model did not say aloud
+            raise PromptError(
+                f"a message has a {type(block).__name__}, and this model reads text: pass TextBlocks, or leave it out"
+            )
+    return "\n".join(texts)
+
+
+def _chat_response(text: str, delta: str | None) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta)
+
+
+def _completion_response(text: str, delta: str | None) -> CompletionResponse:
+    return CompletionResponse(text=text, delta=delta)
+
+
+def _told(response: Response, generation: Generation) -> Response:
+    """Return a response with the numbers of its request."""
+    stats, answered = generation.stats, len(generation.token_ids)
+    usage = {
+        "prompt_tokens": stats.tokens,
+        "completion_tokens": answered,
+        "total_tokens": stats.tokens + answered,
+        "cached_tokens": stats.cached_tokens,
+    }
+    response.additional_kwargs.update(usage)
+    response.raw = {"usage": usage, "ttft_s": generation.ttft_s, "stats": stats.as_dict()}
+    return response
+
+
+async def _in_thread(source: Generator[Response, None, None]) -> AsyncGenerator[Response, None]:
+    """Yield what `source` yields, which runs in a thread; it is closed there when the caller stops listening."""
+    worker = ThreadPoolExecutor(1, thread_name_prefix="chunkcache-stream")
+    loop = asyncio.get_running_loop()
+    try:
+        while (response := await loop.run_in_executor(worker, partial(next, source, None))) is not None:
+            yield response
+    finally:
+        worker.submit(source.close)  # behind the piece that it may be at
+        worker.shutdown(wait=False)
+
+
+async def _last(source: Generator[Response, None, None]) -> Response:
+    """Return the last response of a stream as one of none; the generation ends when this is cancelled."""
+    async for response in _in_thread(source):
+        last = response
+    last.delta = None
+    return last

@@ -1,0 +1,27 @@
+"""The nouns that every room shares: a chunk's key, and its keys and values."""
+
+from __future__ import annotations
+
+from chunkcache.kv.chunk import (
+    FORMAT_VERSION,
+    ChunkKey,
+    ChunkKV,
+    Context,
+    Layer,
+    LazyLayers,
+    Origin,
+    chunk_name,
+    label,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ChunkKV",
+    "ChunkKey",
+    "Context",
+    "Layer",
+    "LazyLayers",
+    "Origin",
+    "chunk_name",
+    "label",
+]

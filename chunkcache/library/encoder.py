@@ -1,0 +1,196 @@
+"""Prefills chunks, many in one forward.
+
+Prepacking (arXiv 2404.09529): sequences stand one after another in a single row, with restarted positions and no
+padding. Here they also share one copy of the KV of the context that they stand behind. A dense
+block-diagonal mask would have attention compute the scores of every chunk with every other, so attention runs
+chunk by chunk instead, and everything else in the model on the whole row.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from chunkcache.blend import Decoder, FusedCache, Plan, Segment, SelectivePrefill, layer_kv
+from chunkcache.blend.attention import rows_attention
+from chunkcache.blend.reuse import Reuse
+from chunkcache.kv import ChunkKV, Context, Origin
+from chunkcache.kv.quantised import dense
+
+TokenIds = tuple[int, ...]
+
+NAME = "chunkcache_pack"
+PACK_TOKENS = 1024  # of all chunks in one forward; twice as many measured no faster on a CPU
+
+
+class Encoder:
+    """Computes the chunk KV of one model.
+
+    Args:
+        decoder: the model.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def encode(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
+        """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
+
+        Their origin says no more than the seconds that each took.
+
+        Args:
+            context: what each of them stands right behind, or None.
+            chunks: token ids, none of them empty. With the context, each fits the model.
+            record: whether to record what their tokens look at, for which they are computed one by one.
+        """
+        if record or not self._packable():
+            yield from self._one_by_one(context, chunks, record)
+            return
+        for pack in _packs(chunks):
+            yield from _Pack(self._decoder, context, pack).prefill()
+
+    def _packable(self) -> bool:
+        """Return whether attention goes through transformers' interface, where it can be run chunk by chunk.
+
+        With SDPA it must, for the self-check to pass. Eager attention of an older model (Falcon) may be a part of
+        its attention module.
+        """
+        eager = self._decoder.config._attn_implementation == "eager"
+        return not eager or _own_attention(self._decoder.attentions[0]) is not None
+
+    def _one_by_one(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool) -> Iterator[ChunkKV]:
+        """Prefill chunks on a shadow of the model each, where their attention can be watched."""
+        segments = [] if context is None else [Segment(0, context, 0, len(context), exact=True)]
+        before = () if context is None else context.token_ids
+        computed: list[ChunkKV] = []
+
+        def keep(cache: FusedCache, contexts: dict[int, Context]) -> None:
+            start, end = len(before), len(cache.plan)
+            computed.append(cut_kv(cache, cache.plan.token_ids, start, end, contexts.get(start)))
+
+        for ids in chunks:
+            plan = Plan.of((*before, *ids), segments, [(len(before), len(before) + len(ids))])
+            started = time.perf_counter()
+            SelectivePrefill(self._decoder, plan, Reuse(), keep, record=record).run()
+            yield replace(computed.pop(), origin=Origin(compute_s=time.perf_counter() - started))
+
+
+class _Pack:
+    """Chunks that one forward computes in one row, each behind the same context.
+
+    The model runs without a cache: keys and values of the whole row exist only in the layer that it is in, which
+    copies each chunk's into what is stored of it.
+    """
+
+    def __init__(self, decoder: Decoder, context: ChunkKV | None, chunks: Sequence[TokenIds]) -> None:
+        self._decoder = decoder
+        self._context = context
+        self._chunks = chunks
+        self._start = 0 if context is None else len(context)
+        self._end = self._start + max(map(len, chunks))
+        self._layers: list[list[Tensor]] = [[] for _ in chunks]
+
+    def prefill(self) -> Iterator[ChunkKV]:
+        """Run the model, and yield the KV of each chunk."""
+        started = time.perf_counter()
+        twin = self._decoder.shadow(NAME)
+        for index, module in enumerate(twin.attentions):
+            vars(module)["chunkcache_attend"] = partial(self._attend, index)
+        positions = torch.arange(self._start, self._end, device=twin.device)  # of the longest chunk
+        with torch.no_grad():
+            twin.model.base_model(  # nobody wants logits
+                input_ids=torch.tensor([[token for chunk in self._chunks for token in chunk]], device=twin.device),
+                position_ids=torch.cat([positions[: len(chunk)] for chunk in self._chunks])[None],
+                attention_mask=self._decoder.masks(positions, self._end),
+                use_cache=False,
+            )
+        token_s = (time.perf_counter() - started) / sum(map(len, self._chunks))
+        for chunk, layers in zip(self._chunks, self._layers, strict=True):
+            yield ChunkKV.of(chunk, self._start, layers, origin=Origin(compute_s=token_s * len(chunk)))
+
+    def _attend(
+        self,
+        layer_idx: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend from each chunk to the context and to itself, and keep its keys and values.
+
+        Args:
+            layer_idx: index of the layer.
+            module: its attention module.
+            query: `[1, heads, rows, head_dim]`, of all chunks.
+            key: `[1, kv_heads, rows, head_dim]`; `value` alike.
+            attention_mask: of the longest chunk, from `Decoder.masks`. That of a shorter one is its upper left.
+
+        Returns:
+            `[1, rows, heads, head_dim]` and None.
+        """
+        seen = key.new_empty(2, key.shape[1], self._end, key.shape[3])  # the context, then one chunk after another
+        if self._context is not None:
+            seen[:, :, : self._start] = dense(self._context.layers[layer_idx])
+        outputs = []
+        first = 0
+        for chunk, layers in zip(self._chunks, self._layers, strict=True):
+            rows = slice(first, first := first + len(chunk))
+            end = self._start + len(chunk)
+            layers.append(torch.cat((key[:, :, rows], value[:, :, rows])))
+            seen[:, :, self._start : end] = layers[-1]
+            mask = attention_mask[:, :, : len(chunk)]
+            if mask.is_floating_point():  # eager
+                attend, mask = _own_attention(module), mask[..., :end]
+            else:
+                attend = rows_attention
+            output, _ = attend(module, query[:, :, rows], seen[:1, :, :end], seen[1:, :, :end], mask, **kwargs)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), None
+
+
+def _packs(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
+    """Group chunks in their order, so that a pack of several stays within `PACK_TOKENS`."""
+    pack: list[TokenIds] = []
+    tokens = 0
+    for chunk in chunks:
+        if pack and tokens + len(chunk) > PACK_TOKENS:
+            yield pack
+            pack, tokens = [], 0
+        pack.append(chunk)
+        tokens += len(chunk)
+    if pack:
+        yield pack
+
+
+def cut_kv(
+    cache: FusedCache, token_ids: Sequence[int], start: int, end: int, context: Context | None = None
+) -> ChunkKV:
+    """Return a copy of tokens `start` to `end` of a prompt, `token_ids`, whose KV `cache` holds."""
+    layers = [
+        torch.cat([part[:, :, start:end] for part in layer_kv(cache, index)]) for index in range(len(cache.layers))
+    ]
+    return ChunkKV.of(token_ids[start:end], start, layers, context, Origin(created=cache.started))
+
+
+def _own_attention(module: nn.Module) -> Any:
+    """Return the eager attention function of the family that an attention module is of, or None."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    attend: Any = vars(module)["chunkcache_attend"]
+    output: tuple[Tensor, None] = attend(module, *args, **kwargs)
+    return output
+
+
+AttentionInterface.register(NAME, _attention)

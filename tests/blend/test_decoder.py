@@ -1,0 +1,143 @@
+"""What a decoder finds in a model, and every model it refuses, by name and with the reason."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from support import blend as h
+from support import zoo
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from chunkcache.blend import Decoder, self_check
+from chunkcache.blend.attention import NAME
+from chunkcache.errors import InputError, UnsupportedModelError
+
+
+@pytest.mark.parametrize(("name", "attention"), zoo.SERVED, ids=lambda value: value)
+def test_every_family_is_accepted_with_its_layers_in_order(name, attention):
+    decoder = Decoder(zoo.build(name, attention))
+    assert [attention.layer_idx for attention in decoder.attentions] == list(range(zoo.LAYERS))
+    assert len(decoder.rotaries) == zoo.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [
+        ("llama", [None] * 4),
+        ("mistral-sliding", [8] * 4),
+        ("starcoder2", [8] * 4),
+        ("gemma3", [8, None] * 2),
+        ("cohere2", [8, None] * 2),
+    ],
+)
+def test_rows_see_as_far_as_the_window_of_their_layer(name, windows):
+    decoder = Decoder(zoo.build(name))
+    masks = decoder.masks(torch.tensor([20]), 30)
+    seen = [decoder.mask(index, masks)[0, 0, 0].tolist() for index in range(zoo.LAYERS)]
+    assert seen == [[0 if window is None else 20 - window + 1, 20] for window in windows]
+
+
+def test_an_eager_model_gets_an_additive_mask_of_its_dtype():
+    decoder = Decoder(zoo.build("llama", "eager", torch.bfloat16))
+    mask = decoder.masks(torch.tensor([1, 3]), 5)
+    assert mask.dtype == torch.bfloat16
+    assert (mask == 0).int().tolist() == [[[[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]]]
+
+
+def test_dtype_and_device_are_the_models():
+    decoder = Decoder(zoo.build("llama", dtype=torch.bfloat16))
+    assert (decoder.dtype, decoder.device) == (torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "cohere"])
+def test_prefill_gives_the_last_logits_and_fills_the_cache(name):
+    decoder, ids = Decoder(zoo.build(name)), h.random_ids(20)
+    cache = DynamicCache()
+    logits = decoder.prefill(torch.tensor([ids, ids]), cache)
+    expected, _ = h.own_prefill(decoder.model, ids)
+    torch.testing.assert_close(logits, expected[[-1, -1]], atol=1e-4, rtol=0)
+    assert not logits.requires_grad
+    assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("llama", 512), ("llama-yarn", 512), ("llama-dynamic-ntk", 512), ("phi3-longrope", 256)]
+)
+def test_the_longest_prompt_ends_where_rope_would_switch(name, limit):
+    assert Decoder(zoo.build(name)).max_tokens == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt2", r"GPT2LMHeadModel has no rotary position embedding \(RoPE\)"),
+        ("bloom", r"BloomForCausalLM has no rotary position embedding \(RoPE\)"),
+        ("mamba", r"layer 0 of MambaForCausalLM is of type 'linear_attention'"),
+        ("qwen3-next", r"layer 0 of Qwen3NextForCausalLM is of type 'linear_attention'"),
+        ("t5", r"T5ForConditionalGeneration is an encoder-decoder"),
+        ("llama4", r"layer 0 of Llama4ForCausalLM is of type 'chunked_attention'"),
+        ("deepseek-v3", r"DeepseekV3ForCausalLM"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_the_reason(name, reason):
+    model = zoo.new(name, "eager")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        self_check(Decoder(model))
+
+
+def test_every_refused_family_has_its_reason_above():
+    [mark] = test_what_cannot_be_right_is_refused_with_the_reason.pytestmark
+    assert [name for name, _ in mark.args[1]] == list(zoo.REFUSED)
+
+
+def test_a_model_in_training_mode_is_refused():
+    model = zoo.new("llama").train()
+    with pytest.raises(InputError, match=r"LlamaForCausalLM is in training mode.*call model\.eval\(\) first"):
+        Decoder(model)
+    Decoder(model.eval())
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(zoo.build("llama").config).eval()
+    with pytest.raises(InputError, match=r"LlamaForCausalLM is on the meta device: load its weights"):
+        Decoder(model)
+
+
+def test_another_attention_implementation_is_refused_with_the_way_out():
+    model = zoo.new("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModelError, match=r"'flex_attention'.*attn_implementation='sdpa' \(or 'eager'\)"):
+        Decoder(model)
+
+
+@pytest.mark.parametrize(("name", "attention"), zoo.SERVED, ids=lambda value: value)
+def test_a_shadow_has_layers_and_attentions_of_its_own_and_all_else_of_the_decoder(name, attention):
+    decoder = Decoder(zoo.build(name, attention))
+    shadow = decoder.shadow()
+    for own, theirs in ((shadow.layers, decoder.layers), (shadow.attentions, decoder.attentions)):
+        assert [type(module) for module in own] == [type(module) for module in theirs]
+        assert not set(own) & set(theirs)
+        assert set(own) <= set(shadow.model.modules())
+    assert (shadow.rotaries, shadow.max_tokens) == (decoder.rotaries, decoder.max_tokens)
+
+
+@pytest.mark.parametrize(("attention", "in_shadow"), [("sdpa", NAME), ("eager", "eager")])
+def test_sdpa_takes_scattered_rows_in_the_shadow_only(attention, in_shadow):
+    decoder = Decoder(zoo.build("llama", attention))
+    shadow = decoder.shadow()
+    assert shadow.model.config._attn_implementation == in_shadow
+    assert {module.config._attn_implementation for module in shadow.attentions} == {in_shadow}
+    assert decoder.model.config._attn_implementation == attention
+    assert {module.config._attn_implementation for module in decoder.attentions} == {attention}
+
+
+def test_a_decoder_does_not_keep_a_dropped_model_alive():
+    decoder = Decoder(zoo.new("llama"))
+    model = weakref.ref(decoder.model)
+    del decoder
+    gc.collect()
+    assert model() is None

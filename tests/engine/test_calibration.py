@@ -1,0 +1,131 @@
+"""A calibration comes back from its file, and a file that is not one is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model, wrapped
+
+import chunkcache
+from chunkcache.blend.guard import GuardModel
+from chunkcache.engine.calibration import Calibration, default_path, load_calibration
+from chunkcache.errors import CalibrationError
+
+PRINT = "f" * 64
+FOUND = Calibration(
+    PRINT, 0.3, GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))), {"prompts": 12}
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_it_comes_back_from_its_place(tmp_path):
+    assert load_calibration(PRINT) is None
+    assert FOUND.save() == default_path(PRINT)
+    assert load_calibration(PRINT) == FOUND
+    assert FOUND.save(tmp_path / "deep" / "mine.json") == tmp_path / "deep" / "mine.json"
+    assert load_calibration(PRINT, tmp_path / "deep" / "mine.json") == FOUND
+
+
+def test_parts_may_be_missing(tmp_path):
+    part = Calibration(PRINT, alpha=0.2)
+    assert load_calibration(PRINT, part.save(tmp_path / "part.json")) == part
+
+
+def test_a_new_one_keeps_what_it_did_not_look_for():
+    alpha = Calibration(PRINT, 0.7, None, {"prompts": 3, "cachecraft": 1})
+    both = alpha.over(FOUND)
+    assert (both.alpha, both.guard) == (0.7, FOUND.guard)
+    assert both.report == {"prompts": 3, "cachecraft": 1}
+    assert Calibration(PRINT).over(FOUND).alpha == 0.3
+    assert FOUND.over(None) == FOUND
+
+
+def damaged(change):
+    data = json.loads(json.dumps({"fingerprint": PRINT, "alpha": 0.3, "guard": None, "report": {}}))
+    return {**data, **change}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("[]", "is no calibration"),
+        ("{", "is no calibration"),
+        ('{"alpha": 1}', "is no calibration"),
+        (damaged({"alpha": "0.3"}), "not a finite number"),
+        (damaged({"alpha": float("nan")}), "not a finite number"),
+        (damaged({"guard": {"weights": [[1, None]], "margins": [[0.1, 0]]}}), "not a finite number"),
+        (damaged({"guard": {"weights": [[1]], "margins": []}}), "not complete"),
+        (damaged({"guard": {"weights": [[1]], "margins": [[1]]}}), "not complete"),
+        (damaged({"guard": {"weights": [[1]], "margins": [[1, 1]], "code": "x"}}), "is no calibration"),
+        (damaged({"fingerprint": "0" * 64}), "another model"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path, data, message):
+    path = tmp_path / "bad.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    with pytest.raises(CalibrationError, match=message):
+        load_calibration(PRINT, path)
+
+
+def test_a_file_that_is_named_must_be_there(tmp_path):
+    with pytest.raises(CalibrationError, match="nowhere"):
+        load_calibration(PRINT, tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("policy", ["cachecraft:alpha=auto", "query:guard=0.05"])
+def test_a_policy_that_needs_one_says_so_before_any_work(policy):
+    with pytest.raises(CalibrationError, match="run chunkcache calibrate"):
+        wrapped(policy=policy)
+    with pytest.raises(CalibrationError, match="run chunkcache calibrate"):
+        wrapped().prefill(QUESTION, TEXTS, policy=policy)
+
+
+def test_the_calibration_in_the_cache_folder_is_found():
+    fingerprint = wrapped().fingerprint
+    Calibration(fingerprint, 0.7, GuardModel(((99.0, 0.0, 0.0),) * 3, ((0.05, 0.0),))).save()
+    llm = wrapped(policy="query:guard=0.05")
+    assert llm.chosen("cachecraft:alpha=auto").alpha == 0.7
+    stats = llm.prefill(QUESTION, TEXTS).stats
+    assert (stats.guard_passes, stats.guard_full) == (3, True)
+
+
+def test_a_calibration_may_be_given(tmp_path):
+    model, tokenizer = tiny_model(), chat_tokenizer()
+    fingerprint = wrapped().fingerprint
+    given = Calibration(fingerprint, 0.4)
+    for calibration in (given, given.save(tmp_path / "given.json"), str(tmp_path / "given.json")):
+        llm = chunkcache.wrap(model, tokenizer, calibration=calibration)
+        assert llm.chosen("cachecraft:alpha=auto").alpha == 0.4
+
+
+def test_the_loading_controller_sets_the_ratio_from_earlier_requests():
+    llm = wrapped()
+    assert llm.chosen("cacheblend:ratio=auto").ratio == 0.15
+    llm.tuning.controller.observe(prefill_s=1.0, computed=1000, load_s=0.5, loaded=1000)
+    assert llm.chosen("cacheblend:ratio=auto").ratio == pytest.approx(0.5)
+    llm.prefill(QUESTION, TEXTS, policy="cacheblend:ratio=auto")
+    assert "to load and" in llm.tuning.controller.last.why
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize("weight", [-99.0, 99.0], ids=["accepted", "full"])
+def test_all_ways_to_run_a_guarded_request_agree(name, weight):
+    model = tiny_model(name)
+    guard = GuardModel(((weight, 0.0, 0.0),) * 3, ((0.05, 0.0),))
+    llm = chunkcache.wrap(
+        model, chat_tokenizer(), policy="query:ratio=0.2,guard=0.05", calibration=Calibration(PRINT, guard=guard)
+    )
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = llm.generate(QUESTION, TEXTS, **options)
+    assert expected.stats.guard_full == (weight > 0)
+    first = int(llm.prefill(QUESTION, TEXTS).logits.argmax())
+    inputs = llm.inputs(QUESTION, TEXTS)
+    output = model.generate(**inputs, **options, pad_token_id=3)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert output == expected.token_ids
+    assert first == expected.token_ids[0]
+    assert llm.generate(QUESTION, TEXTS, num_beams=2, **options).stats.guard_full == (weight > 0)

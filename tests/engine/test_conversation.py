@@ -1,0 +1,147 @@
+"""A conversation goes on from its own KV: what was said is exact, and never computed again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.llm import QUESTION, TEXTS, chat_tokenizer, own_model, plain, tiny_model, wrapped
+
+import chunkcache
+from chunkcache import blend
+from chunkcache.errors import ContextLengthError, PromptError
+
+MORE = ("The new bridge is of steel, and was opened by the mayor.", "Every second year it is painted green.")
+THEN = "And of what is the new one?"
+MODELS = ["llama", "gemma3", "mistral-sliding", "smollm3"]  # full and sliding windows, layers without RoPE
+
+
+def told(llm, conversation, question, chunks):
+    """The ids of the next prompt, as the chat template alone would have them."""
+    begun = conversation.token_ids
+    between = llm.prompts.between_turns(None, begun)
+    built = llm.prompts.build(question, chunks)
+    return (*begun, *between, *(token for chunk in built.chunks for token in chunk), *built.question)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_an_exact_policy_every_turn_is_what_the_model_says_itself(name):
+    model = tiny_model(name)
+    llm = wrapped(model, policy="cacheblend:ratio=1")
+    conversation = llm.conversation()
+    for question, chunks in ((QUESTION, TEXTS), (THEN, MORE), ("Why?", ()), (THEN, TEXTS[:1])):
+        ids = told(llm, conversation, question, chunks) if conversation.turns else None
+        answer = conversation.generate(question, chunks, max_new_tokens=6, do_sample=False)
+        if ids is not None:
+            assert conversation.token_ids[: len(ids)] == ids
+            assert answer.token_ids == plain(model, torch.tensor([ids]), max_new_tokens=6)
+    assert conversation.turns == 4
+
+
+@pytest.mark.parametrize("policy", [name for name in blend.POLICIES if name != "full"])
+def test_what_was_said_is_not_computed_again(policy):
+    llm = wrapped(policy=policy)
+    conversation = llm.conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=6)
+    said = len(conversation.token_ids)
+    stats = conversation.prefill("Why?").stats
+    assert stats.exact_tokens == said - 1  # the last token of an answer has no KV yet
+    assert stats.recomputed_share == pytest.approx(1 - (said - 1) / stats.tokens)
+
+
+@pytest.mark.parametrize("policy", ["reuse", "query:ratio=0.2", "cachecraft"])
+def test_chunks_of_a_later_turn_are_reused_where_they_now_stand(policy):
+    llm = wrapped(policy=policy)
+    llm.precompute((*TEXTS, *MORE))
+    conversation = llm.conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=6)
+    stats = conversation.generate(THEN, MORE, max_new_tokens=6).stats
+    assert (stats.hits, stats.misses) == (2, 0)
+    assert stats.reused_tokens - stats.exact_tokens == sum(len(llm.prompts.chunk(text)) for text in MORE)
+    assert stats.recomputed_share < 0.5
+
+
+def test_the_kv_of_earlier_turns_stay_what_they_were():
+    llm = wrapped(policy="query:ratio=0.2")
+    conversation = llm.conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=6)
+    before = [layer.clone() for layer in conversation._head.layers]
+    conversation.generate(THEN, MORE, max_new_tokens=6)
+    for layer, was in zip(conversation._head.layers, before, strict=True):
+        assert torch.equal(layer[:, :, : was.shape[2]], was)
+
+
+def test_prefill_leaves_the_conversation_where_it_is():
+    conversation = wrapped().conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=4)
+    before = conversation.token_ids
+    first, second = (conversation.prefill(THEN, MORE).logits for _ in range(2))
+    torch.testing.assert_close(first, second)
+    assert (conversation.token_ids, conversation.turns) == (before, 1)
+
+
+def test_a_turn_that_fails_leaves_it_where_it_is():
+    conversation = wrapped().conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=4)
+    before = conversation.token_ids
+    for call, error in (
+        (lambda: conversation.generate("", MORE), PromptError),
+        (lambda: conversation.generate(THEN, MORE, num_beams=2), PromptError),
+        (lambda: conversation.generate(THEN, TEXTS * 9), ContextLengthError),
+    ):
+        with pytest.raises(error):
+            call()
+    assert (conversation.token_ids, conversation.turns) == (before, 1)
+    conversation.generate(THEN, MORE, max_new_tokens=4)
+
+
+def test_a_streamed_turn_counts_once_it_is_over():
+    streamed, plainly = wrapped().conversation(), wrapped().conversation()
+    for question, chunks in ((QUESTION, TEXTS), (THEN, MORE)):
+        stream = streamed.stream(question, chunks, max_new_tokens=6)
+        pieces = "".join(stream)
+        answer = plainly.generate(question, chunks, max_new_tokens=6)
+        assert pieces.strip() == answer.text == stream.result.text
+    assert streamed.token_ids == plainly.token_ids
+    assert streamed.turns == 2
+
+
+def test_two_conversations_do_not_meet():
+    llm = wrapped()
+    one, other = llm.conversation(), llm.conversation(system="Be brief.")
+    one.generate(QUESTION, TEXTS, max_new_tokens=4)
+    other.generate(QUESTION, TEXTS, max_new_tokens=4)
+    assert one.token_ids != other.token_ids
+    alone = wrapped().conversation()
+    alone.generate(QUESTION, TEXTS, max_new_tokens=4)
+    assert (
+        alone.generate(THEN, MORE, max_new_tokens=6).token_ids == one.generate(THEN, MORE, max_new_tokens=6).token_ids
+    )
+
+
+def test_an_end_of_turn_that_the_model_said_is_not_said_twice():
+    model = own_model()
+    llm = wrapped(model)
+    between = llm.prompts.between_turns(None, ())
+    assert llm.prompts.between_turns(None, (9, between[0])) == between[1:]
+    assert llm.prompts.between_turns(None, (9, 9)) == between
+
+
+def test_without_a_chat_template():
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.chat_template = None
+    conversation = chunkcache.wrap(tiny_model(), tokenizer).conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=4)
+    said = conversation.token_ids
+    conversation.generate(THEN, MORE, max_new_tokens=4)
+    assert conversation.token_ids[: len(said)] == said
+
+
+def test_a_template_for_one_turn_only_is_refused_by_the_second():
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    conversation = chunkcache.wrap(tiny_model(), tokenizer).conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=4)
+    with pytest.raises(PromptError, match="no place for a second question"):
+        conversation.generate(THEN, MORE)

@@ -1,0 +1,201 @@
+"""A comparison has a row per prompt, policy and round, measured beside full prefill of the same prompt."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model
+
+import chunkcache
+from chunkcache.errors import PeerError, PolicyError, ResultsError
+from chunkcache.eval import Case, Results, compare, measure_fidelity, summary
+from chunkcache.eval.memory import PeakMemory
+from chunkcache.store import MemoryStore
+
+CASES = [Case(QUESTION, TEXTS, ("1931",)), Case("Who wrote down the weather?", TEXTS[::-1])]
+POLICIES = ("full", "prefix", "reuse", "cacheblend:ratio=1", "query")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return compare(tiny_model(), chat_tokenizer(), CASES, POLICIES)
+
+
+def test_every_policy_has_a_row_for_every_prompt(results):
+    names = results.settings["policies"]
+    assert sorted(names) == sorted(POLICIES)
+    assert {(row["prompt"], row["policy"]) for row in results.rows} == {(i, name) for i in (0, 1) for name in names}
+    assert len(results.rows) == 2 * len(names)
+
+
+def test_exact_policies_agree_with_full_prefill_and_reuse_does_not(results):
+    for row in results.rows:
+        if row["policy"].startswith(("full", "prefix", "cacheblend")):
+            assert row["agreement"] == 1
+            assert row["same_answer"]
+            assert abs(row["kl_first"]) < 1e-4
+            assert abs(row["kl_mean"]) < 1e-4
+        if row["policy"] == "reuse":
+            assert row["kl_first"] > 1e-3
+
+
+def test_stages_add_up_to_the_time_to_first_token(results):
+    for row in results.rows:
+        assert sum(row["stages"].values()) == pytest.approx(row["ttft_s"])
+        assert all(seconds >= 0 for seconds in row["stages"].values())
+        assert row["stages"]["recompute"] > 0
+
+
+def test_warm_requests_hit_and_cold_ones_compute_within_the_clock(results):
+    assert {row["hits"] for row in results.rows if row["policy"] == "reuse"} == {len(TEXTS)}
+    cold = compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], cold=True, rounds=2, answers=False)
+    for row in cold.rows:
+        if row["policy"] == "reuse":
+            assert (row["hits"], row["misses"]) == (0, len(TEXTS))
+            assert row["stages"]["compute"] > 0
+            assert row["answer"] is None
+
+
+def test_answers_are_scored_where_there_are_accepted_ones(results):
+    for row in results.rows:
+        assert (row["f1"] is None) == (row["prompt"] == 1)
+        assert row["question"] == CASES[row["prompt"]].question
+
+
+def test_a_second_round_does_not_find_what_the_first_left(results):
+    twice = compare(tiny_model(), chat_tokenizer(), CASES[:1], ["prefix", "cachecraft"], rounds=2, answers=False)
+    for name in ("prefix", "cachecraft"):
+        first, second = (row for row in twice.rows if row["policy"] == name)
+        assert second["recomputed_share"] >= first["recomputed_share"]
+
+
+def test_what_the_store_held_is_left_alone():
+    store = MemoryStore()
+    chunkcache.wrap(tiny_model(), chat_tokenizer(), store=store).precompute(TEXTS)
+    before = {entry.key for entry in store.entries()}
+    compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], store=store, cold=True, answers=False)
+    assert before
+    assert {entry.key for entry in store.entries()} == before
+
+
+def test_warming_up_leaves_nothing_of_the_first_prompt(results):
+    first, second = (row for row in results.rows if row["policy"] == "prefix")
+    assert first["hits"] == second["hits"] == 0
+
+
+def test_policies_find_nothing_that_others_left(results):
+    alone = compare(tiny_model(), chat_tokenizer(), CASES, ["query:ratio=0.3"], answers=False)
+    beside = compare(tiny_model(), chat_tokenizer(), CASES, ["prefix", "reuse", "query:ratio=0.3"], answers=False)
+    shares = [
+        [row["recomputed_share"] for row in run.rows if row["policy"].startswith("query")] for run in (alone, beside)
+    ]
+    assert shares[0] == shares[1]
+
+
+def test_an_interrupted_run_goes_on(tmp_path, results):
+    path = tmp_path / "requests.jsonl"
+    args = (tiny_model(), chat_tokenizer(), CASES)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(*args, ["reuse"], {"data": "a"}, path, on_prompt=interrupt)
+    first = path.read_text()
+    path.write_text(first + '{"prompt": 1, "pol')  # the power went
+    compare(*args, ["reuse"], {"data": "a"}, path)
+    assert path.read_text().startswith(first)
+    assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()[1:]] == [0, 0, 1, 1]
+
+
+def test_rows_of_other_settings_are_never_mixed(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    args = (tiny_model(), chat_tokenizer(), CASES[:1])
+    compare(*args, ["reuse"], {"data": "a"}, path, answers=False)
+    with pytest.raises(ResultsError, match="data='a'"):
+        compare(*args, ["reuse"], {"data": "b"}, path, answers=False)
+    with pytest.raises(ResultsError, match="options="):
+        compare(*args, ["prefix"], {"data": "a"}, path, answers=False)
+
+
+def test_a_policy_that_cannot_run_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(PolicyError, match="nonsense"):
+        compare(tiny_model(), chat_tokenizer(), CASES, ["nonsense"], path=tmp_path / "requests.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+@dataclass
+class _Echo:
+    """A peer that answers at once, as full prefill would not."""
+
+    name: str = "echo"
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    warmed: list[Any] = field(default_factory=list)
+    ended: bool = False
+
+    def warm(self, parts: list[list[int]]) -> None:
+        self.warmed.append(parts)
+
+    def answer(self, parts: list[list[int]], answer_tokens: int) -> Any:
+        @dataclass
+        class Answer:
+            ttft_s: float = 0.5
+            token_ids: tuple[int, ...] = (5,)
+            logits: torch.Tensor | None = None
+
+        return Answer()
+
+
+def test_a_peer_has_rows_beside_the_policies():
+    peer = _Echo()
+    results: Results = compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], peers=[peer])  # type: ignore[list-item]
+    row = next(row for row in results.rows if row["policy"] == "peer:echo")
+    assert row["ttft_s"] == 0.5
+    assert row["stages"] is row["kl_first"] is None
+    assert not row["same_answer"]
+    assert row["tokens"] == results.rows[0]["tokens"]
+    assert len(peer.warmed) == 1
+
+
+class _Broken(_Echo):
+    """A peer that fails the first time it is asked about a prompt."""
+
+    asked = 0
+
+    def answer(self, parts: list[list[int]], answer_tokens: int) -> Any:
+        self.asked += 1
+        if self.asked == 2:  # the first warms up
+            raise PeerError("no such luck. It said: /home/someone")
+        return super().answer(parts, answer_tokens)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_peer_that_fails_does_not_end_the_run(ended):
+    peer = _Broken(ended=ended)
+    results = compare(tiny_model(), chat_tokenizer(), CASES, ["reuse"], peers=[peer])  # type: ignore[list-item]
+    first, second = (row for row in results.rows if row["policy"] == "peer:echo")
+    assert (first["ttft_s"], first["error"]) == (None, "no such luck")
+    assert (second["ttft_s"] is None) == ended
+    assert summary(results)["policies"].get("peer:echo", {}).get("prompts", 0) == (0 if ended else 1)
+
+
+def test_fidelity_is_what_its_formulas_say():
+    full = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    policy = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    fidelity = measure_fidelity(full, policy)
+    assert fidelity.kl_first == pytest.approx(kl)
+    assert fidelity.kl_mean == pytest.approx(kl / 2)
+    assert fidelity.agreement == 0.5
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.ones(64 * 2**20, dtype=torch.uint8).sum()
+    assert peak.nbytes is None or peak.nbytes > 60 * 2**20

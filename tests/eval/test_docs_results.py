@@ -1,0 +1,50 @@
+"""The README's figures are those of the report in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chunkcache.errors import ResultsError
+from chunkcache.eval.report import read_report, readme_tables, replace_between
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REPORT = ROOT / "docs/results/report.json"
+
+
+def test_the_readme_has_the_tables_of_the_report():
+    assert replace_between(README, readme_tables(read_report(REPORT))) == README, (
+        "run: chunkcache bench table docs/results/report.json --into README.md"
+    )
+
+
+def test_a_figure_that_was_changed_by_hand_is_found(command_line, tmp_path):
+    changed = tmp_path / "README.md"
+    row = next(line for line in README.splitlines() if line.startswith("| `query` |"))
+    changed.write_text(README.replace(row, row.replace("0", "9")), encoding="utf-8")
+    code, _, err = command_line("bench", "table", str(REPORT), "--into", str(changed), "--check")
+    assert code == 1
+    assert "disagrees" in err
+
+
+def test_the_report_holds_no_texts_of_data_sets():
+    for section in read_report(REPORT)["sections"]:
+        for worst in section["summary"].get("worst", []):
+            assert not {"question", "answer", "full_answer"} & worst.keys()
+        assert not any({"question", "answer"} & row.keys() for row in section.get("rows", []))
+    assert not [path.name for path in REPORT.parent.iterdir() if path.suffix == ".jsonl"]  # rows have the texts
+
+
+def test_every_section_says_what_it_ran_on():
+    for section in read_report(REPORT)["sections"]:
+        if section["bench"] == "simulation":
+            continue
+        assert {"model", "device", "threads", "torch", "transformers", "commit"} <= section["ran_on"].keys()
+        assert not section["ran_on"]["commit"].endswith("+"), "measured on code that is in no commit"
+
+
+def test_a_readme_without_marks_is_an_error():
+    with pytest.raises(ResultsError, match="results:begin"):
+        replace_between("no marks", "tables")

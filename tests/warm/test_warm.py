@@ -1,0 +1,315 @@
+"""Warming a store: all of a folder in it, nothing computed twice, nothing stale left, by one worker or by several."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from support.llm import chat_tokenizer, saved_model, tiny_model
+
+import chunkcache
+from chunkcache import warm
+from chunkcache.cli import main as cli
+from chunkcache.errors import InputError, ModelNotFoundError
+from chunkcache.kv import label
+from chunkcache.retriever import Chunk, load_documents, split
+from chunkcache.store import DiskStore, Where
+from chunkcache.warm import Job, alone
+from chunkcache.warm import ray as warm_ray
+from chunkcache.warm.ray import on_ray
+
+SENTENCES = {
+    "bridge": "The bridge over the river was opened to the public in {}, after nine years of work by many people. ",
+    "ferry": "In winter the ferry number {} sails only when the sea is calm, and the bread is of yesterday. ",
+    "keeper": "The lighthouse keeper wrote down the weather every morning and every evening of the year {}. ",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def docs(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name, sentence in SENTENCES.items():
+        write(folder, name, "".join(sentence.format(1900 + year) for year in range(8)))
+    return folder
+
+
+@pytest.fixture
+def job(model, tmp_path):
+    return Job(model, f"disk://{tmp_path / 'kv'}?sync=no", chunk_tokens=48)
+
+
+@pytest.fixture(autouse=True)
+def small_shares(monkeypatch):
+    monkeypatch.setattr(warm, "SHARE_TEXTS", 2)
+
+
+def write(folder, name, text):
+    (folder / f"{name}.md").write_text(text)
+
+
+def run(job, docs, on_progress=None):
+    with alone(job) as crew:
+        return warm.warm(job, load_documents(docs), crew, on_progress)
+
+
+def pieces(job, docs):
+    """What the documents are cut into, by document."""
+    return {
+        d.id: [c.text.strip() for c in split(d, chat_tokenizer(), size=job.chunk_tokens)]
+        for d in load_documents(docs)
+    }
+
+
+def entries(job, document=None):
+    with DiskStore(job.store.removeprefix("disk://").partition("?")[0], sync="no") as store:
+        return list(store.entries(Where(document=label("document", document) if document else None)))
+
+
+def test_all_of_a_folder_is_stored_and_found_by_requests(job, docs):
+    seen = []
+    done = run(job, docs, lambda *progress: seen.append(progress))
+    cut = pieces(job, docs)
+    count = sum(map(len, cut.values()))
+    assert count > 12
+    assert (done.documents, done.chunks, done.computed, done.skipped, done.deleted) == (3, count, count, 0, 0)
+    assert (done.failures, done.workers, done.lost_workers) == (0, 1, 0)
+    assert seen == sorted(seen)
+    assert seen[-1] == (count, count)
+    assert done.nbytes == sum(entry.nbytes for entry in entries(job))
+    for document, texts in cut.items():
+        assert len(entries(job, document)) == len(texts)
+    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), job.store)
+    stats = llm.generate("When was it opened?", cut["bridge.md"][:3], max_new_tokens=2).stats
+    assert (stats.hits, stats.misses) == (3, 0)
+
+
+def test_what_is_stored_is_not_computed_again(job, docs):
+    first = run(job, docs)
+    before = {entry.key: entry.created for entry in entries(job)}
+    again = run(job, docs)
+    assert (again.chunks, again.computed, again.skipped, again.nbytes) == (first.chunks, 0, first.chunks, 0)
+    assert {entry.key: entry.created for entry in entries(job)} == before
+
+
+def test_after_an_edit_only_what_changed_is_computed_and_what_went_is_deleted(job, docs):
+    run(job, docs)
+    old = pieces(job, docs)["ferry.md"]
+    write(docs, "ferry", (docs / "ferry.md").read_text() + "A last sentence was added on a Tuesday in the spring.")
+    new = pieces(job, docs)["ferry.md"]
+    done = run(job, docs)
+    assert done.computed == len(set(new) - set(old)) < len(new)
+    assert done.deleted == len(set(old) - set(new))
+    assert len(entries(job, "ferry.md")) == len(new)
+    write(docs, "ferry", "It was sold.")
+    assert run(job, docs).deleted == len(new)
+    assert len(entries(job, "ferry.md")) == 1
+
+
+def test_a_chunk_that_only_one_of_its_documents_loses_stays(job, docs):
+    shared = "The answer is in the second paragraph of the document, which nobody has read since 1931."
+    write(docs, "keeper", shared)
+    write(docs, "ferry", shared)
+    done = run(job, docs)
+    assert done.chunks == len(pieces(job, docs)["bridge.md"]) + 1
+    [entry] = entries(job, "keeper.md")
+    assert set(entry.documents) == {label("document", "ferry.md"), label("document", "keeper.md")}
+    write(docs, "keeper", "Now it says something else.")
+    run(job, docs)
+    assert [e.documents for e in entries(job, "ferry.md")] == [(label("document", "ferry.md"),)]
+    assert len(entries(job, "keeper.md")) == 1
+    assert run(job, docs).computed == 0
+
+
+def test_documents_and_tenants_do_not_touch_one_another(job, docs):
+    run(job, docs)
+    count = len(entries(job))
+    other = run(replace(job, tenant="acme"), docs)
+    assert other.skipped == 0
+    write(docs, "ferry", "Short.")
+    run(replace(job, tenant="acme"), docs)
+    left = [entry for entry in entries(job) if not entry.tenant]
+    assert len(left) == count
+
+
+def test_bad_input_shows_when_the_crew_is_called(job, tmp_path):
+    with pytest.raises(InputError, match="is gone when this ends"), alone(replace(job, store="memory://")):
+        pass
+    with pytest.raises(ModelNotFoundError), alone(replace(job, model=str(tmp_path / "no/model"))):
+        pass
+
+
+def test_tiers_in_memory_are_left_out(job, docs):
+    folder = job.store
+    job = replace(job, store=f"tiered:?write=evict|memory://|{folder}")
+    done = run(job, docs)
+    assert len(entries(replace(job, store=folder))) == done.chunks + 1  # and the prefix
+
+
+def test_a_store_that_is_too_small_says_so(job, docs):
+    done = run(replace(job, store=job.store + "&max_bytes=100KiB"), docs)
+    assert done.store["evictions"] + done.failures > 0
+
+
+def test_shares_keep_all_documents_of_a_text_together(monkeypatch):
+    monkeypatch.setattr(warm, "SHARE_TOKENS", 100)
+    chunks = [Chunk("a", 0, "x", 60), Chunk("a", 1, "y", 30), Chunk("b", 0, "z", 20), Chunk("c", 0, "x", 60)]
+    assert list(warm._shares(chunks)) == [{"x": ["a", "c"], "y": ["a"]}, {"z": ["b"]}]
+    assert list(warm._shares([Chunk("a", 0, "x", 500)])) == [{"x": ["a"]}]
+    assert list(warm._shares([])) == []
+
+
+def test_the_command_reports_what_it_did(job, docs, monkeypatch, capsys):
+    args = [
+        "chunkcache",
+        "store",
+        "warm",
+        str(docs),
+        "--model",
+        job.model,
+        "--chunk-tokens",
+        "48",
+        "--store",
+        job.store,
+    ]
+    count = sum(map(len, pieces(job, docs).values()))
+    for computed, argv in ((count, [*args, "--json"]), (0, [*args, "--json"]), (0, args)):
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        assert not left.value.code
+        if "--json" in argv:
+            facts = json.loads(shown.out)
+            assert (facts["chunks"], facts["computed"], facts["skipped"]) == (count, computed, count - computed)
+        else:
+            assert f"{count} chunks of 3 documents: {count} were stored already, 0 computed" in shown.err
+
+
+def test_an_interrupted_run_goes_on_where_it_was(job, docs):
+    """A real process, a real SIGINT while it computes."""
+    for number in range(15):
+        write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(40)))
+    command = [sys.executable, "-W", "ignore", "-m", "chunkcache", "store", "warm", str(docs), "--model", job.model]
+    command += ["--chunk-tokens", "48", "--store", job.store, "--json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
+    folder = job.store.removeprefix("disk://").partition("?")[0]
+    while process.poll() is None and stored(folder) < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "interrupted: what was computed is stored" in err
+    kept = {entry.key for entry in entries(job)}
+    assert len(kept) >= 5
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    facts = json.loads(finished.stdout)
+    assert 0 < facts["computed"] < facts["chunks"]
+    assert facts["skipped"] >= len(kept) - 1  # the prefix is no chunk
+    assert kept <= {entry.key for entry in entries(job)}
+
+
+def heed_interrupts():
+    """Undo what a shell does to what it runs in the background, which is to ignore SIGINT, also in its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stored(folder):
+    return sum(
+        len(files) for path, _, files in os.walk(folder) if re.fullmatch("[0-9a-f]{2}", os.path.basename(path))
+    )
+
+
+# --- on a cluster of this machine
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster for two workers; its own start takes seconds."""
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def on_cluster(cluster):
+    def call(job, docs, on_progress=None, **options):
+        with on_ray(job, "local", cpus=1, **options) as crew:
+            return warm.warm(job, load_documents(docs), crew, on_progress)
+
+    return call
+
+
+def test_two_workers_store_what_one_would_sealed_with_the_same_secret(job, docs, on_cluster, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_SECRET", "s")
+    seen = []
+    done = on_cluster(job, docs, lambda *progress: seen.append(progress), workers=2)
+    count = sum(map(len, pieces(job, docs).values()))
+    assert (done.chunks, done.computed, done.workers, done.lost_workers, done.failures) == (count, count, 2, 0, 0)
+    assert seen[-1] == (count, count)
+    alone_job = replace(job, store=job.store.replace("/kv", "/kv2"))
+    run(alone_job, docs)
+    assert {e.key for e in entries(job)} == {e.key for e in entries(alone_job)}
+    write(docs, "ferry", "It was sold.")
+    again = run(job, docs)
+    assert again.computed == 1
+    assert again.deleted == len(entries(alone_job, "ferry.md"))
+
+
+def test_the_work_of_a_worker_that_dies_goes_to_another(job, docs, on_cluster, caplog):
+    caplog.set_level("INFO", "chunkcache")
+    for number in range(10):
+        write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(10)))
+    killed = []
+
+    def kill_one(done, total):
+        if not killed:
+            found = re.findall(r"a worker is process (\d+)", caplog.text)
+            killed.append(int(found[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    done = on_cluster(job, docs, kill_one, workers=2)
+    assert (done.workers, done.lost_workers) == (2, 1)
+    assert "its work goes to another" in caplog.text
+    for document, texts in pieces(job, docs).items():
+        assert len(entries(job, document)) == len(texts)
+
+
+def test_what_a_worker_raises_is_what_the_caller_sees(job, docs, on_cluster, tmp_path):
+    with pytest.raises(ModelNotFoundError, match="No model can be loaded"):
+        on_cluster(replace(job, model=str(tmp_path / "no/model")), docs)
+    with pytest.raises(InputError, match="do not fit the Ray cluster, which has 2 CPUs"):
+        on_cluster(job, docs, workers=3)
+
+
+def test_a_cluster_that_does_not_answer_is_bad_input(job):
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(InputError, match=f"there is no Ray cluster at '{address}'"):
+        warm_ray._connect(warm_ray._import_ray(), address, None)
+
+
+def test_without_ray_installed_it_says_what_to_install(job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'chunkcache\[ray\]'"), on_ray(job, "local"):
+        pass
