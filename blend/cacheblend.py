@@ -63,7 +63,7 @@ class CacheBlend(Policy):
                     f"gradual={self.gradual} averages to {average:.4g}, not to ratio={self.ratio}; leave one out"
                 )
 
-    def check_layers(self, layers: int) -> Sequence[int]:
+    def filter_layers(self, layers: int) -> Sequence[int]:
         """Return the layer where tokens are compared, or one for each share of the schedule."""
         steps = max(1, len(self.gradual))
         return [self.layer + (layers - self.layer) * step // steps for step in range(steps)]
@@ -72,9 +72,9 @@ class CacheBlend(Policy):
         """Return every position that is not exact: all go through the layers below the check."""
         return plan.inexact
 
-    def narrow(self, check: Check) -> Tensor:
+    def filter_rows(self, check: Check) -> Tensor:
         """Keep the tokens that deviate most, and all that are not reused."""
-        ratio = self.gradual[self.check_layers(check.layers).index(check.layer)] if self.gradual else self.ratio
+        ratio = self.gradual[self.filter_layers(check.layers).index(check.layer)] if self.gradual else self.ratio
         if ratio == "auto":
             raise PolicyError("ratio=auto was not set by a loading controller before the prefill")
         fresh, stored = check.kv()

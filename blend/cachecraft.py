@@ -18,7 +18,7 @@ from torch import Tensor
 from chunkcache.blend.plan import Plan, Segment
 from chunkcache.blend.policy import Check, Policy, Share, check_share
 from chunkcache.errors import PolicyError
-from chunkcache.kv import Context, chunk_name
+from chunkcache.kv import ContextAttention, chunk_name
 
 
 def context_impact(a: float, b: float) -> float:
@@ -31,7 +31,7 @@ def context_impact(a: float, b: float) -> float:
     return 1 / (1 + math.exp(-a / b)) if b > 0 else 1.0
 
 
-def prefix_overlap(context: Context, before: Sequence[str]) -> float:
+def prefix_overlap(context: ContextAttention, before: Sequence[str]) -> float:
     """Return beta: the share of the attention to earlier chunks that went to chunks now before it again.
 
     A chunk that was computed alone has looked at no other, and 0 of its context is there again.
@@ -49,7 +49,7 @@ def order_penalty(old: Sequence[str], new: Sequence[str]) -> float:
     return sum(first > second for first, second in pairs) / len(pairs) if pairs else 0.0
 
 
-def fix_overhead(context: Context, before: Sequence[str], alpha: float) -> float:
+def fix_overhead(context: ContextAttention, before: Sequence[str], alpha: float) -> float:
     """Return the cache fix overhead, CFO = alpha CCI (1 - beta'), clamped to [0, 1], beta' = beta (1 - gamma).
 
     Args:
@@ -88,7 +88,7 @@ class CacheCraft(Policy):
     """
 
     name = "cachecraft"
-    contextual = True
+    versioned = True
     alpha: Share = 0.3
     focus: float = 0.9
     stable: int = 2
@@ -100,16 +100,16 @@ class CacheCraft(Policy):
         if self.stable < 1:
             raise PolicyError(f"stable={self.stable} is below 1")
 
-    def check_layers(self, layers: int) -> Sequence[int]:
+    def filter_layers(self, layers: int) -> Sequence[int]:
         """Return where to look at the focus: eight times on the way up, as often as the model has layers for."""
         step = max(1, layers // 8)
         return range(step * self.stable, layers, step) if self.focus < 1 else ()
 
-    def watch_layers(self, layers: int) -> Sequence[int]:
+    def watched_layers(self, layers: int) -> Sequence[int]:
         """Return all layers below the last look."""
-        return range(max(self.check_layers(layers), default=0))
+        return range(max(self.filter_layers(layers), default=0))
 
-    def overhead(self, context: Context | None, before: Sequence[str]) -> float:
+    def overhead(self, context: ContextAttention | None, before: Sequence[str]) -> float:
         """Return the CFO of a stored chunk behind the chunks `before`; one computed alone has looked at none."""
         if self.alpha == "auto":
             raise PolicyError("alpha=auto was not set from a calibration before the prefill")
@@ -126,7 +126,7 @@ class CacheCraft(Policy):
                 selected.append(segment.start + _most_outside(segment)[:count].sort().values)
         return torch.cat(selected)
 
-    def narrow(self, check: Check) -> Tensor | None:
+    def filter_rows(self, check: Check) -> Tensor | None:
         """Keep the tokens of the chunks in focus, once the focus stands still."""
         step = max(1, check.layers // 8)
         seen = torch.stack(list(check.attention)).cumsum(0)
@@ -143,7 +143,7 @@ class CacheCraft(Policy):
         return (~(dropped & candidate)[check.rows]).nonzero()[:, 0]
 
 
-ALONE = Context((), (), intra=1.0, a=0.0, b=1.0, outside=torch.empty(0))
+ALONE = ContextAttention((), (), intra=1.0, a=0.0, b=1.0, outside=torch.empty(0))
 
 
 def _most_outside(segment: Segment) -> Tensor:

@@ -46,7 +46,7 @@ class Signals:
 
 
 @dataclass(frozen=True)
-class Rung:
+class GuardStep:
     """One pass of a guarded prefill: what it recomputed, what came out, and its signals."""
 
     selected: Tensor
@@ -54,7 +54,7 @@ class Rung:
     signals: Signals
 
 
-Climbed = Sequence[tuple[Signals, float]]  # of one prompt, rung by rung: the signals, and the true KL in nats
+GuardOutcomes = Sequence[tuple[Signals, float]]  # of one prompt, rung by rung: the signals, and the true KL in nats
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class GuardModel:
     weights: tuple[tuple[float, ...], ...]
     margins: tuple[tuple[float, float], ...]
 
-    def predict(self, rung: int, signals: Signals, bound: float) -> float:
-        """Return the largest KL in nats to expect at rung `rung`, counted from 0, where `bound` is asked for."""
-        return math.exp(_fitted(self.weights[rung], signals) + self._margin(bound))
+    def predict(self, step: int, signals: Signals, bound: float) -> float:
+        """Return the largest KL in nats to expect at rung `step`, counted from 0, where `bound` is asked for."""
+        return math.exp(_fitted(self.weights[step], signals) + self._margin(bound))
 
     def _margin(self, bound: float) -> float:
         below = [margin for at, margin in self.margins if at <= bound][-1:]
@@ -83,7 +83,7 @@ class GuardModel:
         return max(below + above)
 
     @classmethod
-    def fit(cls, prompts: Sequence[Climbed], bounds: Sequence[float], broken: float = 0.05) -> GuardModel:
+    def fit(cls, prompts: Sequence[GuardOutcomes], bounds: Sequence[float], broken: float = 0.05) -> GuardModel:
         """Fit to calibration prompts.
 
         Args:
@@ -92,7 +92,7 @@ class GuardModel:
             broken: share of prompts at most that may end above their bound, whichever of `bounds` is asked for.
                 The share is estimated as (count + 1) / (prompts + 1), as in conformal prediction.
         """
-        weights = tuple(_regress([prompt[rung] for prompt in prompts]) for rung in range(len(prompts[0])))
+        weights = tuple(_regress([prompt[step] for prompt in prompts]) for step in range(len(prompts[0])))
         logs = [[_fitted(weights[at], signals) for at, (signals, _) in enumerate(p)] for p in prompts]
         allowed = max(0, math.floor(broken * (len(prompts) + 1) - 1 + 1e-9))
         return cls(weights, tuple((bound, _least_margin(prompts, logs, bound, allowed)) for bound in bounds))
@@ -102,13 +102,15 @@ def _fitted(weights: Sequence[float], signals: Signals) -> float:
     return sum(weight * x for weight, x in zip(weights, signals.features(), strict=True))
 
 
-def _least_margin(prompts: Sequence[Climbed], logs: Sequence[Sequence[float]], bound: float, allowed: int) -> float:
+def _least_margin(
+    prompts: Sequence[GuardOutcomes], logs: Sequence[Sequence[float]], bound: float, allowed: int
+) -> float:
     """Return the least margin, of 0 or more, with which at most `allowed` prompts end above `bound`."""
     heights = sorted({0.0, *(math.log(bound) - log + 1e-9 for row in logs for log in row if log < math.log(bound))})
     return next(margin for margin in heights if _broken(prompts, logs, margin, bound) <= allowed)
 
 
-def _regress(pairs: Climbed) -> tuple[float, ...]:
+def _regress(pairs: GuardOutcomes) -> tuple[float, ...]:
     """Return the weights of a ridge regression of log KL; the intercept is not shrunk."""
     x = np.array([signals.features() for signals, _ in pairs])
     y = np.log(np.maximum([kl for _, kl in pairs], LEAST))
@@ -116,11 +118,11 @@ def _regress(pairs: Climbed) -> tuple[float, ...]:
     return tuple(np.linalg.solve(x.T @ x + ridge, x.T @ y).tolist())
 
 
-def _broken(prompts: Sequence[Climbed], logs: Sequence[Sequence[float]], margin: float, bound: float) -> int:
+def _broken(prompts: Sequence[GuardOutcomes], logs: Sequence[Sequence[float]], margin: float, bound: float) -> int:
     """Return how many prompts are accepted at some rung though their KL is above `bound`."""
     count = 0
-    for rungs, predicted in zip(prompts, logs, strict=True):
-        accepted = (kl for (_, kl), log in zip(rungs, predicted, strict=True) if log + margin <= math.log(bound))
+    for steps, predicted in zip(prompts, logs, strict=True):
+        accepted = (kl for (_, kl), log in zip(steps, predicted, strict=True) if log + margin <= math.log(bound))
         count += next(accepted, 0.0) > bound
     return count
 
@@ -142,7 +144,7 @@ class Guarded:
     full: bool
 
 
-def settle(
+def rows_within_bound(
     decoder: Decoder,
     plan: Plan,
     prompt: int,
@@ -158,7 +160,7 @@ def settle(
         plan: what is reused.
         prompt: tokens of the plan that are the prompt's; what stands behind them waits for the forward that follows.
         cache: the request's cache, untouched so far.
-        policies: the steps, as for `climb`.
+        policies: the steps, as for `guard_steps`.
         bound: in nats.
         model: predicts.
 
@@ -167,18 +169,18 @@ def settle(
         last token on, whose logits are wanted, or all that is not exact; and what was done.
     """
     passes = 0
-    with closing(climb(decoder, plan, prompt, cache, policies)) as rungs:
-        for rung in rungs:
-            predicted = model.predict(passes, rung.signals, bound)
+    with closing(guard_steps(decoder, plan, prompt, cache, policies)) as steps:
+        for step in steps:
+            predicted = model.predict(passes, step.signals, bound)
             passes += 1
             if predicted <= bound:
                 return torch.arange(prompt - 1, len(plan)), Guarded(bound, passes, predicted, full=False)
     return torch.cat((plan.fresh, plan.inexact)).sort().values, Guarded(bound, passes, 0.0, full=True)
 
 
-def climb(
+def guard_steps(
     decoder: Decoder, plan: Plan, prompt: int, cache: FusedCache, policies: Sequence[Policy]
-) -> Generator[Rung, None, None]:
+) -> Generator[GuardStep, None, None]:
     """Yield one rung per policy, each recomputing what its policy selects, over what the one before left in `cache`.
 
     Args:
@@ -192,7 +194,7 @@ def climb(
     first = policies[0]
     watches = [
         Watch(decoder.attentions[layer], prompt - plan.end, lambda w, _: attention.append(first.pool(w.float())))
-        for layer in first.scout_layers(len(decoder.layers))
+        for layer in first.attention_layers(len(decoder.layers))
     ]
     cache.scouting = True
     try:
@@ -202,11 +204,11 @@ def climb(
             watch.remove()
         seen = torch.stack(attention)
         for policy in policies:
-            selected = policy.select_seen(plan, seen)
+            selected = policy.select_by_attention(plan, seen)
             log_probs = _log_probs(decoder, plan, cache, torch.cat((fresh, selected)).sort().values)
             moved = float((log_probs.exp() * (log_probs - before)).sum())
             entropy = float(-(log_probs.exp() * log_probs).sum())
-            yield Rung(selected, log_probs, Signals(moved, entropy))
+            yield GuardStep(selected, log_probs, Signals(moved, entropy))
             before = log_probs
     finally:
         cache.scouting = False

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunkcache.blend.plan import Plan
 from chunkcache.errors import PolicyError
-from chunkcache.kv import Context
+from chunkcache.kv import ContextAttention
 
 Share = float | Literal["auto"]  # a share of the chunk tokens, or found out per request
 Schedule = tuple[float, ...]
@@ -58,8 +58,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
     reuses: ClassVar[bool] = True
-    remembers: ClassVar[bool] = False
-    contextual: ClassVar[bool] = False
+    stores_in_context: ClassVar[bool] = False
+    versioned: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, plan: Plan) -> Tensor:
@@ -73,51 +73,51 @@ class Policy(ABC):
         """Return the bound of the fidelity guard, KL of the first token in nats; None without a guard."""
         return None
 
-    def ladder(self) -> Sequence[Policy]:
+    def escalation(self) -> Sequence[Policy]:
         """Return the steps of a guarded prefill: policies with the same scout layers that select more and more."""
         return [self]
 
-    def looks(self, plan: Plan) -> bool:
+    def wants_attention(self, plan: Plan) -> bool:
         """Return whether a policy with scout layers wants to look at this plan; else it is asked to `select`."""
         return True
 
-    def scout_layers(self, layers: int) -> Sequence[int]:
-        """Layers, of `layers`, whose question attention `select_seen` wants; empty for a policy that wants none."""
+    def attention_layers(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, whose question attention `select_by_attention` wants; empty for none."""
         return ()
 
     def pool(self, weights: Tensor) -> Tensor:
         """Reduce one layer's attention weights `[heads, question rows, tokens]` to a score `[tokens]`."""
         return weights.mean(dim=(0, 1))
 
-    def select_seen(self, plan: Plan, attention: Tensor) -> Tensor:
+    def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Like `select`, for a policy with scout layers, which is asked this instead.
 
         Args:
             plan: what is reused.
             attention: `[scout layers, tokens]`, what each token gets from the question, pooled by `pool`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has scout layers but no select_seen()")
+        raise NotImplementedError(f"{type(self).__name__} has scout layers but no select_by_attention()")
 
-    def check_layers(self, layers: int) -> Sequence[int]:
-        """Layers, of `layers`, before which `narrow` is asked; empty for a policy that decides before layer 0."""
+    def filter_layers(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, before which `filter_rows` is asked; empty for one that decides before layer 0."""
         return ()
 
-    def watch_layers(self, layers: int) -> Sequence[int]:
-        """Layers, of `layers`, whose question attention `narrow` wants to have seen."""
+    def watched_layers(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, whose question attention `filter_rows` wants to have seen."""
         return ()
 
-    def overhead(self, context: Context | None, before: Sequence[str]) -> float:
+    def overhead(self, context: ContextAttention | None, before: Sequence[str]) -> float:
         """Return the share of a stored chunk to recompute behind the chunks `before`; None was computed alone."""
-        raise NotImplementedError(f"{type(self).__name__} is contextual but has no overhead()")
+        raise NotImplementedError(f"{type(self).__name__} is versioned but has no overhead()")
 
-    def narrow(self, check: Check) -> Tensor | None:
+    def filter_rows(self, check: Check) -> Tensor | None:
         """Before a check layer, choose which rows go on; this layer and those above recompute only these.
 
         Returns:
             sorted indices `[n]` into `check.rows`, with all rows that are not in `plan.inexact` among them;
             None if all go on.
         """
-        raise NotImplementedError(f"{type(self).__name__} has check layers but no narrow()")
+        raise NotImplementedError(f"{type(self).__name__} has check layers but no filter_rows()")
 
     def __str__(self) -> str:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))

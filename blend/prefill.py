@@ -22,17 +22,17 @@ from torch.utils.hooks import RemovableHandle
 from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
-from chunkcache.blend.guard import Guarded, GuardModel, settle
+from chunkcache.blend.guard import Guarded, GuardModel, rows_within_bound
 from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Check, Policy
 from chunkcache.blend.record import Recorder
 from chunkcache.blend.scout import scout
 from chunkcache.errors import CalibrationError, EntryLostError, PolicyError, PromptError
-from chunkcache.kv import Context
+from chunkcache.kv import ContextAttention
 
 logger = logging.getLogger("chunkcache")
-OnPrefilled = Callable[[FusedCache, dict[int, Context]], None]
+OnPrefilled = Callable[[FusedCache, dict[int, ContextAttention]], None]
 
 
 class SelectivePrefill:
@@ -73,7 +73,7 @@ class SelectivePrefill:
         depth: int = LEAST_DEPTH,
     ) -> None:
         count = len(decoder.layers)
-        deepest = max((*policy.check_layers(count), *policy.watch_layers(count)), default=0)
+        deepest = max((*policy.filter_layers(count), *policy.watched_layers(count)), default=0)
         if deepest >= count:
             raise PolicyError(
                 f"policy {policy} checks layer {deepest}, but the model has {count} layers, 0 to {count - 1}"
@@ -145,7 +145,7 @@ class SelectivePrefill:
         self.cache.go_on_with(rows)
         if self._record:
             self._recorder = Recorder(decoder, plan, rows)
-        narrows = len(plan.inexact) > 0 and policy.check_layers(len(decoder.layers))
+        narrows = len(plan.inexact) > 0 and policy.filter_layers(len(decoder.layers))
         if narrows and not (self._recorder and self._recorder.spans):  # a record needs its rows in every layer
             self._handles += _Narrowing(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
@@ -171,15 +171,17 @@ class SelectivePrefill:
         """Return the sorted positions that the forward computes, `prompt` tokens being the prompt's own."""
         policy, decoder = self._policy, self._decoder
         bound = policy.guarded()
-        layers = policy.scout_layers(len(decoder.layers)) if len(plan.inexact) else ()
+        layers = policy.attention_layers(len(decoder.layers)) if len(plan.inexact) else ()
         if layers and bound is not None:  # how far it is from the bound is to be seen in any case
             if self._guard is None:
                 raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
-            rows, self.guarded = settle(decoder, plan, prompt, self.cache, policy.ladder(), bound, self._guard)
+            rows, self.guarded = rows_within_bound(
+                decoder, plan, prompt, self.cache, policy.escalation(), bound, self._guard
+            )
             return rows
         with self.cache.selecting():
-            if layers and policy.looks(plan):
-                selected = policy.select_seen(plan, scout(decoder, plan, self.cache, layers, policy.pool))
+            if layers and policy.wants_attention(plan):
+                selected = policy.select_by_attention(plan, scout(decoder, plan, self.cache, layers, policy.pool))
             else:
                 selected = policy.select(plan)
         return torch.cat((plan.fresh, selected)).sort().values
@@ -235,7 +237,7 @@ class _Narrowing:
         self._decoder = decoder
         self._policy = policy
         self._cache = cache
-        self._checks = frozenset(policy.check_layers(len(decoder.layers)))
+        self._checks = frozenset(policy.filter_layers(len(decoder.layers)))
         self._attention: list[Tensor] = []
         self._kept: Tensor | None = None  # indices into the rows that the model started with
         self._masks: Any = None
@@ -248,7 +250,7 @@ class _Narrowing:
             if index >= min(self._checks)
         ]
         question = len(self._cache.plan) - self._cache.plan.end
-        for index in self._policy.watch_layers(len(self._decoder.layers)):
+        for index in self._policy.watched_layers(len(self._decoder.layers)):
             handles.append(Watch(self._decoder.attentions[index], question, self._see))
         return handles
 
@@ -266,7 +268,7 @@ class _Narrowing:
             rows = self._cache.rows_on(hidden.device)
             check = Check(self._cache.plan, index, len(self._decoder.layers), rows, self._attention, kv)
             with self._cache.selecting():
-                keep = self._policy.narrow(check)
+                keep = self._policy.filter_rows(check)
             if keep is not None:
                 self._kept = keep if self._kept is None else self._kept[keep]
                 self._cache.go_on_with(self._cache.rows[keep.cpu()])

@@ -19,7 +19,7 @@ class Prefix(Policy):
     """Prefix caching."""
 
     name = "prefix"
-    remembers = True
+    stores_in_context = True
 
     def select(self, plan: Plan) -> Tensor:
         """Return every position that is not exact."""

@@ -61,7 +61,7 @@ class Query(Policy):
         """Return `guard`."""
         return self.guard
 
-    def ladder(self) -> Sequence[Query]:
+    def escalation(self) -> Sequence[Query]:
         """Return this policy, and others that recompute 15 % and 40 % where that is more."""
         least = AUTO_RATIOS[0] if self.ratio == "auto" else self.ratio
         return [self, *(replace(self, ratio=ratio) for ratio in LADDER if ratio > least)]
@@ -70,11 +70,11 @@ class Query(Policy):
         """Return `lead`."""
         return self.lead
 
-    def looks(self, plan: Plan) -> bool:
+    def wants_attention(self, plan: Plan) -> bool:
         """Return whether something is to be selected."""
         return len(plan.inexact) >= AUTO_LEAST if self.ratio == "auto" else self.ratio > 0
 
-    def scout_layers(self, layers: int) -> Sequence[int]:
+    def attention_layers(self, layers: int) -> Sequence[int]:
         """Return the layers from the middle to two thirds of the way up."""
         return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3)))
 
@@ -82,7 +82,7 @@ class Query(Policy):
         """Return what `link` would: there is nothing to look at."""
         return Link(self.k).select(plan)
 
-    def select_seen(self, plan: Plan, attention: Tensor) -> Tensor:
+    def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first `k` of each chunk."""
         candidates = plan.inexact.to(attention.device)
         seen, order = attention.mean(0)[candidates].sort(descending=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from chunkcache.blend.attention import BLOCK_ROWS, Watch
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
-from chunkcache.kv import Context, chunk_name
+from chunkcache.kv import ContextAttention, chunk_name
 
 
 class Recorder:
@@ -50,7 +50,7 @@ class Recorder:
         for watch in self._watches:
             watch.remove()
 
-    def contexts(self) -> dict[int, Context]:
+    def contexts(self) -> dict[int, ContextAttention]:
         """Return what each recorded chunk looked at, by its start."""
         names = [chunk_name(self._plan.token_ids[start:end]) for start, end in self._plan.chunks]
         return {start: self._context(start, end, names) for start, end in self.spans}
@@ -63,7 +63,7 @@ class Recorder:
         own = mean.gather(1, self._on_device[block].to(mean.device)[:, None])[:, 0]
         self._own[block] += own.to(self._own.device)
 
-    def _context(self, start: int, end: int, names: Sequence[str]) -> Context:
+    def _context(self, start: int, end: int, names: Sequence[str]) -> ContextAttention:
         index = self._plan.chunks.index((start, end))
         inside = (self._rows >= start) & (self._rows < end)
         seen = self._seen.cpu()[inside] / self._layers
@@ -71,7 +71,7 @@ class Recorder:
         lengths = [after - before for before, after in self._plan.chunks]
         inter = seen[:, :index].sum(0).tolist()
         intra = float((seen[:, index] - own).sum())
-        return Context(
+        return ContextAttention(
             chunks=tuple(names[:index]),
             inter=tuple(inter),
             intra=intra,

@@ -25,7 +25,7 @@ from chunkcache.blend.prefill import SelectivePrefill
 from chunkcache.blend.prefix import Prefix
 from chunkcache.blend.reuse import Reuse
 from chunkcache.errors import SelfCheckError, UnsupportedModelError
-from chunkcache.kv import ChunkKV, Context
+from chunkcache.kv import ChunkKV, ContextAttention
 
 TOKENS = 24
 DELTA = 37
@@ -131,7 +131,7 @@ def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
     logits_errors: list[float] = []
     cache_errors: list[float] = []
 
-    def compare(fused: FusedCache, _: dict[int, Context]) -> None:
+    def compare(fused: FusedCache, _: dict[int, ContextAttention]) -> None:
         for index in range(len(own.layers)):
             pairs = zip(layer_kv(fused, index), layer_kv(own, index), strict=True)
             cache_errors.extend(_error(value, wanted) for value, wanted in pairs)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from chunkcache.engine.conversation import Conversation
     from chunkcache.engine.generation import Generation, TextStream
     from chunkcache.engine.grouping import Request
-    from chunkcache.engine.precompute import Precomputed
+    from chunkcache.engine.precompute import PrecomputeResult
     from chunkcache.engine.stats import RequestStats
     from chunkcache.errors import (
         CalibrationError,
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         UnsupportedModelError,
     )
-    from chunkcache.llm import CachedLLM, Prefilled, wrap
+    from chunkcache.llm import CachedLLM, PrefillOutput, wrap
     from chunkcache.models import load_model
-    from chunkcache.prompt.builder import Passage
+    from chunkcache.prompt.builder import PromptChunk
     from chunkcache.store import Store, open_store
 
 __version__ = _version("chunkcache")
@@ -60,11 +60,11 @@ __all__ = [
     "Generation",
     "InputError",
     "ModelNotFoundError",
-    "Passage",
     "PeerError",
     "PolicyError",
-    "Precomputed",
-    "Prefilled",
+    "PrecomputeResult",
+    "PrefillOutput",
+    "PromptChunk",
     "PromptError",
     "Request",
     "RequestStats",
@@ -87,11 +87,11 @@ _HOMES = {
     "engine.conversation": ("Conversation",),
     "engine.generation": ("Generation", "TextStream"),
     "engine.grouping": ("Request",),
-    "engine.precompute": ("Precomputed",),
+    "engine.precompute": ("PrecomputeResult",),
     "engine.stats": ("RequestStats",),
-    "llm": ("CachedLLM", "Prefilled", "wrap"),
+    "llm": ("CachedLLM", "PrefillOutput", "wrap"),
     "models": ("load_model",),
-    "prompt.builder": ("Passage",),
+    "prompt.builder": ("PromptChunk",),
     "store": ("Store", "open_store"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

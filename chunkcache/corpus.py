@@ -19,7 +19,7 @@ from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKey
 from chunkcache.library.library import Progress
 from chunkcache.llm import CachedLLM
-from chunkcache.prompt.builder import Passage, Prompt
+from chunkcache.prompt.builder import Prompt, PromptChunk
 from chunkcache.retriever import Change
 from chunkcache.retriever.order import ServedOrders, distinct
 from chunkcache.store.hints import Hints
@@ -78,7 +78,7 @@ class Corpus:
         if reorder < 0:
             raise InputError(f"reorder = {reorder} is no number of ranks: give 0 or more")
         self.llm, self.retriever = llm, retriever
-        llm.chosen(policy)  # refuses one that is unknown
+        llm.resolve_policy(policy)  # refuses one that is unknown
         self._system, self._policy = system, policy
         self._ahead, self._reorder = ahead, reorder
         self._orders = ServedOrders()
@@ -154,7 +154,7 @@ class Corpus:
             self.llm.store.prefetch([self._key(chunk.text) for chunk in chunks])
         return hits
 
-    def passages(self, hits: Sequence[Hit]) -> list[Passage]:
+    def passages(self, hits: Sequence[Hit]) -> list[PromptChunk]:
         """Return what stands in the prompt of these hits, in order.
 
         A chunk that says nothing new is left out. Of chunks that overlap the later one follows right behind the
@@ -169,7 +169,7 @@ class Corpus:
         self._orders.record([names[index] for index in order])
         runs = [runs[index] for index in order]
         if not self.llm.tokenizer.is_fast:  # it does not say where in a chunk the overlap ends
-            return [Passage(chunk.text) for chunk in chain.from_iterable(runs)]
+            return [PromptChunk(chunk.text) for chunk in chain.from_iterable(runs)]
         return list(chain.from_iterable(map(_joined, runs)))
 
     def generate(self, question: str, k: int = 4, **options: Any) -> Answer:
@@ -194,7 +194,7 @@ class Corpus:
         hits = self.search(question, k)
         started = time.perf_counter()  # as for everyone: the chunks are in hand
         prompt = self.llm.prompts.build(question, self.passages(hits), self._system)
-        return hits, (prompt, self.llm.chosen(self._policy), started, given)
+        return hits, (prompt, self.llm.resolve_policy(self._policy), started, given)
 
     def _sweep(self, hits: Sequence[Hit], *_: object) -> None:
         """Delete KV of chunks that were changed away while a request that had found them went on to compute them."""
@@ -230,10 +230,10 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
     return one.document_id == other.document_id and first.start + len(first.text) > second.start
 
 
-def _joined(run: Sequence[Chunk]) -> list[Passage]:
+def _joined(run: Sequence[Chunk]) -> list[PromptChunk]:
     passages, said = [], 0
     for index, chunk in enumerate(run):
-        goes_on = index + 1 < len(run)
-        passages.append(Passage(chunk.text, max(said - chunk.start, 0) if index else 0, goes_on))
+        joins_next = index + 1 < len(run)
+        passages.append(PromptChunk(chunk.text, max(said - chunk.start, 0) if index else 0, joins_next))
         said = max(said, chunk.start + len(chunk.text))
     return passages

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill, parse_policy, self_check
-from chunkcache.blend.guard import Rung, climb
+from chunkcache.blend.guard import GuardStep, guard_steps
 from chunkcache.blend.hydragen import can_share
 from chunkcache.engine.attach import Attachment
 from chunkcache.engine.batch import MAX_BATCH, Batcher, OnBatch
@@ -44,10 +44,10 @@ from chunkcache.engine.planner import Planner
 from chunkcache.engine.precompute import KeepsChunks
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.tuning import Tuning
-from chunkcache.kv import Context
+from chunkcache.kv import ContextAttention
 from chunkcache.library.fingerprint import check_tokenizer, fingerprint
 from chunkcache.library.library import ChunkLibrary
-from chunkcache.prompt.builder import INSTRUCTION, Passage, Prompt, PromptBuilder
+from chunkcache.prompt.builder import INSTRUCTION, Prompt, PromptBuilder, PromptChunk
 from chunkcache.prompt.known_texts import KnownTexts
 from chunkcache.prompt.messages import Message, MessageBuilder
 from chunkcache.store import Store, open_store
@@ -57,7 +57,7 @@ DEFAULT_POLICY = "query"
 
 
 @dataclass(frozen=True)
-class Prefilled:
+class PrefillOutput:
     """A prompt whose prefill is done.
 
     Attributes:
@@ -96,7 +96,7 @@ class CachedLLM(KeepsChunks):
         tokenizer: PreTrainedTokenizerBase,
         store: str | Store | None = None,
         policy: str | Policy = DEFAULT_POLICY,
-        salt: str = "",
+        tenant: str = "",
         instruction: str = INSTRUCTION,
         lead_in: str | None = None,
         calibration: Calibration | str | Path | None = None,
@@ -114,8 +114,8 @@ class CachedLLM(KeepsChunks):
         self.self_check = self_check(self._decoder)
         self.fingerprint = fingerprint(model, tokenizer)
         self.tuning = Tuning(self.fingerprint, calibration, len(self._decoder.layers))
-        self.tuning.settle(self.policy)
-        self._library = ChunkLibrary(self._decoder, self.store, self.fingerprint, salt)
+        self.tuning.resolve(self.policy)
+        self._library = ChunkLibrary(self._decoder, self.store, self.fingerprint, tenant)
         self._planner = Planner(self._decoder, self._library, self.prompts)
         self._attachment = Attachment(self._decoder, self._library, self.tuning, self.policy)
 
@@ -134,7 +134,7 @@ class CachedLLM(KeepsChunks):
     def generate(
         self,
         question: str,
-        chunks: Sequence[str | Passage] = (),
+        chunks: Sequence[str | PromptChunk] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
@@ -157,14 +157,14 @@ class CachedLLM(KeepsChunks):
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = self.chosen(policy)
+        chosen = self.resolve_policy(policy)
         prompt = self.prompts.build(question, chunks, system)
         return self.answer(prompt, chosen, started, with_length(options, max_new_tokens))
 
     def stream(
         self,
         question: str,
-        chunks: Sequence[str | Passage] = (),
+        chunks: Sequence[str | PromptChunk] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
@@ -176,7 +176,7 @@ class CachedLLM(KeepsChunks):
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = self.chosen(policy)
+        chosen = self.resolve_policy(policy)
         prompt = self.prompts.build(question, chunks, system)
         return self.answer_in_pieces(prompt, chosen, started, with_length(options, max_new_tokens))
 
@@ -213,26 +213,26 @@ class CachedLLM(KeepsChunks):
                 does not fit `max_kv_bytes`; for an option that padding misleads; before any is answered.
             PolicyError: the policy is unknown.
         """
-        chosen, options = self.chosen(policy), with_length(options, max_new_tokens)
+        chosen, options = self.resolve_policy(policy), with_length(options, max_new_tokens)
         batcher = Batcher(self, self._decoder, self._planner, chosen, options, max_batch, max_kv_bytes, reorder)
         return batcher.run(requests, on_batch)
 
     def prefill(
         self,
         question: str,
-        chunks: Sequence[str | Passage] = (),
+        chunks: Sequence[str | PromptChunk] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
-    ) -> Prefilled:
+    ) -> PrefillOutput:
         """Prefill the prompt and return the next token's logits with the cache of the whole prompt."""
         started = time.perf_counter()
-        chosen = self.chosen(policy)
+        chosen = self.resolve_policy(policy)
         return self.prefill_prompt(self.prompts.build(question, chunks, system), chosen, started)
 
     def inputs(
         self,
         question: str,
-        chunks: Sequence[str | Passage] = (),
+        chunks: Sequence[str | PromptChunk] = (),
         system: str | None = None,
         policy: str | Policy | None = None,
     ) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class CachedLLM(KeepsChunks):
         costs one decoding step more than `llm.generate`.
         """
         started = time.perf_counter()
-        chosen = self.chosen(policy)
+        chosen = self.resolve_policy(policy)
         prompt = self.prompts.build(question, chunks, system)
         plan, stats = self._planner.plan(prompt, chosen, started)
         return self._finished_inputs(prompt, plan, chosen, stats)
@@ -259,7 +259,7 @@ class CachedLLM(KeepsChunks):
         Args:
             messages: mappings with `role` and `content`, as for `apply_chat_template`. The content is text, in which
                 chunks are found that were precomputed, or made known, by this wrapper; or a list of texts and
-                `Passage`s, which read like the question and the chunks of `generate`.
+                `PromptChunk`s, which read like the question and the chunks of `generate`.
             policy: as in `generate`, and so are the others.
 
         Raises:
@@ -268,7 +268,7 @@ class CachedLLM(KeepsChunks):
         """
         started = time.perf_counter()
         check_options(options)
-        chosen = self.chosen(policy)
+        chosen = self.resolve_policy(policy)
         return self.answer(self._messages.build(messages), chosen, started, with_length(options, max_new_tokens))
 
     def chat_stream(
@@ -281,7 +281,7 @@ class CachedLLM(KeepsChunks):
         """Answer like `chat`, piece by piece; see `stream`."""
         started = time.perf_counter()
         check_options(options)
-        prompt, chosen = self._messages.build(messages), self.chosen(policy)
+        prompt, chosen = self._messages.build(messages), self.resolve_policy(policy)
         return self.answer_in_pieces(prompt, chosen, started, with_length(options, max_new_tokens))
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
@@ -319,23 +319,23 @@ class CachedLLM(KeepsChunks):
 
     # --- the same for a prompt that is built already
 
-    def chosen(self, policy: str | Policy | None) -> Policy:
+    def resolve_policy(self, policy: str | Policy | None) -> Policy:
         """Return the policy of a call, the wrapper's if it names none, with nothing left open."""
-        return self.tuning.settle(self.policy if policy is None else parse_policy(policy))
+        return self.tuning.resolve(self.policy if policy is None else parse_policy(policy))
 
-    def prefill_prompt(self, prompt: Prompt, policy: Policy, started: float) -> Prefilled:
+    def prefill_prompt(self, prompt: Prompt, policy: Policy, started: float) -> PrefillOutput:
         """Prefill `prompt`; `started` is when the request came, by `time.perf_counter`."""
         plan, stats = self._planner.plan(prompt, policy, started)
         logits, cache = self._prefill(prompt, plan, policy, stats)
         stats.ttft_s = time.perf_counter() - started
-        return Prefilled(logits, cache, self._input_ids(plan), stats)
+        return PrefillOutput(logits, cache, self._input_ids(plan), stats)
 
-    def climb(self, question: str, chunks: Sequence[str], policy: Policy) -> list[Rung]:
+    def guard_steps(self, question: str, chunks: Sequence[str], policy: Policy) -> list[GuardStep]:
         """Return every step that a fidelity guard over `policy` could stop at, for its calibration."""
         plan, _ = self._planner.plan(self.prompts.build(question, chunks), policy, time.perf_counter())
         decoder = self._decoder.shadow()
         cache = FusedCache(decoder.config, plan, decoder.rotaries)
-        return list(climb(decoder, plan, len(plan), cache, policy.ladder()))
+        return list(guard_steps(decoder, plan, len(plan), cache, policy.escalation()))
 
     def answer_in_pieces(
         self,
@@ -430,14 +430,14 @@ class CachedLLM(KeepsChunks):
         token's KV are dropped, for a `generate()` that starts with that token.
         """
 
-        def finish(cache: FusedCache, contexts: dict[int, Context]) -> None:
+        def finish(cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
             if prompt.head is None:  # behind the answers of a conversation nothing is likely to stand again
                 self._planner.remember(prompt, cache.plan, policy, cache, contexts)
             if but_last:
                 cache.drop_last()
 
         guard, depth = self.tuning.guard(policy), self.tuning.depth(plan)
-        return SelectivePrefill(self._decoder, plan, policy, finish, policy.contextual, guard, depth)
+        return SelectivePrefill(self._decoder, plan, policy, finish, policy.versioned, guard, depth)
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self._decoder.device)
@@ -448,7 +448,7 @@ def wrap(
     tokenizer: PreTrainedTokenizerBase,
     store: str | Store | None = None,
     policy: str | Policy = DEFAULT_POLICY,
-    salt: str = "",
+    tenant: str = "",
     instruction: str = INSTRUCTION,
     lead_in: str | None = None,
     calibration: Calibration | str | Path | None = None,
@@ -461,7 +461,7 @@ def wrap(
         store: a store, or what `open_store` opens, such as `tiered:memory://?max_bytes=2GiB|disk:///var/cache/kv`.
             None takes the environment variable CHUNKCACHE_STORE, and without it 2 GiB of memory.
         policy: which reused tokens are recomputed, such as `link:k=8`; see `chunkcache.blend.POLICIES`.
-        salt: goes into every key; requests with another salt never see these chunk KV.
+        tenant: goes into every key (vLLM's `cache_salt`): requests of another tenant never see these chunk KV.
         instruction: stands before the chunks in every prompt.
         lead_in: text that stands before a chunk while it is computed ahead, and in no prompt; None for a packaged
             one. Passages of the kind that a request has before the chunk are best.
@@ -473,4 +473,4 @@ def wrap(
         PolicyError, StoreURLError: policy or store are not known.
         CalibrationError: the policy needs a calibration, and there is none or it is damaged.
     """
-    return CachedLLM(model, tokenizer, store, policy, salt, instruction, lead_in, calibration)
+    return CachedLLM(model, tokenizer, store, policy, tenant, instruction, lead_in, calibration)

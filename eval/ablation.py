@@ -254,13 +254,13 @@ class _Look(Policy):
     def select(self, plan: Plan) -> Tensor:
         return plan.inexact[:0]
 
-    def scout_layers(self, layers: int) -> Sequence[int]:
+    def attention_layers(self, layers: int) -> Sequence[int]:
         return range(layers)
 
     def pool(self, weights: Tensor) -> Tensor:
         return torch.stack((weights.mean(1), weights.amax(1), weights[:, -1]))
 
-    def select_seen(self, plan: Plan, attention: Tensor) -> Tensor:
+    def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         self.seen.append((plan, attention))
         return plan.inexact[:0]
 
@@ -281,8 +281,8 @@ class _Fixed(Policy):
         selected: Tensor = self.selected
         return selected
 
-    def check_layers(self, layers: int) -> Sequence[int]:
+    def filter_layers(self, layers: int) -> Sequence[int]:
         return [int(self.stop * layers)] if self.stop < 1 else ()
 
-    def narrow(self, check: Check) -> Tensor:
+    def filter_rows(self, check: Check) -> Tensor:
         return (~torch.isin(check.rows, check.plan.inexact.to(check.rows.device))).nonzero()[:, 0]

@@ -43,7 +43,7 @@ from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import Results
 from chunkcache.llm import CachedLLM
 from chunkcache.store import open_store
-from chunkcache.store.url import shown
+from chunkcache.store.url import redacted
 
 BENCH = "batch"
 STORE = "memory://?max_bytes=4GiB"
@@ -112,7 +112,7 @@ def bench_batch(
     """
     names = list(dict.fromkeys([FULL, *policies]))
     settings = {
-        **about, "requests": len(cases), "policies": names, "store": shown(store), "max_batch": max_batch,
+        **about, "requests": len(cases), "policies": names, "store": redacted(store), "max_batch": max_batch,
         "new_tokens": new_tokens, "rounds": rounds,
     }  # fmt: skip
     with Results.open(path, BENCH, settings, ran_on(model)) as results, open_store(store) as opened:

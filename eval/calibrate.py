@@ -69,13 +69,13 @@ def calibrate(
         raise PolicyError(f"only a query policy can be guarded, and {guarded!r} is none")
     llm = chunkcache.wrap(model, tokenizer, store=_STORE)
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
-    rungs: list[list[tuple[Signals, float]]] = []
+    steps: list[list[tuple[Signals, float]]] = []
     wanted: list[Fidelity] = []
     reached: dict[float, list[tuple[Fidelity, float]]] = {alpha: [] for alpha in ALPHAS}
     for index, case in enumerate(cases):
         full = _full(llm, case)
         if "guard" in parts:
-            rungs.append(_rungs(llm, full, replace(base, guard=None)))
+            steps.append(_rungs(llm, full, replace(base, guard=None)))
         if "cachecraft" in parts:
             wanted.append(_measure(llm, full, parse_policy(target))[0])
             for alpha in ALPHAS:
@@ -88,9 +88,9 @@ def calibrate(
     if "cachecraft" in parts:
         found, report["cachecraft"] = _least_alpha(target, wanted, reached)
     if "guard" in parts:
-        guard = GuardModel.fit(rungs, BOUNDS, BROKEN)
-        climbed = [[[signals.moved, signals.entropy, kl] for signals, kl in climb] for climb in rungs]
-        report |= {"guarded": str(base), "guard": _cross_validated(rungs), "climbed": climbed}
+        guard = GuardModel.fit(steps, BOUNDS, BROKEN)
+        outcomes = [[[signals.moved, signals.entropy, kl] for signals, kl in guard_steps] for guard_steps in steps]
+        report |= {"guarded": str(base), "guard": _cross_validated(steps), "climbed": outcomes}
     return Calibration(llm.fingerprint, found, guard, report)
 
 
@@ -110,9 +110,9 @@ def _measure(llm: CachedLLM, full: _Full, policy: Policy) -> tuple[Fidelity, flo
 def _rungs(llm: CachedLLM, full: _Full, policy: Query) -> list[tuple[Signals, float]]:
     """Return the signals and the true KL of the first token at every step of a guarded prefill."""
     llm.precompute(full.case.chunks, policy=policy)
-    climbed = llm.climb(full.case.question, full.case.chunks, policy)
+    outcomes = llm.guard_steps(full.case.question, full.case.chunks, policy)
     first = full.log_probs[:1]
-    return [(rung.signals, measure_fidelity(first, rung.log_probs[None]).kl_first) for rung in climbed]
+    return [(step.signals, measure_fidelity(first, step.log_probs[None]).kl_first) for step in outcomes]
 
 
 def _least_alpha(
@@ -146,8 +146,8 @@ def _cross_validated(prompts: Sequence[Sequence[tuple[Signals, float]]]) -> list
         fitted = GuardModel.fit([prompts[i] for i in order if i not in held_out], BOUNDS, BROKEN)
         for index in held_out:
             for bound in BOUNDS:
-                rungs = enumerate(prompts[index])
-                accepted = ((kl, at) for at, (signals, kl) in rungs if fitted.predict(at, signals, bound) <= bound)
+                steps = enumerate(prompts[index])
+                accepted = ((kl, at) for at, (signals, kl) in steps if fitted.predict(at, signals, bound) <= bound)
                 ended[bound].append(next(accepted, (0.0, len(prompts[index]))))
     return [
         {

@@ -136,7 +136,7 @@ def bench_chain(
         PromptError: the tokenizer has no chat template.
     """
     chosen = parse_policy(policy)
-    if chosen.remembers or chosen.contextual:
+    if chosen.stores_in_context or chosen.versioned:
         raise PolicyError(f"{policy} stores the prompts that it has seen, so no two calls on one are alike")
     if not tokenizer.chat_template:
         raise PromptError("the tokenizer has no chat template, which plain transformers need for chat messages")

@@ -34,7 +34,7 @@ from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import Results
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
-from chunkcache.store.url import shown
+from chunkcache.store.url import redacted
 
 if TYPE_CHECKING:
     from chunkcache.eval.peers.client import Peer
@@ -151,7 +151,7 @@ def compare(
         "fingerprint": ours[0].llm.fingerprint,
         "peers": {peer.name: {"versions": peer.versions, "settings": peer.settings} for peer in peers},
         "peer_prompts": peer_prompts if peers else None,
-        "store": shown(store) if isinstance(store, str) else type(store).__name__,
+        "store": redacted(store) if isinstance(store, str) else type(store).__name__,
         "cold": cold,
         "rounds": rounds,
         "answers": answers,
@@ -248,7 +248,7 @@ class _PolicyContender:
     def __init__(self, name: str, llm: CachedLLM, cold: bool) -> None:
         self.name = name
         self.llm = llm
-        self.policy = llm.chosen(name)
+        self.policy = llm.resolve_policy(name)
         self._cold = cold
 
     @property
@@ -259,9 +259,9 @@ class _PolicyContender:
         return f"{self.policy}{fit}"
 
     def prepare(self, case: Case, again: bool) -> None:
-        if again and (self.policy.remembers or self.policy.contextual):
+        if again and (self.policy.stores_in_context or self.policy.versioned):
             self.llm.forget()  # what it stored of this very prompt
-        if self.policy.reuses and not self.policy.remembers and not self._cold:
+        if self.policy.reuses and not self.policy.stores_in_context and not self._cold:
             self.llm.precompute(case.chunks, policy=self.name)
 
     def time(self, case: Case) -> _Shot:
@@ -357,12 +357,12 @@ def _policies(
     found = []
     for name in names:
         policy = parse_policy(name)
-        if policy.remembers or policy.contextual:
+        if policy.stores_in_context or policy.versioned:
             llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
         else:
             lead = policy.lead_in()
             if lead not in shared:
-                shared[lead] = chunkcache.wrap(model, tokenizer, store=store, salt=f"bench {run} {lead}")
+                shared[lead] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {lead}")
             llm = shared[lead]
         found.append(_PolicyContender(name, llm, cold))
     return found

@@ -157,7 +157,7 @@ def _merge(paragraphs: Iterable[str]) -> tuple[str, ...]:
     return tuple("\n\n".join(chunk) for chunk in chunks)
 
 
-def ladder(
+def prompts_of_lengths(
     cases: Sequence[Case], lengths: Sequence[int], repeats: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Case]:
     """Make prompts of given lengths out of the chunks of many cases.

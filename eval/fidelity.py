@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chunkcache.llm import CachedLLM, Prefilled
+from chunkcache.llm import CachedLLM, PrefillOutput
 
 ANSWER_TOKENS = 16  # length of the greedy answer that fidelity is measured over
 
@@ -28,7 +28,7 @@ class Fidelity:
 
 
 @torch.no_grad()
-def greedy_answer(llm: CachedLLM, start: Prefilled, max_tokens: int) -> tuple[list[int], Tensor]:
+def greedy_answer(llm: CachedLLM, start: PrefillOutput, max_tokens: int) -> tuple[list[int], Tensor]:
     """Decode greedily from a prefilled prompt, which is used up.
 
     Returns:
@@ -51,7 +51,7 @@ def greedy_answer(llm: CachedLLM, start: Prefilled, max_tokens: int) -> tuple[li
 
 
 @torch.no_grad()
-def forced_answer(llm: CachedLLM, start: Prefilled, answer: list[int]) -> Tensor:
+def forced_answer(llm: CachedLLM, start: PrefillOutput, answer: list[int]) -> Tensor:
     """Return the log-probabilities `[tokens, vocab]` of a prefilled prompt, used up, along a given answer."""
     rows = start.logits[None].float()
     if len(answer) > 1:

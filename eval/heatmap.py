@@ -47,7 +47,7 @@ def heatmap(
             roles = _roles(prompt)
             if results.done(policy=policy, index=len(roles) - 1):
                 continue
-            if llm.chosen(policy).reuses and not llm.chosen(policy).remembers:
+            if llm.resolve_policy(policy).reuses and not llm.resolve_policy(policy).stores_in_context:
                 llm.precompute(case.chunks, policy=policy)
             cache: Any = llm.prefill(case.question, case.chunks, policy=policy).cache
             counts = torch.bincount(torch.cat(cache.computed_rows), minlength=len(roles))

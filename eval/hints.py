@@ -69,7 +69,7 @@ class Variant:
 
     name: str
     evict: str
-    remembers: bool = False
+    stores_in_context: bool = False
     hints: Mapping[str, Any] | None = None
 
 
@@ -77,12 +77,12 @@ VARIANTS = (
     Variant("lru", "lru"),
     Variant("lfu", "lfu"),
     Variant("cost", "cost"),
-    Variant("lfu, remembering", "lfu", remembers=True),
-    Variant("lfu, popularity", "lfu", remembers=True, hints={"likely": 0}),
+    Variant("lfu, remembering", "lfu", stores_in_context=True),
+    Variant("lfu, popularity", "lfu", stores_in_context=True, hints={"likely": 0}),
     Variant("lru, hints", "lru", hints={}),
-    Variant("lfu, hints", "lfu", remembers=True, hints={}),
-    Variant("cost, hints", "cost", remembers=True, hints={}),
-    Variant("lfu, hints, least=0", "lfu", remembers=True, hints={"least": 0.0}),
+    Variant("lfu, hints", "lfu", stores_in_context=True, hints={}),
+    Variant("cost, hints", "cost", stores_in_context=True, hints={}),
+    Variant("lfu, hints, least=0", "lfu", stores_in_context=True, hints={"least": 0.0}),
 )
 
 
@@ -166,7 +166,7 @@ def _replay(
 ) -> Row:
     max_bytes = int(budget * sum(kv.nbytes for _, kv in chunks))
     near = MemoryStore(max_bytes, variant.evict)
-    if not variant.remembers:
+    if not variant.stores_in_context:
         near._ledger = Ledger(max_bytes, variant.evict, ghosts=0)
     far = MemoryStore()
     for key, kv in chunks:

@@ -181,7 +181,7 @@ class LoadBench:
         self._groups = list(groups)
         self._warm, self._answer_tokens = warm, answer_tokens
         probe = chunkcache.wrap(model, tokenizer, store=MemoryStore())
-        options = {name: str(probe.chosen(policy)) for name, policy in self._policies.items()}
+        options = {name: str(probe.resolve_policy(policy)) for name, policy in self._policies.items()}
         self.about = {"fingerprint": probe.fingerprint, "options": options}
         self._sizes = _sizes(probe, workload)
         for group in self._groups:
@@ -269,7 +269,7 @@ class LoadBench:
                     everything = len(self._workload.chunks)
                     fit = everything if group.tiers == DISK else self._sizes.fitting(group.budget)
                     llm.precompute(self._workload.chunks[:fit][::-1], policy=policy)  # the most popular is used last
-                yield Server(llm, llm.chosen(policy), tiers)
+                yield Server(llm, llm.resolve_policy(policy), tiers)
 
 
 def _sizes(llm: CachedLLM, workload: Workload) -> Sizes:

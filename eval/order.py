@@ -24,7 +24,7 @@ from chunkcache.eval.compare import FULL
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.machine import SEED, meta_data
-from chunkcache.llm import CachedLLM, Prefilled
+from chunkcache.llm import CachedLLM, PrefillOutput
 from chunkcache.retriever.order import ServedOrders
 
 POLICIES = ("prefix", "cachecraft:alpha=0.3", "query")
@@ -175,8 +175,8 @@ class _Run:
         self._orders = ServedOrders()
 
     def serve(self, index: int, case: Case, over: _FullPrefills) -> Row:
-        chosen = self.llm.chosen(None)
-        if chosen.reuses and not chosen.remembers:
+        chosen = self.llm.resolve_policy(None)
+        if chosen.reuses and not chosen.stores_in_context:
             self.llm.precompute(case.chunks)
         started = time.perf_counter()
         order = self._orders.arrange(case.chunks, self.tolerance)
@@ -210,7 +210,7 @@ class _Run:
         """Score what the policy answers itself; where it remembers, now all of the prompt is stored."""
         if not case.answers:
             return None
-        start: Prefilled = self.llm.prefill(case.question, chunks)
+        start: PrefillOutput = self.llm.prefill(case.question, chunks)
         return _f1(self.llm, greedy_answer(self.llm, start, ANSWER_TOKENS)[0], case)
 
 

@@ -27,9 +27,9 @@ from chunkcache.eval.data import Case
 from chunkcache.eval.machine import meta_data
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.llm import CachedLLM, Prefilled
+from chunkcache.llm import CachedLLM, PrefillOutput
 from chunkcache.store import DiskStore, MemoryStore, RedisStore, Store
-from chunkcache.store.url import shown
+from chunkcache.store.url import redacted
 
 MEMORY = "memory://"  # what the others are compared with
 CODECS = ("", "?codec=bf16", "?codec=int8", "?codec=int4", "?compress=zstd", "?codec=bf16&compress=zstd")
@@ -129,7 +129,7 @@ def bench_stores(
     memory = MemoryStore()
     stores = {MEMORY: memory, **stores}
     llms = {
-        name: chunkcache.wrap(model, tokenizer, store=store, policy=policy, salt=SALT)
+        name: chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=SALT)
         for name, store in stores.items()
     }
     bench = StoreBench(meta_data(model, [policy], cases))
@@ -154,7 +154,7 @@ def _check_reachable(url: str, store: Store) -> None:
     store.put(key, kv)
     store.flush()
     if not all(key in tier for tier in store.tiers().values()):
-        raise StoreURLError(f"{shown(url)} does not keep what is put into it; is it up, and not full?")
+        raise StoreURLError(f"{redacted(url)} does not keep what is put into it; is it up, and not full?")
     store.delete(key)
 
 
@@ -186,7 +186,7 @@ def _rows(
         costs[name] = _costs(name, store, chunk_kv, data)
         store.flush()
     full = _log_probs(llms[MEMORY].prefill(case.question, case.chunks, policy="full"))
-    measured: dict[str, list[tuple[float, Prefilled]]] = {name: [] for name in stores}
+    measured: dict[str, list[tuple[float, PrefillOutput]]] = {name: [] for name in stores}
     names = list(stores)
     for repeat in range(_REPEATS + 1):
         turn = (index + repeat) % len(names)
@@ -252,7 +252,7 @@ def _costs(url: str, store: Store, chunk_kv: Mapping[ChunkKey, ChunkKV], data: t
     }
 
 
-def _request(llm: CachedLLM, case: Case) -> tuple[float, Prefilled]:
+def _request(llm: CachedLLM, case: Case) -> tuple[float, PrefillOutput]:
     started = time.perf_counter()
     prefilled = llm.prefill(case.question, case.chunks)
     int(prefilled.logits.argmax())  # the first token id, on the host
@@ -320,7 +320,7 @@ def _receive(server: socket.socket, buffer: memoryview) -> None:
         done += server.recv_into(buffer[done:])
 
 
-def _log_probs(prefilled: Prefilled) -> torch.Tensor:
+def _log_probs(prefilled: PrefillOutput) -> torch.Tensor:
     return prefilled.logits.float().log_softmax(-1)
 
 

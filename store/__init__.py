@@ -5,7 +5,7 @@ A tier is one file here, a subclass of `Tier`, and one line in `TIERS`.
 
 from __future__ import annotations
 
-from chunkcache.store.base import EVERYTHING, Entry, Store, StoreStats, Tier, Where
+from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Store, StoreStats, Tier
 from chunkcache.store.bytestore import ByteStore
 from chunkcache.store.disk import DiskStore
 from chunkcache.store.lmcache import LMCacheStore
@@ -45,6 +45,7 @@ __all__ = [
     "DeviceStore",
     "DiskStore",
     "Entry",
+    "EntryFilter",
     "LMCacheStore",
     "MemoryStore",
     "RedisStore",
@@ -52,7 +53,6 @@ __all__ = [
     "StoreStats",
     "Tier",
     "TieredStore",
-    "Where",
     "open_store",
     "parse_bytes",
 ]

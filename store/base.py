@@ -110,7 +110,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Where:
+class EntryFilter:
     """Which entries: those that agree with everything that is set. Nothing set means all.
 
     `tenant` and `document` are labels (see `chunkcache.kv.label`), `model` is a fingerprint, `chunk` a `chunk_name`.
@@ -132,7 +132,7 @@ class Where:
         )
 
 
-EVERYTHING = Where()
+EVERYTHING = EntryFilter()
 
 
 class Store(ABC):
@@ -164,14 +164,14 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def purge(self, where: Where = EVERYTHING) -> int:
+    def purge(self, where: EntryFilter = EVERYTHING) -> int:
         """Remove every entry that agrees with `where`, for good as `delete` does; return how many there were."""
 
     @abstractmethod
     def __contains__(self, key: ChunkKey) -> bool: ...
 
     @abstractmethod
-    def entries(self, where: Where = EVERYTHING) -> Iterator[Entry]:
+    def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
         """Yield what is held and agrees with `where`, in no order."""
 
     @abstractmethod
@@ -263,11 +263,11 @@ class Tier(Store):
         self._tombs.bury(key.digest)
         return self._attempt(lambda: self._remove(key), False)
 
-    def purge(self, where: Where = EVERYTHING) -> int:
+    def purge(self, where: EntryFilter = EVERYTHING) -> int:
         self._tombs.bury(where)
         return self._attempt(lambda: sum(self._remove(entry.key) for entry in list(self._entries(where))), 0)
 
-    def entries(self, where: Where = EVERYTHING) -> Iterator[Entry]:
+    def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
         found: list[Entry] = self._attempt(lambda: list(self._entries(where)), [])
         yield from found
 
@@ -383,5 +383,5 @@ class Tier(Store):
         """Drop the entry under `key`; False if there was none."""
 
     @abstractmethod
-    def _entries(self, where: Where) -> Iterable[Entry]:
+    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
         """Yield the entries held that agree with `where`."""

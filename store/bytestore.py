@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
-from chunkcache.store.base import Entry, Heads, Tier, Where
+from chunkcache.store.base import Entry, EntryFilter, Heads, Tier
 from chunkcache.store.entry import DamagedError, ForeignSealError, Header, encode
 
 SECRET = "CHUNKCACHE_SECRET"  # environment variable
@@ -114,7 +114,7 @@ class ByteStore(Tier):
         entry = replace(Entry.of(key, kept, expires), nbytes=sum(map(len, blocks)))
         return self.fits(entry.nbytes) and self._save(entry, header, blocks)
 
-    def _entries(self, where: Where) -> Iterable[Entry]:
+    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
         for key, data in self._headers():
             try:
                 entry = Header.parse(data, key, self.secret).entry()

@@ -20,7 +20,7 @@ import torch
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.base import EVERYTHING, Entry, StoreStats, Where
+from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats
 from chunkcache.store.bytestore import ByteStore
 from chunkcache.store.entry import PREAMBLE, DamagedError, description_length
 from chunkcache.store.ledger import Ledger
@@ -87,7 +87,7 @@ class DiskStore(ByteStore):
         self._bury(key)
         return super().delete(key)
 
-    def purge(self, where: Where = EVERYTHING) -> int:
+    def purge(self, where: EntryFilter = EVERYTHING) -> int:
         self._bury(where)
         return super().purge(where)
 
@@ -171,7 +171,7 @@ class DiskStore(ByteStore):
         with suppress(sqlite3.OperationalError):  # on a full disk, where reading and deleting must be possible
             self._ledger.drop(key)
 
-    def _bury(self, what: ChunkKey | Where) -> None:
+    def _bury(self, what: ChunkKey | EntryFilter) -> None:
         """Let every process know that `what` is deleted."""
         with suppress(sqlite3.Error):  # here it is known in any case
             self._ledger.bury(what)
@@ -181,7 +181,7 @@ class DiskStore(ByteStore):
             return super()._buried(entry) or self._ledger.buried(entry)
         return False
 
-    def _entries(self, where: Where) -> Iterable[Entry]:
+    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
         return self._ledger.entries(where)
 
     def _reconcile(self) -> None:

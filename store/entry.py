@@ -28,7 +28,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from chunkcache.kv import ChunkKey, ChunkKV, Context, Layer, Origin
+from chunkcache.kv import ChunkKey, ChunkKV, ContextAttention, Layer, Origin
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
 from chunkcache.store.base import Entry
 from chunkcache.store.codec import Zstd
@@ -117,7 +117,7 @@ class Header:
     position: int
     blocks: tuple[Block, ...]
     compressed: bool
-    context: Context | None
+    context: ContextAttention | None
     origin: Origin
     expires: float | None
 
@@ -282,7 +282,7 @@ def _seal(description: bytes, secret: bytes | None) -> bytes:
     return hmac.digest(secret, MAGIC + description, "sha256")
 
 
-def _context_json(context: Context) -> dict[str, Any]:
+def _context_json(context: ContextAttention) -> dict[str, Any]:
     outside = context.outside.detach().cpu().float().numpy().astype("<f4")
     return {**{f: getattr(context, f) for f in _CONTEXT}, "outside": base64.b64encode(outside.tobytes()).decode()}
 
@@ -290,10 +290,10 @@ def _context_json(context: Context) -> dict[str, Any]:
 _CONTEXT = ("chunks", "inter", "intra", "a", "b")
 
 
-def _context(json_object: dict[str, Any], tokens: int) -> Context:
+def _context(json_object: dict[str, Any], tokens: int) -> ContextAttention:
     outside = np.frombuffer(base64.b64decode(json_object["outside"], validate=True), dtype="<f4")
     chunks, inter = tuple(map(str, json_object["chunks"])), tuple(map(float, json_object["inter"]))
     if len(outside) != tokens or len(chunks) != len(inter):
         raise ValueError
     intra, a, b = (float(json_object[field]) for field in ("intra", "a", "b"))
-    return Context(chunks, inter, intra, a, b, torch.from_numpy(outside.astype(np.float32)))
+    return ContextAttention(chunks, inter, intra, a, b, torch.from_numpy(outside.astype(np.float32)))

@@ -6,7 +6,7 @@ from chunkcache.errors import InputError
 from chunkcache.store import MemoryStore, Store, TieredStore, open_store
 
 
-def open_lasting(url: str) -> Store:
+def open_persistent(url: str) -> Store:
     """Open the tiers of a store that outlast this process; those in its memory are left out.
 
     Raises:

@@ -24,7 +24,7 @@ from typing import Any
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.base import Entry, Where
+from chunkcache.store.base import Entry, EntryFilter
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -211,7 +211,7 @@ class Ledger:
                 self._leaving.update(expired)
             return [ChunkKey(key) for key in expired]
 
-    def bury(self, what: ChunkKey | Where) -> None:
+    def bury(self, what: ChunkKey | EntryFilter) -> None:
         """Take note that the entry under a key, or all that agree with a condition, are deleted now."""
         with self._lock, self._transaction():
             self._db.execute("REPLACE INTO tombs VALUES (?,?)", (_name(what), time.time()))
@@ -224,7 +224,7 @@ class Ledger:
             if self._db.execute("SELECT 1 FROM tombs WHERE at >= ? LIMIT 1", (entry.created,)).fetchone() is None:
                 return False
             fields = ((None, entry.model), (None, entry.tenant), (None, *entry.documents), (None, *entry.chunks))
-            names = [_name(entry.key), *(_name(Where(*each)) for each in product(*fields))]
+            names = [_name(entry.key), *(_name(EntryFilter(*each)) for each in product(*fields))]
             sql = "SELECT 1 FROM tombs WHERE what=? AND at>=?"
             return any(self._db.execute(sql, (name, entry.created)).fetchone() for name in names)
 
@@ -233,7 +233,7 @@ class Ledger:
         with self._lock:
             return {ChunkKey(key) for (key,) in self._db.execute("SELECT key FROM entries")}
 
-    def entries(self, where: Where) -> Iterator[Entry]:
+    def entries(self, where: EntryFilter) -> Iterator[Entry]:
         """Yield the entries that agree with `where`."""
         with self._lock:
             self._write_uses()
@@ -375,7 +375,7 @@ class Ledger:
         return self._last
 
 
-def _name(what: ChunkKey | Where) -> str:
+def _name(what: ChunkKey | EntryFilter) -> str:
     return what.digest if isinstance(what, ChunkKey) else json.dumps(astuple(what))
 
 

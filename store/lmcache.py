@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, Layer
-from chunkcache.store.base import EVERYTHING, Entry, StoreStats, Where
+from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats
 from chunkcache.store.bytestore import Blob, ByteStore
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length
 from chunkcache.store.ledger import Ledger
@@ -168,7 +168,7 @@ class LMCacheStore(ByteStore):
             self._manager.wipe(key, parts)
         return True
 
-    def _entries(self, where: Where) -> Iterable[Entry]:
+    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
         self._ledger.add_all(list(super()._entries(EVERYTHING)))
         return self._ledger.entries(where)
 

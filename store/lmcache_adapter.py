@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKey, ChunkKV, Origin, label
+from chunkcache.kv import ChunkKey, ChunkKV, Origin, hashed_label
 from chunkcache.store import Store, open_store
 
 Completion = tuple[int, bool, str, list[bool] | None]
@@ -32,7 +32,7 @@ class ChunkcacheConnector:
     Nothing here blocks but `close`: every batch gets a number, is worked on by a thread, and comes out of
     `drain_completions` when it is done, which the event file descriptor announces. Keys are LMCache's texts
     `model@rank@group@hash[@salt]`; of these the store gets hashes alone. The salt is the tenant, so that
-    `store.purge(Where(tenant=label("tenant", salt)))` deletes what was kept under it.
+    `store.purge(EntryFilter(tenant=hashed_label("tenant", salt)))` deletes what was kept under it.
 
     Args:
         store: URL of the store, as for `chunkcache.open_store`. LMCache writes it into its log.
@@ -115,7 +115,7 @@ class ChunkcacheConnector:
     def _set(self, key: str, value: memoryview) -> bool:
         layer = torch.frombuffer(value.cast("B"), dtype=torch.uint8).clone()  # the buffer is LMCache's
         model, salt = key.split("@")[0], "".join(key.split("@")[4:])
-        origin = Origin(label("lmcache", model), label("tenant", salt), created=time.time())
+        origin = Origin(hashed_label("lmcache", model), hashed_label("tenant", salt), created=time.time())
         return self.store.put(_key(key), ChunkKV.of((), 0, [layer], origin=origin))
 
     def _get(self, key: str, value: memoryview) -> bool:

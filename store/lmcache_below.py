@@ -16,7 +16,7 @@ from redis.retry import Retry
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.url import shown
+from chunkcache.store.url import redacted
 
 MODEL = "chunkcache"  # what LMCache is told the model is; it becomes a part of its file names and Redis keys
 START = 16 * 1024  # bytes of the first object of an entry
@@ -55,17 +55,17 @@ def find_below(url: str, timeout: float) -> Below | None:
     """
     parts = urlsplit(url)
     if parts.scheme != "lmcache" or parts.query or parts.fragment:
-        raise StoreURLError(f"{shown(url)!r} is no address of LMCache; write for example lmcache:///var/cache/kv")
+        raise StoreURLError(f"{redacted(url)!r} is no address of LMCache; write for example lmcache:///var/cache/kv")
     if not parts.netloc:
         return Folder(Path(unquote(parts.path))) if parts.path else None
     try:
         host, port = parts.hostname, parts.port or 6379
     except ValueError as error:
         raise StoreURLError(
-            f"{shown(url)!r} is no address ({error}); write for example lmcache://host:6379"
+            f"{redacted(url)!r} is no address ({error}); write for example lmcache://host:6379"
         ) from None
     if not host or parts.path not in ("", "/"):
-        raise StoreURLError(f"{shown(url)!r} is no server; write for example lmcache://host:6379")
+        raise StoreURLError(f"{redacted(url)!r} is no server; write for example lmcache://host:6379")
     return Server(host, port, unquote(parts.username or ""), unquote(parts.password or ""), timeout)
 
 

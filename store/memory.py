@@ -11,7 +11,7 @@ import torch
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer
-from chunkcache.store.base import Entry, StoreStats, Tier, Where
+from chunkcache.store.base import Entry, EntryFilter, StoreStats, Tier
 from chunkcache.store.ledger import Ledger
 
 
@@ -110,7 +110,7 @@ class MemoryStore(Tier):
             self._ledger.drop(key)
             return self._held.pop(key, None) is not None
 
-    def _entries(self, where: Where) -> Iterable[Entry]:
+    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
         return self._ledger.entries(where)
 
     def _placed(self, layer: Layer) -> Layer:

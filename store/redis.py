@@ -17,7 +17,7 @@ import redis
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.base import EVERYTHING, Entry, StoreStats, Where, logger
+from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats, logger
 from chunkcache.store.breaker import Breaker
 from chunkcache.store.bytestore import ByteStore
 from chunkcache.store.entry import MAX_DESCRIPTION, PREAMBLE, DamagedError
@@ -99,7 +99,7 @@ class RedisStore(ByteStore):
         self._attempt(lambda: self._servers.run(name, lambda s: s.client.set(name, at, ex=TOMB_S)), None)
         return super().delete(key)
 
-    def purge(self, where: Where = EVERYTHING) -> int:
+    def purge(self, where: EntryFilter = EVERYTHING) -> int:
         self._attempt(lambda: self._bury(where), None)
         return super().purge(where)
 
@@ -240,7 +240,7 @@ class RedisStore(ByteStore):
             elif isinstance(value, bytes) and (mark := _Mark.found(value)) is not None:
                 yield key, mark, value[_MARK.size :]
 
-    def _bury(self, where: Where) -> None:
+    def _bury(self, where: EntryFilter) -> None:
         """Let every process know that what agrees with `where` is deleted."""
         name, now = self._name(None, "tombs"), time.time()
 
@@ -329,9 +329,9 @@ def _time(text: bytes) -> float:
         return math.inf
 
 
-def _where(text: bytes) -> Where:
+def _where(text: bytes) -> EntryFilter:
     """Return the condition that `text` stands for; what cannot be read stands for everything."""
     try:
-        return Where(**json.loads(text))
+        return EntryFilter(**json.loads(text))
     except (ValueError, TypeError):
         return EVERYTHING

@@ -25,7 +25,7 @@ from redis.sentinel import Sentinel
 from chunkcache.errors import StoreURLError
 from chunkcache.store.breaker import Breaker
 from chunkcache.store.redis_link import Link, linked
-from chunkcache.store.url import shown
+from chunkcache.store.url import redacted
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -225,7 +225,9 @@ def open_servers(url: str, timeout: float, tls: Tls) -> Servers:
     where = _Where.of(url)
     secured = where.scheme.startswith("rediss")
     if tls != Tls() and not secured:
-        raise StoreURLError(f"ca, cert, key and verify are for TLS; write rediss instead of redis in {shown(url)!r}")
+        raise StoreURLError(
+            f"ca, cert, key and verify are for TLS; write rediss instead of redis in {redacted(url)!r}"
+        )
     for path in (tls.ca, tls.cert, tls.key):
         if path and not os.access(path, os.R_OK):
             raise StoreURLError(f"{path!r} cannot be read; pass a file in PEM format")
@@ -295,7 +297,7 @@ class _Where:
             "sentinel": f"{scheme}://host:26379,host:26379/service",
             "cluster": f"{scheme}://host:6379,host:6379",
         }.get(kind, f"{scheme}://host:6379/0")
-        wrong = StoreURLError(f"{shown(url)!r} names no server; write for example {example}")
+        wrong = StoreURLError(f"{redacted(url)!r} names no server; write for example {example}")
         credentials, _, netloc = parts.netloc.rpartition("@")
         username, _, password = credentials.partition(":")
         found = cls(

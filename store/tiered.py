@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
-from chunkcache.store.base import EVERYTHING, Entry, Heads, Store, StoreStats, Tier, Where
+from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Heads, Store, StoreStats, Tier
 from chunkcache.store.behind import WriteBehind
 from chunkcache.store.memory import MemoryStore
 
@@ -75,13 +75,13 @@ class TieredStore(Store):
     def delete(self, key: ChunkKey) -> bool:
         return sum(tier.delete(key) for tier in self._tiers) > 0
 
-    def purge(self, where: Where = EVERYTHING) -> int:
+    def purge(self, where: EntryFilter = EVERYTHING) -> int:
         gone = {entry.key for tier in self._tiers for entry in tier.entries(where)}
         for tier in self._tiers:
             tier.purge(where)
         return len(gone)
 
-    def entries(self, where: Where = EVERYTHING) -> Iterator[Entry]:
+    def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
         seen: set[ChunkKey] = set()
         for tier in self._tiers:
             for entry in tier.entries(where):

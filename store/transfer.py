@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from chunkcache.errors import EntryLostError, InputError
 from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.store.base import EVERYTHING, Entry, Store, Tier, Where
+from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Store, Tier
 from chunkcache.store.bytestore import ByteStore, own_secret
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length, encode
 
@@ -59,7 +59,7 @@ class Imported:
 
 
 def export_entries(
-    store: Store, file: BinaryIO, where: Where = EVERYTHING, on_entry: Callable[[int, int], None] | None = None
+    store: Store, file: BinaryIO, where: EntryFilter = EVERYTHING, on_entry: Callable[[int, int], None] | None = None
 ) -> Exported:
     """Write the entries that agree with `where` as an uncompressed tar file, sealed as their tier seals them.
 

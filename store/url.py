@@ -73,10 +73,10 @@ def open_tier(url: str, tiers: Mapping[str, Opener], more: Mapping[str, Any] | N
     try:
         parts = urlsplit(url)
     except ValueError:  # which may say the password
-        raise StoreURLError(f"{shown(url)!r} is not a URL; write for example memory://?max_bytes=2GiB") from None
+        raise StoreURLError(f"{redacted(url)!r} is not a URL; write for example memory://?max_bytes=2GiB") from None
     if parts.scheme not in tiers:
         known = ", ".join(f"{scheme}://" for scheme in tiers)
-        raise StoreURLError(f"no store has the URL {shown(url)!r}; the known ones are {known} and {TIERED}")
+        raise StoreURLError(f"no store has the URL {redacted(url)!r}; the known ones are {known} and {TIERED}")
     opener = tiers[parts.scheme]
     takes = inspect.signature(opener).parameters
     options: dict[str, Any] = {**_query(parts.query, url), **(more or {})}
@@ -84,16 +84,18 @@ def open_tier(url: str, tiers: Mapping[str, Opener], more: Mapping[str, Any] | N
         return opener(parts._replace(query="").geturl(), **_typed(options, takes, parts.scheme, url))
     if parts.fragment or parts.netloc or ("path" not in takes and parts.path):
         hint = f"{parts.scheme}:///folder?max_bytes=2GiB" if "path" in takes else f"{parts.scheme}://?max_bytes=2GiB"
-        raise StoreURLError(f"{shown(url)!r} has parts that {parts.scheme}:// does not take; write {hint}")
+        raise StoreURLError(f"{redacted(url)!r} has parts that {parts.scheme}:// does not take; write {hint}")
     typed = _typed(options, takes, parts.scheme, url)
     if "path" in takes:
         if not parts.path:
-            raise StoreURLError(f"{shown(url)!r} names no folder; write for example {parts.scheme}:///var/cache/kv")
+            raise StoreURLError(
+                f"{redacted(url)!r} names no folder; write for example {parts.scheme}:///var/cache/kv"
+            )
         typed["path"] = unquote(parts.path)
     return opener(**typed)
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """Return `url` without the passwords in it."""
     url = re.sub(r"(//[^/@|:]*:)[^|]*@", r"\1***@", url)
     return re.sub(r"((?:secret|password)=)[^&|]*", r"\1***", url)
@@ -106,7 +108,7 @@ def _typed(
     for name, value in options.items():
         if name not in takes or name in _PLACES:
             allowed = ", ".join(name for name in takes if name not in _PLACES)
-            raise StoreURLError(f"{scheme}:// has no option {name!r}; it takes {allowed} (in {shown(url)!r})")
+            raise StoreURLError(f"{scheme}:// has no option {name!r}; it takes {allowed} (in {redacted(url)!r})")
         kind = str(takes[name].annotation)
         if kind.startswith("str"):
             typed[name] = str(value)
@@ -128,7 +130,7 @@ def _query(query: str, url: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name in options:
-            raise StoreURLError(f"{name} is given twice in {shown(url)!r}; give it once")
+            raise StoreURLError(f"{name} is given twice in {redacted(url)!r}; give it once")
         options[name] = value
     return options
 

@@ -8,7 +8,7 @@ from support.llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import chunk_name
-from chunkcache.prompt.builder import Passage
+from chunkcache.prompt.builder import PromptChunk
 from chunkcache.store.memory import MemoryStore
 from chunkcache.store.tiered import TieredStore
 
@@ -20,7 +20,10 @@ TURNS = [
     {"role": "user", "content": f"{TEXTS[1]}\n\n{TEXTS[2]}\n\n{QUESTION}"},
 ]
 TRIMMED = [
-    {"role": "user", "content": [Passage(TEXTS[0], goes_on=True), Passage(TEXTS[1], first=15), TEXTS[2], QUESTION]}
+    {
+        "role": "user",
+        "content": [PromptChunk(TEXTS[0], joins_next=True), PromptChunk(TEXTS[1], skip_chars=15), TEXTS[2], QUESTION],
+    }
 ]
 MESSAGES = {"listed": LISTED, "turns": TURNS, "trimmed": TRIMMED}
 EVERYTHING = "link:k=1000"  # recomputes every token of a chunk
@@ -29,7 +32,7 @@ each_message = pytest.mark.parametrize("messages", MESSAGES.values(), ids=MESSAG
 
 def logits(llm, messages, policy):
     """Return the next token's logits `[vocab]`, and what the request did."""
-    prefilled = llm.prefill_prompt(llm.chat_prompt(messages), llm.chosen(policy), 0.0)
+    prefilled = llm.prefill_prompt(llm.chat_prompt(messages), llm.resolve_policy(policy), 0.0)
     return prefilled.logits, prefilled.stats
 
 
@@ -76,7 +79,7 @@ def test_full_is_plain_transformers():
 
 def test_passages_are_answered_like_chunks():
     llm = wrapped()
-    asked = [{"role": "user", "content": [*map(Passage, TEXTS), QUESTION]}]
+    asked = [{"role": "user", "content": [*map(PromptChunk, TEXTS), QUESTION]}]
     assert llm.chat(asked, max_new_tokens=8).token_ids == llm.generate(QUESTION, TEXTS, max_new_tokens=8).token_ids
 
 

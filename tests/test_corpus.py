@@ -10,10 +10,10 @@ from support.llm import wrapped
 
 from chunkcache.corpus import Corpus
 from chunkcache.errors import InputError
-from chunkcache.kv import chunk_name, label
-from chunkcache.prompt.builder import Passage
+from chunkcache.kv import chunk_name, hashed_label
+from chunkcache.prompt.builder import PromptChunk
 from chunkcache.retriever import Chunk, Document, Embedder, Hit, Retriever
-from chunkcache.store import Where, open_store
+from chunkcache.store import EntryFilter, open_store
 
 BRIDGE = Document("bridge.md", "Bridge", "The bridge over the river was opened to all in 1931, after years of work.")
 FERRY = Document("ferry.md", "Ferry", "In winter the ferry sails only when the sea is calm, twice a day.")
@@ -36,7 +36,7 @@ def corpus(*documents: Document, store: str = "memory://", size: int = 48, overl
 
 def stored(corpus: Corpus, document: str, store=None) -> int:
     """Return how many entries a store says are from a document."""
-    return len(list((store or corpus.llm.store).entries(Where(document=label("document", document)))))
+    return len(list((store or corpus.llm.store).entries(EntryFilter(document=hashed_label("document", document)))))
 
 
 def texts_of(corpus: Corpus, document: str) -> list[str]:
@@ -176,9 +176,9 @@ def test_overlapping_chunks_are_said_once():
     made = corpus()
     later, earlier = hit(TEXT[32:], 32), hit(TEXT[:58], 0)
     assert made.passages([later, hit("Another text.", 7, "b"), earlier]) == [
-        Passage(TEXT[:58], 0, goes_on=True),
-        Passage(TEXT[32:], 58 - 32),
-        Passage("Another text."),
+        PromptChunk(TEXT[:58], 0, joins_next=True),
+        PromptChunk(TEXT[32:], 58 - 32),
+        PromptChunk("Another text."),
     ]
     prompt = made.llm.prompts.build("Why?", made.passages([later, earlier]))
     assert TEXT in made.llm.tokenizer.decode(prompt.token_ids)
@@ -196,7 +196,7 @@ def test_three_in_a_row_are_one_run():
 
 def test_repeats_and_what_another_says_whole_are_left_out():
     made = corpus()
-    assert made.passages([hit(TEXT, 0), hit(TEXT, 0, "b"), hit(TEXT[32:58], 32)]) == [Passage(TEXT)]
+    assert made.passages([hit(TEXT, 0), hit(TEXT, 0, "b"), hit(TEXT[32:58], 32)]) == [PromptChunk(TEXT)]
 
 
 def test_overlapping_chunks_reuse_both_kv():

@@ -60,9 +60,9 @@ def assert_close(value: torch.Tensor, expected: torch.Tensor) -> None:
 def test_precompute_is_idempotent():
     llm = wrapped()
     lengths = [len(llm.prompts.chunk(text)) for text in TEXTS]
-    assert llm.precompute(TEXTS) == chunkcache.Precomputed(3, 3, sum(lengths))
+    assert llm.precompute(TEXTS) == chunkcache.PrecomputeResult(3, 3, sum(lengths))
     writes = llm.store.stats().writes
-    assert llm.precompute(TEXTS) == chunkcache.Precomputed(3, 0, 0)
+    assert llm.precompute(TEXTS) == chunkcache.PrecomputeResult(3, 0, 0)
     assert llm.store.stats().writes == writes
 
 
@@ -543,9 +543,9 @@ def test_a_store_for_one_chunk_evicts_and_answers():
 
 def test_wrappers_share_a_store_unless_their_salt_differs():
     store = MemoryStore()
-    wrapped(store=store, salt="a").precompute(TEXTS)
-    assert wrapped(store=store, salt="a").precompute(TEXTS).computed == 0
-    assert wrapped(store=store, salt="b").precompute(TEXTS).computed == 3
+    wrapped(store=store, tenant="a").precompute(TEXTS)
+    assert wrapped(store=store, tenant="a").precompute(TEXTS).computed == 0
+    assert wrapped(store=store, tenant="b").precompute(TEXTS).computed == 3
     assert wrapped(store=store).precompute(TEXTS).computed == 3
 
 
@@ -588,7 +588,7 @@ def test_a_request_leaves_stored_chunks_alone():
 
 def test_no_text_id_or_salt_is_logged_or_used_as_a_key(caplog):
     caplog.set_level(logging.DEBUG)
-    llm = wrapped(store="memory://?max_bytes=40KiB", salt="tenant-secret-7")
+    llm = wrapped(store="memory://?max_bytes=40KiB", tenant="tenant-secret-7")
     llm.precompute([*TEXTS, " ".join(TEXTS)], system="The password is swordfish.")
     llm.generate(QUESTION, TEXTS, system="The password is swordfish.", **GREEDY)
     key, chunk = next(iter(held(llm.store))), llm.prompts.chunk(TEXTS[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: only a comma
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from chunkcache.llm import CachedLLM
-    from chunkcache.prompt.builder import Passage
+    from chunkcache.prompt.builder import PromptChunk
     from chunkcache.retriever import Hit, Retriever
 
 
@@ -49,7 +49,7 @@ def answer(
     llm: CachedLLM,
     question: str,
     hits: Sequence[Hit],
-    chunks: Sequence[str | Passage],
+    chunks: Sequence[str | PromptChunk],
     system: str | None,
     max_new_tokens: int,
     quiet: bool,

@@ -22,7 +22,7 @@ from chunkcache.cli.options import (
 from chunkcache.errors import ChunkCacheError, InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import: only a command that runs does
-    from chunkcache.store import Entry, Store, Tier, Where
+    from chunkcache.store import Entry, EntryFilter, Store, Tier
 
 SHOWN = 50  # entries that `ls` shows of its own accord
 _TROUBLE = ("errors", "skipped")
@@ -254,7 +254,7 @@ def _columns(entries: list[Entry], full: bool) -> dict[str, list[str]]:
     }
 
 
-def _verify(name: str, tier: Tier, where: Where) -> dict[str, int]:
+def _verify(name: str, tier: Tier, where: EntryFilter) -> dict[str, int]:
     """Read all of a tier, and return what was found."""
     from chunkcache.errors import EntryLostError
 
@@ -309,21 +309,21 @@ def _sound(name: str, tier: Tier) -> Iterator[None]:
 def opened(url: str, lasting: bool = False) -> Iterator[Store]:
     """Open the store of a command, or only what of it is `lasting`, and close it whatever happens."""
     from chunkcache.store import open_store
-    from chunkcache.store.lasting import open_lasting
+    from chunkcache.store.lasting import open_persistent
 
-    with open_lasting(url) if lasting else open_store(url) as store:
+    with open_persistent(url) if lasting else open_store(url) as store:
         yield store
 
 
-def find_where(store: Store, model: str | None, tenant: str | None, document: str | None) -> Where:
+def find_where(store: Store, model: str | None, tenant: str | None, document: str | None) -> EntryFilter:
     """Return the condition that the options name."""
-    from chunkcache.kv import label
-    from chunkcache.store import Where
+    from chunkcache.kv import hashed_label
+    from chunkcache.store import EntryFilter
 
-    return Where(
+    return EntryFilter(
         None if model is None else _only("model", model, {entry.model for entry in store.entries()}),
-        None if tenant is None else label("tenant", tenant),
-        None if document is None else label("document", document),
+        None if tenant is None else hashed_label("tenant", tenant),
+        None if document is None else hashed_label("document", document),
     )
 
 

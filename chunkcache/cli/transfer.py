@@ -41,7 +41,7 @@ CPUS_PER_WORKER = 4
 @chunk_tokens_option
 @policy_option
 @system_option
-@click.option("--tenant", default="", metavar="NAME", help="For requests with this salt only.")
+@click.option("--tenant", default="", metavar="NAME", help="For requests of this tenant only.")
 @click.option(
     "--ray", "address", metavar="ADDRESS", help="Share the work out over this Ray cluster; local starts one here."
 )

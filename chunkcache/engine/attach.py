@@ -73,7 +73,7 @@ class Attachment:
             return own(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
-        policy = self._tuning.settle(self._policy)
+        policy = self._tuning.resolve(self._policy)
         prefill = SelectivePrefill(self._decoder, plan, policy, guard=self._tuning.guard(policy))
         output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill)

@@ -35,7 +35,7 @@ from chunkcache.engine.grouping import checked, grouped, ordered, reordered, sha
 from chunkcache.engine.planner import Planner
 from chunkcache.engine.stats import RequestStats, warn_once
 from chunkcache.errors import ContextLengthError, InputError, PromptError
-from chunkcache.kv import Context
+from chunkcache.kv import ContextAttention
 from chunkcache.prompt.builder import Prompt
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Batcher:
         new_tokens = self._check(max_batch)
         self._limits = Limits(max_batch, max_kv_bytes, new_tokens, llm.max_tokens)
         layers = len(decoder.layers)
-        self._looks = bool(policy.scout_layers(layers) or policy.watch_layers(layers))
+        self._looks = bool(policy.attention_layers(layers) or policy.watched_layers(layers))
 
     def run(self, requests: Iterable[tuple[Any, ...]], on_batch: OnBatch | None) -> list[Generation]:
         """Answer `requests`; return the answers in their order.
@@ -282,14 +282,14 @@ class Batcher:
             stats = RequestStats(str(self._policy), chunks=len(first.chunks), hits=hits)
         layers: list[KV] = []
 
-        def keep(cache: FusedCache, contexts: dict[int, Context]) -> None:
+        def keep(cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
             self._planner.remember(prompt, cache.plan, self._policy, cache, contexts)
             for index in range(len(cache.layers)):
                 keys, values = layer_kv(cache, index)
                 layers.append((keys[0, :, :shared], values[0, :, :shared]))
 
         depth = self._llm.tuning.depth(plan)
-        prefill = SelectivePrefill(self._decoder, plan, self._policy, keep, self._policy.contextual, depth=depth)
+        prefill = SelectivePrefill(self._decoder, plan, self._policy, keep, self._policy.versioned, depth=depth)
         before = time.perf_counter()
         prefill.run()
         stats.prefill_s = time.perf_counter() - before

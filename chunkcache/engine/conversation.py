@@ -22,7 +22,7 @@ from chunkcache.kv import ChunkKV
 from chunkcache.prompt.builder import Prompt
 
 if TYPE_CHECKING:
-    from chunkcache.llm import CachedLLM, Prefilled
+    from chunkcache.llm import CachedLLM, PrefillOutput
 
 
 class Conversation:
@@ -61,7 +61,7 @@ class Conversation:
         """
         started = time.perf_counter()
         self._check(options)
-        prompt, chosen = self._prompt(question, chunks), self._llm.chosen(policy)
+        prompt, chosen = self._prompt(question, chunks), self._llm.resolve_policy(policy)
         options = with_length(options, max_new_tokens)
         return self._llm.answer(prompt, chosen, started, options, self._take)
 
@@ -76,14 +76,14 @@ class Conversation:
         """Answer like `generate`, piece by piece; the turn counts once the iteration is over."""
         started = time.perf_counter()
         self._check(options)
-        prompt, chosen = self._prompt(question, chunks), self._llm.chosen(policy)
+        prompt, chosen = self._prompt(question, chunks), self._llm.resolve_policy(policy)
         options = with_length(options, max_new_tokens)
         return self._llm.answer_in_pieces(prompt, chosen, started, options, self._take)
 
-    def prefill(self, question: str, chunks: Sequence[str] = (), policy: str | Policy | None = None) -> Prefilled:
+    def prefill(self, question: str, chunks: Sequence[str] = (), policy: str | Policy | None = None) -> PrefillOutput:
         """Prefill the next question like `CachedLLM.prefill`; the conversation stays where it is."""
         started = time.perf_counter()
-        return self._llm.prefill_prompt(self._prompt(question, chunks), self._llm.chosen(policy), started)
+        return self._llm.prefill_prompt(self._prompt(question, chunks), self._llm.resolve_policy(policy), started)
 
     def _check(self, options: dict[str, Any]) -> None:
         check_options(options)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from chunkcache.errors import PromptError
-from chunkcache.prompt.builder import Passage, Prompt
+from chunkcache.prompt.builder import Prompt, PromptChunk
 
 NEIGHBOURS = 64  # groups with a chunk in common that are compared at most, for each chunk: one may be in all of them
 
@@ -20,7 +20,7 @@ class Request(NamedTuple):
     """One question over its chunks; see `CachedLLM.generate`. A plain tuple of the same will do."""
 
     question: str
-    chunks: Sequence[str | Passage] = ()
+    chunks: Sequence[str | PromptChunk] = ()
     system: str | None = None
 
 
@@ -38,7 +38,7 @@ def checked(requests: Iterable[tuple[Any, ...]]) -> list[Request]:
                 f"request {index} is no (question, chunks, system) but a {type(request).__name__}; pass a tuple"
             )
         asked = Request(*request)
-        if isinstance(asked.chunks, (str, bytes, Mapping, Passage)) or not isinstance(asked.chunks, Iterable):
+        if isinstance(asked.chunks, (str, bytes, Mapping, PromptChunk)) or not isinstance(asked.chunks, Iterable):
             raise PromptError(
                 f"request {index}: its chunks are a {type(asked.chunks).__name__}; pass a list of texts or Passages"
             )
@@ -50,7 +50,7 @@ def reordered(requests: Sequence[Request]) -> list[Request]:
     """Return the requests with the chunks first that most of them have, so that more prompts begin alike.
 
     Raises:
-        PromptError: a chunk is no text but a `Passage`, whose place may matter, or something else.
+        PromptError: a chunk is no text but a `PromptChunk`, whose place may matter, or something else.
     """
     if any(not isinstance(chunk, str) for request in requests for chunk in request.chunks):
         raise PromptError("reorder=True moves whole chunks; pass them as texts, not as Passages")

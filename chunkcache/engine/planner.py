@@ -8,7 +8,7 @@ from functools import partial
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import ContextLengthError
-from chunkcache.kv import ChunkKV, Context, chunk_name
+from chunkcache.kv import ChunkKV, ContextAttention, chunk_name
 from chunkcache.library.encoder import TokenIds
 from chunkcache.library.library import ChunkLibrary
 from chunkcache.prompt.builder import Prompt, PromptBuilder
@@ -65,7 +65,7 @@ class Planner:
         return (*prefix, *lead_in) if fits else prefix
 
     def remember(
-        self, prompt: Prompt, plan: Plan, policy: Policy, cache: FusedCache, contexts: dict[int, Context]
+        self, prompt: Prompt, plan: Plan, policy: Policy, cache: FusedCache, contexts: dict[int, ContextAttention]
     ) -> None:
         """Store what a prefill computed of `plan`, if the policy wants it.
 
@@ -84,7 +84,7 @@ class Planner:
             chunks = [each.chunk, *before]
             before.append(each.chunk)
             alone = start == len(prompt.prefix) and start in contexts
-            if alone or (policy.remembers and start not in exact):
+            if alone or (policy.stores_in_context and start not in exact):
                 self._library.remember(cache, plan.token_ids, (start, end), chunks)
             elif start in contexts:
                 self._library.remember_version(cache, plan.token_ids, (start, end), chunks, contexts[start])
@@ -104,7 +104,7 @@ class Planner:
         missing = [chunk for chunk, (kv, _) in zip(prompt.chunks, found, strict=True) if kv is None]
         stats.hits, stats.misses = len(found) - len(missing), len(missing)
         computed: dict[TokenIds, ChunkKV] = {}
-        if missing and not (policy.remembers or policy.contextual):
+        if missing and not (policy.stores_in_context or policy.versioned):
             before = time.perf_counter()
             computed = self._library.compute({chunk: self.behind(prompt.opening, chunk, policy) for chunk in missing})
             stats.compute_s += time.perf_counter() - before
@@ -123,7 +123,7 @@ class Planner:
 
     def _found(self, prompt: Prompt, policy: Policy) -> list[tuple[ChunkKV | None, bool]]:
         """Return what the store has of each chunk, and whether that was computed behind the very same tokens."""
-        names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.contextual else []
+        names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.versioned else []
         found: list[tuple[ChunkKV | None, bool]] = []
         context, exact = prompt.prefix, True
         for index, each in enumerate(prompt.placed):
@@ -133,10 +133,10 @@ class Planner:
             exact = kv is not None
             if exact:
                 context = (*context, *each.standing)
-            elif policy.contextual:
+            elif policy.versioned:
                 overhead = partial(policy.overhead, before=names[:index])
                 kv = self._library.best(self.behind(prompt.opening, chunk, policy), chunk, overhead)
-            elif not policy.remembers:
+            elif not policy.stores_in_context:
                 kv = self._library.get(self.behind(prompt.opening, chunk, policy), chunk)
             found.append((kv, exact))
         return found

@@ -10,18 +10,18 @@ from functools import partial
 from chunkcache.blend import Policy
 from chunkcache.engine.planner import Planner
 from chunkcache.errors import PromptError
-from chunkcache.kv import ChunkKey, chunk_name, label
+from chunkcache.kv import ChunkKey, chunk_name, hashed_label
 from chunkcache.library.encoder import TokenIds
 from chunkcache.library.library import ChunkLibrary, Progress
 from chunkcache.prompt.builder import PromptBuilder
 from chunkcache.prompt.known_texts import KnownTexts
-from chunkcache.store import Store, Where
+from chunkcache.store import EntryFilter, Store
 
 PART_TOKENS = 8192  # chunk tokens that `precompute` holds in memory at a time
 
 
 @dataclass(frozen=True)
-class Precomputed:
+class PrecomputeResult:
     """What `precompute` did: how many chunks were asked for, how many of them it computed, and their tokens."""
 
     chunks: int
@@ -44,7 +44,7 @@ class KeepsChunks(ABC):
     _planner: Planner
 
     @abstractmethod
-    def chosen(self, policy: str | Policy | None) -> Policy:
+    def resolve_policy(self, policy: str | Policy | None) -> Policy:
         """Return the policy of a call, the wrapper's if it names none, with nothing left open."""
 
     def precompute(
@@ -54,7 +54,7 @@ class KeepsChunks(ABC):
         on_progress: Progress | None = None,
         policy: str | Policy | None = None,
         documents: Sequence[str | None] | None = None,
-    ) -> Precomputed:
+    ) -> PrecomputeResult:
         """Compute and store the KV of `texts` behind the prefix of `system`; what is stored already is left.
 
         Args:
@@ -70,9 +70,9 @@ class KeepsChunks(ABC):
             PromptError: a text is empty, or there are more or fewer documents than texts.
             ContextLengthError: a text is longer than the model's context.
         """
-        chosen = self.chosen(policy)
+        chosen = self.resolve_policy(policy)
         chunks = dict(self._know(texts, system, chosen, documents))
-        ready = self._library.holds_recorded if chosen.contextual else self._library.holds
+        ready = self._library.holds_recorded if chosen.versioned else self._library.holds
         missing = {chunk: behind for chunk, behind in chunks.items() if not ready(behind, chunk)}
         for chunk, behind in chunks.items():
             if documents is not None and chunk not in missing:
@@ -80,10 +80,10 @@ class KeepsChunks(ABC):
         done = 0
         for part in _parts(missing):  # neither their KV nor what waits to be written pile up
             counted = None if on_progress is None else partial(_count_on, on_progress, done, len(missing))
-            self._library.compute(part, counted, record=chosen.contextual)
+            self._library.compute(part, counted, record=chosen.versioned)
             self.store.flush()
             done += len(part)
-        return Precomputed(len(chunks), len(missing), sum(map(len, missing)))
+        return PrecomputeResult(len(chunks), len(missing), sum(map(len, missing)))
 
     def know(
         self,
@@ -93,13 +93,13 @@ class KeepsChunks(ABC):
         documents: Sequence[str | None] | None = None,
     ) -> None:
         """Make texts findable in messages and, while attached, in prompts; computes nothing. See `precompute`."""
-        self._know(texts, system, self.chosen(policy), documents)
+        self._know(texts, system, self.resolve_policy(policy), documents)
 
     def keys(
         self, texts: Sequence[str], system: str | None = None, policy: str | Policy | None = None
     ) -> list[ChunkKey]:
         """Return the key under which the chunk KV of each text are stored. See `precompute`."""
-        prefix, chosen = self.prompts.prefix(system), self.chosen(policy)
+        prefix, chosen = self.prompts.prefix(system), self.resolve_policy(policy)
         chunks = [self.prompts.chunk(text) for text in texts]
         return [self._library.key(self._planner.behind(prefix, chunk, chosen), chunk) for chunk in chunks]
 
@@ -115,7 +115,7 @@ class KeepsChunks(ABC):
         Returns:
             the texts, each once, that are not stored. See `precompute` for the rest.
         """
-        found = self._know(texts, system, self.chosen(policy), documents)
+        found = self._know(texts, system, self.resolve_policy(policy), documents)
         keys = {text: self._library.key(behind, ids) for text, (ids, behind) in zip(texts, found, strict=True)}
         held = {text: key for text, key in keys.items() if key in self.store}
         self.store.prefetch(held.values())
@@ -129,7 +129,7 @@ class KeepsChunks(ABC):
         on_progress: Progress | None = None,
         policy: str | Policy | None = None,
         compute: bool = True,
-    ) -> Precomputed:
+    ) -> PrecomputeResult:
         """Precompute the chunks of a document that was edited, and delete those that are no longer in it.
 
         Chunks that are as they were, also those that only moved, keep their KV. With `compute=False` what is new is
@@ -138,11 +138,13 @@ class KeepsChunks(ABC):
         try:
             if not compute:
                 self.know(texts, system, policy, [document] * len(texts))
-                return Precomputed(len(texts), 0, 0)
+                return PrecomputeResult(len(texts), 0, 0)
             return self.precompute(texts, system, on_progress, policy, [document] * len(texts))
         finally:  # what is stale goes, whatever became of the new
             self._known.drop_document(document, but=texts)
-            self._library.forget_stale(label("document", document), [self.prompts.chunk(text) for text in texts])
+            self._library.forget_stale(
+                hashed_label("document", document), [self.prompts.chunk(text) for text in texts]
+            )
 
     def forget(self, document: str | None = None, texts: Sequence[str] = ()) -> int:
         """Delete, from every tier, all KV of this model and tenant that were computed from a document or from texts.
@@ -155,12 +157,14 @@ class KeepsChunks(ABC):
         """
         if document is not None:
             self._known.drop_document(document)
-            return self._library.forget(Where(document=label("document", document)))
+            return self._library.forget(EntryFilter(document=hashed_label("document", document)))
         if texts:
             self._known.drop(texts)
-            return sum(self._library.forget(Where(chunk=chunk_name(self.prompts.chunk(text)))) for text in texts)
+            return sum(
+                self._library.forget(EntryFilter(chunk=chunk_name(self.prompts.chunk(text)))) for text in texts
+            )
         self._known.clear()
-        return self._library.forget(Where())
+        return self._library.forget(EntryFilter())
 
     def _know(
         self, texts: Sequence[str], system: str | None, policy: Policy, documents: Sequence[str | None] | None
@@ -176,7 +180,7 @@ class KeepsChunks(ABC):
         for index, (chunk, behind) in enumerate(found):
             document = None if documents is None else documents[index]
             if document is not None:
-                self._library.belongs(chunk, label("document", document))
+                self._library.belongs(chunk, hashed_label("document", document))
             self._known.add(texts[index], system, document)
             self._library.know(behind, chunk)
         return found

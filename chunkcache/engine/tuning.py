@@ -46,7 +46,7 @@ class Tuning:
         """Return what predicts the error of `policy`, if it is guarded and the model was calibrated."""
         return self.calibration.guard if policy.guarded() is not None and self.calibration is not None else None
 
-    def settle(self, policy: Policy) -> Policy:
+    def resolve(self, policy: Policy) -> Policy:
         """Return `policy` with nothing left open.
 
         Raises:

@@ -65,7 +65,7 @@ class ChatChunkCache(BaseChatModel):
         *,
         store: str | Store | None = None,
         policy: str | Policy = DEFAULT_POLICY,
-        salt: str = "",
+        tenant: str = "",
         instruction: str = INSTRUCTION,
         device: str | None = None,
         dtype: str = "auto",
@@ -77,20 +77,20 @@ class ChatChunkCache(BaseChatModel):
             name: alias, folder, GGUF file or Hugging Face id.
             store: for chunk KV, as in `wrap`.
             policy: as in `wrap`.
-            salt: as in `wrap`.
+            tenant: as in `wrap`.
             instruction: as in `wrap`.
             device: as in `load_model`.
             dtype: as in `load_model`.
             fields: of this class.
         """
         model, tokenizer = chunkcache.load_model(name, device=device, dtype=dtype)
-        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, salt=salt, instruction=instruction)
+        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=tenant, instruction=instruction)
         return cls(llm=llm, **{"model_name": name, **fields})
 
     def model_post_init(self, context: Any, /) -> None:
         """Refuse an unknown policy and an empty stop string; like other bad fields they raise a ValidationError."""
         super().model_post_init(context)
-        self.llm.chosen(self.policy)
+        self.llm.resolve_policy(self.policy)
         listed(self.stop)
         if not self.model_name:
             self.model_name = model_name(self.llm)
@@ -211,7 +211,7 @@ class ChatChunkCache(BaseChatModel):
         return {
             "model_name": self.model_name,
             "fingerprint": self.llm.fingerprint,
-            "policy": str(self.llm.chosen(self.policy)),
+            "policy": str(self.llm.resolve_policy(self.policy)),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_tokens": self.max_tokens,

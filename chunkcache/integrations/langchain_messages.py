@@ -9,7 +9,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage
 
 from chunkcache.errors import InputError
-from chunkcache.prompt.messages import Passage
+from chunkcache.prompt.messages import PromptChunk
 
 _ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
 _UNSAID = ("reasoning", "thinking", "tool_call", "tool_use", "invalid_tool_call")  # what a model did not say aloud
@@ -34,15 +34,15 @@ def _role(message: BaseMessage) -> str:
     return _ROLES[kind]
 
 
-def _content(message: BaseMessage) -> str | list[str | Passage]:
+def _content(message: BaseMessage) -> str | list[str | PromptChunk]:
     if isinstance(message.content, str):
         return message.content
     unsaid = _UNSAID if isinstance(message, AIMessage) else ()
     parts = [_part(block) for block in message.content if isinstance(block, str) or block.get("type") not in unsaid]
-    return [part for part in parts if not isinstance(part, Passage) or part.text.strip()]
+    return [part for part in parts if not isinstance(part, PromptChunk) or part.text.strip()]
 
 
-def _part(block: str | dict[Any, Any]) -> str | Passage:
+def _part(block: str | dict[Any, Any]) -> str | PromptChunk:
     """Return one content block as text, or as a text that is cached."""
     if isinstance(block, str):
         return block
@@ -52,9 +52,9 @@ def _part(block: str | dict[Any, Any]) -> str | Passage:
     if kind == "text" and isinstance(block.get("text"), str):
         return str(block["text"])
     if kind == "text-plain" and isinstance(block.get("text"), str):
-        return Passage(block["text"])
+        return PromptChunk(block["text"])
     if kind == "document" and isinstance(block.get("document"), Document):
-        return Passage(block["document"].page_content)
+        return PromptChunk(block["document"].page_content)
     raise InputError(
         f"a content block of type {kind!r} with {sorted(map(str, block))} cannot be read: this model reads text; "
         "pass strings, blocks of type 'text' or 'text-plain' with a 'text', or document_block(document)"

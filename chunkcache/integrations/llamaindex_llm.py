@@ -74,7 +74,7 @@ class ChunkCacheLLM(CustomLLM):
     def __init__(self, llm: CachedLLM, **fields: Any) -> None:
         """Raise PolicyError when the policy is unknown, and InputError for a stop string that is empty."""
         super().__init__(llm=llm, **fields)
-        self.llm.chosen(self.policy)
+        self.llm.resolve_policy(self.policy)
         listed(self.stop)
         if not self.model_name:
             self.model_name = model_name(self.llm)
@@ -86,7 +86,7 @@ class ChunkCacheLLM(CustomLLM):
         *,
         store: str | Store | None = None,
         policy: str | Policy = DEFAULT_POLICY,
-        salt: str = "",
+        tenant: str = "",
         instruction: str = INSTRUCTION,
         device: str | None = None,
         dtype: str = "auto",
@@ -98,14 +98,14 @@ class ChunkCacheLLM(CustomLLM):
             name: alias, folder, GGUF file or Hugging Face id.
             store: for chunk KV, as in `wrap`.
             policy: as in `wrap`.
-            salt: as in `wrap`.
+            tenant: as in `wrap`.
             instruction: as in `wrap`.
             device: as in `load_model`.
             dtype: as in `load_model`.
             fields: of this class.
         """
         model, tokenizer = chunkcache.load_model(name, device=device, dtype=dtype)
-        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, salt=salt, instruction=instruction)
+        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=tenant, instruction=instruction)
         return cls(llm=llm, **{"model_name": name, **fields})
 
     @classmethod

@@ -69,7 +69,7 @@ class Ahead:
             raise InputError(f"precompute is {how!r}: choose one of {', '.join(HOWS)}")
         if reorder < 0:
             raise InputError(f"reorder = {reorder} is no number of ranks: give 0 or more")
-        llm.chosen(policy)
+        llm.resolve_policy(policy)
         self._llm, self._how, self._system, self._policy = llm, how, system, policy
         self._reorder, self._distinct = reorder, distinct
         self._orders = ServedOrders()

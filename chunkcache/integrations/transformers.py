@@ -46,7 +46,7 @@ class ChunkCacheRagPipeline(Pipeline):
         tokenizer: likewise.
         store: where chunk KV are kept, as in `chunkcache.wrap`.
         policy: as in `chunkcache.wrap`.
-        salt: as in `chunkcache.wrap`.
+        tenant: as in `chunkcache.wrap`.
         calibration: as in `chunkcache.wrap`.
         instruction: as in `chunkcache.wrap`.
         options: of transformers' `Pipeline`; `system`, for inputs with none; and keywords of `generate()`.
@@ -72,7 +72,7 @@ class ChunkCacheRagPipeline(Pipeline):
         *,
         store: str | Store | None = None,
         policy: str | Policy = DEFAULT_POLICY,
-        salt: str = "",
+        tenant: str = "",
         calibration: Calibration | str | Path | None = None,
         instruction: str = INSTRUCTION,
         **options: Any,
@@ -86,7 +86,7 @@ class ChunkCacheRagPipeline(Pipeline):
             tokenizer,
             store=store,
             policy=policy,
-            salt=salt,
+            tenant=tenant,
             instruction=instruction,
             calibration=calibration,
         )

@@ -6,22 +6,22 @@ from chunkcache.kv.chunk import (
     FORMAT_VERSION,
     ChunkKey,
     ChunkKV,
-    Context,
+    ContextAttention,
     Layer,
     LazyLayers,
     Origin,
     chunk_name,
-    label,
+    hashed_label,
 )
 
 __all__ = [
     "FORMAT_VERSION",
     "ChunkKV",
     "ChunkKey",
-    "Context",
+    "ContextAttention",
     "Layer",
     "LazyLayers",
     "Origin",
     "chunk_name",
-    "label",
+    "hashed_label",
 ]

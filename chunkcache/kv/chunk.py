@@ -26,20 +26,20 @@ Layer = torch.Tensor | QuantisedLayer
 class ChunkKey:
     """Name of one chunk KV: a SHA-256 that reveals neither text nor token ids.
 
-    Two chunk KV have the same key only if format, model fingerprint, tenant salt, the token ids before
+    Two chunk KV have the same key only if format, model fingerprint, tenant, the token ids before
     the chunk and the token ids of the chunk are all the same.
     """
 
     digest: str
 
     @classmethod
-    def of(cls, fingerprint: str, context: Sequence[int], token_ids: Sequence[int], salt: str = "") -> ChunkKey:
+    def of(cls, fingerprint: str, context: Sequence[int], token_ids: Sequence[int], tenant: str = "") -> ChunkKey:
         """Return the key of `token_ids` computed right after the token ids `context`."""
         sha = hashlib.sha256()
         fields = (
             str(FORMAT_VERSION).encode(),
             fingerprint.encode(),
-            salt.encode(),
+            tenant.encode(),
             np.asarray(context, dtype="<i8").tobytes(),
             np.asarray(token_ids, dtype="<i8").tobytes(),
         )
@@ -58,7 +58,7 @@ def chunk_name(token_ids: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
+class ContextAttention:
     """What the tokens of a chunk looked at when it was computed behind other chunks (Cache-Craft's metadata).
 
     Attention is a mean over heads and layers.
@@ -113,7 +113,7 @@ class LazyLayers(Sequence[Layer]):
         """
 
 
-def label(kind: str, name: str) -> str:
+def hashed_label(kind: str, name: str) -> str:
     """Return a hash that stands for the name of a tenant or document; '' stands for none."""
     return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()[:32] if name else ""
 
@@ -124,8 +124,8 @@ class Origin:
 
     Attributes:
         model: fingerprint of the model that computed it.
-        tenant: `label("tenant", salt)` of whoever it belongs to.
-        documents: `label("document", id)` of each document that it is known to have been computed from.
+        tenant: `hashed_label("tenant", tenant)` of whoever it belongs to.
+        documents: `hashed_label("document", id)` of each document that it is known to have been computed from.
         chunks: `chunk_name` of each chunk that it was computed from: its own, and those that stood before it.
         created: when it was computed, in seconds since the epoch.
         compute_s: seconds that this took.
@@ -158,7 +158,7 @@ class ChunkKV:
     position: int
     layers: Sequence[Layer]
     nbytes: int
-    context: Context | None = None
+    context: ContextAttention | None = None
     origin: Origin = Origin()
 
     @classmethod
@@ -167,7 +167,7 @@ class ChunkKV:
         token_ids: Sequence[int],
         position: int,
         layers: Sequence[Layer],
-        context: Context | None = None,
+        context: ContextAttention | None = None,
         origin: Origin = Origin(),
     ) -> ChunkKV:
         """Build a chunk KV from layers that are in memory."""

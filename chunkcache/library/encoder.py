@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from chunkcache.blend import Decoder, FusedCache, Plan, Segment, SelectivePrefill, layer_kv
 from chunkcache.blend.attention import rows_attention
 from chunkcache.blend.reuse import Reuse
-from chunkcache.kv import ChunkKV, Context, Origin
+from chunkcache.kv import ChunkKV, ContextAttention, Origin
 from chunkcache.kv.quantised import dense
 
 TokenIds = tuple[int, ...]
@@ -72,7 +72,7 @@ class Encoder:
         before = () if context is None else context.token_ids
         computed: list[ChunkKV] = []
 
-        def keep(cache: FusedCache, contexts: dict[int, Context]) -> None:
+        def keep(cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
             start, end = len(before), len(cache.plan)
             computed.append(cut_kv(cache, cache.plan.token_ids, start, end, contexts.get(start)))
 
@@ -173,7 +173,7 @@ def _packs(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
 
 
 def cut_kv(
-    cache: FusedCache, token_ids: Sequence[int], start: int, end: int, context: Context | None = None
+    cache: FusedCache, token_ids: Sequence[int], start: int, end: int, context: ContextAttention | None = None
 ) -> ChunkKV:
     """Return a copy of tokens `start` to `end` of a prompt, `token_ids`, whose KV `cache` holds."""
     layers = [

@@ -13,13 +13,13 @@ from dataclasses import replace
 
 from chunkcache.blend import Decoder, FusedCache
 from chunkcache.errors import ContextLengthError, EntryLostError
-from chunkcache.kv import ChunkKey, ChunkKV, Context, Origin, chunk_name, label
+from chunkcache.kv import ChunkKey, ChunkKV, ContextAttention, Origin, chunk_name, hashed_label
 from chunkcache.library.documents import Owners
 from chunkcache.library.encoder import Encoder, TokenIds, cut_kv
 from chunkcache.library.finder import Finder, Known
 from chunkcache.library.single_flight import Flights
 from chunkcache.library.versions import Variants
-from chunkcache.store import Entry, Store, Where
+from chunkcache.store import Entry, EntryFilter, Store
 
 Progress = Callable[[int, int], None]
 Span = tuple[int, int]  # first and last + 1 position
@@ -34,19 +34,19 @@ class ChunkLibrary:
         decoder: the model that computes.
         store: where chunk KV are kept.
         fingerprint: identity of model and tokenizer, part of every key.
-        salt: tenant salt, part of every key.
+        tenant: part of every key.
 
     Attributes:
         finder: finds every chunk that was looked up or computed here inside other prompts.
     """
 
-    def __init__(self, decoder: Decoder, store: Store, fingerprint: str, salt: str) -> None:
+    def __init__(self, decoder: Decoder, store: Store, fingerprint: str, tenant: str) -> None:
         self._decoder = decoder
         self._encoder = Encoder(decoder)
         self._store = store
         self._fingerprint = fingerprint
-        self._salt = salt
-        self._tenant = label("tenant", salt)
+        self._tenant = tenant
+        self._tenant_label = hashed_label("tenant", tenant)
         self._owners = Owners()
         self._flights: Flights[TokenIds, ChunkKV] = Flights()
         self._variants = Variants()
@@ -54,7 +54,7 @@ class ChunkLibrary:
 
     def key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
         """Return the key of `token_ids` computed right behind `context`."""
-        return ChunkKey.of(self._fingerprint, context, token_ids, self._salt)
+        return ChunkKey.of(self._fingerprint, context, token_ids, self._tenant)
 
     def get(self, context: TokenIds, token_ids: TokenIds) -> ChunkKV | None:
         """Return the stored KV of `token_ids` computed right behind `context`, or None."""
@@ -93,7 +93,7 @@ class ChunkLibrary:
         self.know(context, kv.token_ids)
 
     def belongs(self, chunk: TokenIds, document: str) -> None:
-        """Take note that a chunk is part of a document, whose `label` is `document`."""
+        """Take note that a chunk is part of a document, whose `hashed_label` is `document`."""
         self._owners.add(chunk_name(chunk), document)
 
     def relabel(self, context: TokenIds, token_ids: TokenIds) -> None:
@@ -106,7 +106,7 @@ class ChunkLibrary:
         except EntryLostError:
             return  # counted by the store; whoever needs the chunk computes it, with its labels
 
-    def forget(self, where: Where) -> int:
+    def forget(self, where: EntryFilter) -> int:
         """Delete all KV of this model and tenant that agree with `where`; return how many there were."""
         if where.document is not None:
             for name in self._owners.drop(where.document):
@@ -117,10 +117,10 @@ class ChunkLibrary:
         else:
             self._owners.clear()
             self.finder.clear()
-        return self._store.purge(replace(where, model=self._fingerprint, tenant=self._tenant))
+        return self._store.purge(replace(where, model=self._fingerprint, tenant=self._tenant_label))
 
     def forget_stale(self, document: str, chunks: Collection[TokenIds]) -> int:
-        """Delete the KV computed from chunks that `document` (a `label`) once had, and no other document has.
+        """Delete the KV computed from chunks that `document` (a `hashed_label`) once had, and no other document has.
 
         Args:
             document: the document.
@@ -128,7 +128,9 @@ class ChunkLibrary:
         """
         now = {chunk_name(chunk) for chunk in chunks}
         gone = self._owners.drop(document, but=now)
-        entries = list(self._store.entries(Where(model=self._fingerprint, tenant=self._tenant, document=document)))
+        entries = list(
+            self._store.entries(EntryFilter(model=self._fingerprint, tenant=self._tenant_label, document=document))
+        )
         gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
         for entry in entries:
             context = entry.chunks[1:]
@@ -138,13 +140,13 @@ class ChunkLibrary:
                 self._store.delete(entry.key)
             elif not now.intersection(entry.chunks):
                 self._disown(entry, document)
-        return sum(self.forget(Where(chunk=name)) for name in gone)
+        return sum(self.forget(EntryFilter(chunk=name)) for name in gone)
 
     def _disown(self, entry: Entry, document: str) -> None:
         """Let a stored entry say that it is not from `document`."""
         kv = self._store.get(entry.key, None)
         if kv is not None:
-            others = tuple(label for label in entry.documents if label != document)
+            others = tuple(hashed_label for hashed_label in entry.documents if hashed_label != document)
             with suppress(EntryLostError):  # counted by the store
                 self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
 
@@ -213,7 +215,9 @@ class ChunkLibrary:
                 self.put(behind, kv)
                 yield kv
 
-    def best(self, prefix: TokenIds, chunk: TokenIds, overhead: Callable[[Context | None], float]) -> ChunkKV | None:
+    def best(
+        self, prefix: TokenIds, chunk: TokenIds, overhead: Callable[[ContextAttention | None], float]
+    ) -> ChunkKV | None:
         """Return the stored version of `chunk` that needs least recomputing, or None if all of it would have to be.
 
         Args:
@@ -233,14 +237,19 @@ class ChunkLibrary:
         return self.get(prefix, chunk) if alone < 1 else None
 
     def remember_version(
-        self, cache: FusedCache, token_ids: TokenIds, span: Span, chunks: Sequence[TokenIds], context: Context
+        self,
+        cache: FusedCache,
+        token_ids: TokenIds,
+        span: Span,
+        chunks: Sequence[TokenIds],
+        context: ContextAttention,
     ) -> None:
         """Store the KV of `span` of a prompt as one more version of a chunk, computed behind repaired KV.
 
         `chunks` are as in `put`.
         """
         kv = cut_kv(cache, token_ids, *span, context)
-        key = ChunkKey.of(self._fingerprint, token_ids[: span[0]], kv.token_ids, self._salt + _REPAIRED)
+        key = ChunkKey.of(self._fingerprint, token_ids[: span[0]], kv.token_ids, self._tenant + _REPAIRED)
         if self._store.put(key, self._signed(kv, chunks)):
             for gone in self._variants.add(kv.token_ids, key, context):
                 self._store.delete(gone)
@@ -255,7 +264,7 @@ class ChunkLibrary:
         documents = sorted(self._owners.of(names).union(kv.origin.documents))
         origin = Origin(
             self._fingerprint,
-            self._tenant,
+            self._tenant_label,
             tuple(documents),
             tuple(names),
             kv.origin.created or time.time(),

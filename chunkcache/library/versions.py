@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chunkcache.kv import ChunkKey, Context
+from chunkcache.kv import ChunkKey, ContextAttention
 
 LEAST_OVERHEAD = 0.01  # a version that needs nothing recomputed counts as used this cheaply, not infinitely so
 
@@ -21,7 +21,7 @@ class Variant:
     """One version: its key, what it looked at, and its worth, the sum of 1/CFO over its uses."""
 
     key: ChunkKey
-    context: Context
+    context: ContextAttention
     worth: float = 0.0
 
 
@@ -39,7 +39,9 @@ class Variants:
         self._of: OrderedDict[tuple[int, ...], list[Variant]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def pick(self, token_ids: tuple[int, ...], overhead: Callable[[Context], float]) -> tuple[Variant | None, float]:
+    def pick(
+        self, token_ids: tuple[int, ...], overhead: Callable[[ContextAttention], float]
+    ) -> tuple[Variant | None, float]:
         """Return the version of least `overhead` and that overhead; None and 1 if there is no version."""
         with self._lock:
             versions = self._of.get(token_ids, [])
@@ -57,7 +59,7 @@ class Variants:
             variant.worth += gained
         return gained
 
-    def add(self, token_ids: tuple[int, ...], key: ChunkKey, context: Context) -> list[ChunkKey]:
+    def add(self, token_ids: tuple[int, ...], key: ChunkKey, context: ContextAttention) -> list[ChunkKey]:
         """Add a version, replacing one of the same key; return the keys of those that had to go."""
         gone = []
         with self._lock:

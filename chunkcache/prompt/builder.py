@@ -35,19 +35,19 @@ _KEPT = 1024  # chunks whose token ids are kept, since those that are asked for 
 
 
 @dataclass(frozen=True)
-class Passage:
+class PromptChunk:
     """A retrieved text that is cached as one chunk, of which a part may be left out of the prompt.
 
     Attributes:
         text: the whole chunk.
-        first: index of its first character that stands in the prompt, when what is before it has been said. A slow
+        skip_chars: characters of it that are left out of the prompt, when they have been said before. A slow
             tokenizer, which does not say where its tokens are, leaves nothing out.
-        goes_on: whether the next passage goes on where this one ends, so that nothing stands between them.
+        joins_next: whether the next one goes on where this one ends, so that nothing stands between them.
     """
 
     text: str
-    first: int = 0
-    goes_on: bool = False
+    skip_chars: int = 0
+    joins_next: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class PromptBuilder:
         self._between = lru_cache(maxsize=64)(self._render_between)
         self._stripped_chunk = lru_cache(maxsize=_KEPT)(lambda text: self.encode(text + SEPARATOR))
 
-    def build(self, question: str, chunks: Sequence[str | Passage], system: str | None = None) -> Prompt:
+    def build(self, question: str, chunks: Sequence[str | PromptChunk], system: str | None = None) -> Prompt:
         """Return the prompt for `question` over `chunks`.
 
         Raises:
@@ -153,9 +153,9 @@ class PromptBuilder:
             raise PromptError(f"chunks is one string of {len(chunks)} characters; pass a list of texts")
         prefix, label, tail = self._frame(system)
         asked = (*self.encode(label + question.strip()), *tail)
-        if not any(isinstance(chunk, Passage) for chunk in chunks):
+        if not any(isinstance(chunk, PromptChunk) for chunk in chunks):
             return Prompt(prefix, tuple(map(self.chunk, chunks)), asked)  # type: ignore[arg-type]
-        passages = [chunk if isinstance(chunk, Passage) else Passage(chunk) for chunk in chunks]
+        passages = [chunk if isinstance(chunk, PromptChunk) else PromptChunk(chunk) for chunk in chunks]
         ids, parts, gaps = zip(*map(self.part, passages), strict=True)
         gaps = ((), *gaps)  # what is over of one passage stands before the next
         return Prompt(prefix, ids, (*gaps[-1], *asked), gaps=gaps[:-1], parts=parts)
@@ -164,16 +164,16 @@ class PromptBuilder:
         """Return what stands before the chunks in a message, and between them and the question."""
         return f"{self._instruction}{SEPARATOR}", _LABEL
 
-    def part(self, passage: Passage) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, ...]]:
+    def part(self, passage: PromptChunk) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, ...]]:
         """Return the ids of a passage's chunk, which of them stand in the prompt, and what stands right behind them.
 
         Behind them is only what is tokenised differently for want of a separator.
         """
         ids, text = self.chunk(passage.text), passage.text.strip()
-        begin = passage.first - (len(passage.text) - len(passage.text.lstrip()))
+        begin = passage.skip_chars - (len(passage.text) - len(passage.text.lstrip()))
         first, last = 0, len(ids)
         over: tuple[int, ...] = ()
-        if passage.goes_on:
+        if passage.joins_next:
             alone = self.encode(text)
             last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False)))
             over = alone[last:]

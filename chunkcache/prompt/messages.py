@@ -18,10 +18,10 @@ from functools import lru_cache
 from typing import Any
 
 from chunkcache.errors import PromptError
-from chunkcache.prompt.builder import SEPARATOR, Passage, Prompt, PromptBuilder
+from chunkcache.prompt.builder import SEPARATOR, Prompt, PromptBuilder, PromptChunk
 from chunkcache.prompt.known_texts import KnownTexts
 
-__all__ = ["Message", "MessageBuilder", "Passage"]
+__all__ = ["Message", "MessageBuilder", "PromptChunk"]
 
 logger = logging.getLogger("chunkcache")
 
@@ -142,7 +142,7 @@ class MessageBuilder:
             if not pieces.chunks:
                 pieces.system = found.system
             separated = turn.text.startswith(SEPARATOR, found.end)
-            pieces.add_chunk(*self._prompts.part(Passage(found.text, goes_on=not separated)))
+            pieces.add_chunk(*self._prompts.part(PromptChunk(found.text, joins_next=not separated)))
             end = found.end + (len(SEPARATOR) if separated else 0)
         pieces.rest += self._prompts.encode(turn.text[end:])
 
@@ -188,7 +188,7 @@ class _Turn:
 
     role: str
     text: str
-    passages: tuple[Passage, ...] = ()
+    passages: tuple[PromptChunk, ...] = ()
     before: str = ""
 
     @classmethod
@@ -199,13 +199,13 @@ class _Turn:
             raise PromptError(f"message {index} has the role {message['role']!r}; pass one word, such as 'user'")
         content = message.get("content")
         parts = [content] if isinstance(content, str) else content
-        if not isinstance(parts, Sequence) or not all(isinstance(part, str | Passage) for part in parts):
+        if not isinstance(parts, Sequence) or not all(isinstance(part, str | PromptChunk) for part in parts):
             kinds = type(content).__name__ if not isinstance(parts, Sequence) else [type(p).__name__ for p in parts]
             raise PromptError(
                 f"the content of message {index} is {kinds}; pass text, or a list of texts and passages"
             )
         text = "\n".join(part for part in parts if isinstance(part, str))
-        return cls(message["role"], text, tuple(part for part in parts if isinstance(part, Passage)))
+        return cls(message["role"], text, tuple(part for part in parts if isinstance(part, PromptChunk)))
 
     def stripped(self) -> _Turn:
         return replace(self, text=self.text.strip())

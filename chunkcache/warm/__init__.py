@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
-from chunkcache.engine.precompute import Precomputed
-from chunkcache.kv import chunk_name, label
+from chunkcache.engine.precompute import PrecomputeResult
+from chunkcache.kv import chunk_name, hashed_label
 from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
 from chunkcache.retriever import Chunk, Document, split
-from chunkcache.store import Store, Where
+from chunkcache.store import EntryFilter, Store
 from chunkcache.store.bytestore import SECRET
-from chunkcache.store.lasting import open_lasting
+from chunkcache.store.lasting import open_persistent
 
 logger = logging.getLogger("chunkcache")
 
@@ -46,7 +46,7 @@ class Job:
         store: URL of the store.
         policy: policy that requests will use.
         system: system prompt that they will use.
-        tenant: salt that they will use.
+        tenant: theirs.
         chunk_tokens: length of a chunk at most.
         threads: CPU threads of a worker; None leaves them as they are.
     """
@@ -113,7 +113,7 @@ class Worker:
         job = self._job
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        store = open_lasting(job.store)
+        store = open_persistent(job.store)
         model, tokenizer = load_model(job.model, device=job.device, dtype=job.dtype, on_status=on_status)
         self._llm = wrap(model, tokenizer, store, job.policy, job.tenant)
         return f"process {os.getpid()} on {socket.gethostname()}"
@@ -122,17 +122,17 @@ class Worker:
         """Cut documents into chunks; return these, and the documents that the store has other chunks of."""
         job, llm = self._job, self.llm
         chunks = [chunk for document in documents for chunk in split(document, llm.tokenizer, size=job.chunk_tokens)]
-        ids = {label("document", document.id): document.id for document in documents}
+        ids = {hashed_label("document", document.id): document.id for document in documents}
         names: dict[str, set[str]] = {document.id: set() for document in documents}
         for chunk in chunks:
             names[chunk.document_id].add(chunk_name(llm.prompts.chunk(chunk.text)))
         stale: set[str] = set()
-        for entry in llm.store.entries(Where(model=llm.fingerprint, tenant=label("tenant", job.tenant))):
+        for entry in llm.store.entries(EntryFilter(model=llm.fingerprint, tenant=hashed_label("tenant", job.tenant))):
             owners = [ids[owner] for owner in entry.documents if owner in ids] if len(entry.chunks) == 1 else []
             stale.update(owner for owner in owners if entry.chunks[0] not in names[owner])
         return chunks, stale
 
-    def precompute(self, share: Share, on_progress: Callable[[int, int], None] | None = None) -> Precomputed:
+    def precompute(self, share: Share, on_progress: Callable[[int, int], None] | None = None) -> PrecomputeResult:
         """Compute what the store lacks of a share."""
         texts, documents = zip(*((text, owner) for text, owners in share.items() for owner in owners), strict=True)
         return self.llm.precompute(texts, self._job.system, on_progress, documents=documents)
@@ -177,7 +177,7 @@ class Crew(Protocol):
     def ask(self, method: str, *args: Any) -> Any:
         """Let one worker do something, and return what it answers."""
 
-    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[Precomputed]:
+    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
         """Let the workers compute shares; calls `on_texts` with the number of texts done so far."""
 
     def close(self) -> Counter[str]:
@@ -198,7 +198,7 @@ def warm(
     Raises:
         ChunkCacheError: no worker is left, or what one of them raised.
     """
-    store = open_lasting(job.store)
+    store = open_persistent(job.store)
     before = _last(store).stats().nbytes
     chunks, stale = crew.ask("plan", documents)
     edited = [chunk for chunk in chunks if chunk.document_id in stale]
@@ -248,7 +248,7 @@ class _Alone:
     def ask(self, method: str, *args: Any) -> Any:
         return getattr(self.worker, method)(*args)
 
-    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[Precomputed]:
+    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
         end = 0
         for share in shares:
             end += len(share)

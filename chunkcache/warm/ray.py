@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chunkcache.engine.precompute import Precomputed
+from chunkcache.engine.precompute import PrecomputeResult
 from chunkcache.errors import ChunkCacheError, InputError
 from chunkcache.store.bytestore import SECRET
 from chunkcache.warm import Crew, Job, OnStatus, Share, Worker
@@ -88,7 +88,7 @@ class _Cluster:
             with self._surviving(worker):
                 return self._answer(getattr(worker, method).remote(*args))
 
-    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[Precomputed]:
+    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
         waiting, running = deque(shares), dict[Any, tuple[Any, Share]]()
         idle, done = deque(self._workers), 0
         while waiting or running:

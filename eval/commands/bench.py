@@ -138,7 +138,7 @@ def _writer(json_file: Path | None) -> Callable[[StoreBench], None]:
 
 
 def _show_stores(measured: StoreBench) -> None:
-    from chunkcache.store.url import shown
+    from chunkcache.store.url import redacted
 
     sums = measured.summaries()
 
@@ -147,7 +147,7 @@ def _show_stores(measured: StoreBench) -> None:
 
     bytes_rows = [
         [
-            shown(s["store"]),
+            redacted(s["store"]),
             str(s["chunks"]),
             f"{s['bytes_per_token']:.0f}",
             f"{s['put_s'] * 1e3:.0f}",
@@ -162,7 +162,7 @@ def _show_stores(measured: StoreBench) -> None:
     wide(table("all chunks of a prompt (medians; floor: a plain copy of as many bytes)", columns, bytes_rows))
     ttft_rows = [
         [
-            shown(s["store"]),
+            redacted(s["store"]),
             str(s["chunks"]),
             f"{s['ttft_s']:.3f}",
             f"{s['ttft_ratio']:.3f}",

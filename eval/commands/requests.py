@@ -96,13 +96,15 @@ def bench_quality(**asked: Any) -> None:
 
 def _sets(asked: dict[str, Any], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Set]:
     """Return the prompts of each data file: with each number of chunks, or `prompts` of each length."""
-    from chunkcache.eval.data import cut, ladder
+    from chunkcache.eval.data import cut, prompts_of_lengths
 
     found = []
     for data in asked["data"]:
         about = _about(data, asked)
         if lengths:
-            cases = ladder(read_cases(data, 0, 100, asked["skip"], quiet=True), lengths, asked["prompts"], tokenizer)
+            cases = prompts_of_lengths(
+                read_cases(data, 0, 100, asked["skip"], quiet=True), lengths, asked["prompts"], tokenizer
+            )
             found.append(_Set(f"{data.stem}-lengths", cases, {**about, "chunks": None, "tokens": list(lengths)}))
         for chunks in () if lengths else asked["counts"]:
             if asked["questions"] is not None:

@@ -18,11 +18,11 @@ from chunkcache.blend.cachecraft import (
 )
 from chunkcache.blend.policy import Check
 from chunkcache.errors import PolicyError
-from chunkcache.kv import ChunkKV, Context, chunk_name
+from chunkcache.kv import ChunkKV, ContextAttention, chunk_name
 
 
 def context(chunks="abc", inter=(6.0, 3.0, 1.0), a=0.02, b=0.04, outside=()):
-    return Context(tuple(chunks), tuple(inter), intra=1.0, a=a, b=b, outside=torch.tensor(outside))
+    return ContextAttention(tuple(chunks), tuple(inter), intra=1.0, a=a, b=b, outside=torch.tensor(outside))
 
 
 def test_context_impact():
@@ -109,7 +109,7 @@ def test_exact_chunks_are_left():
 def narrowed(attention, layer=8, **options):
     rows = torch.tensor([2, 3, 7, 9, 10, 11])  # chunk a is exact, but computed for the sake of the test
     one = Plan.of(IDS, [plan().segments[0], plan().segments[2]], [(2, 6), (6, 10)])
-    kept = CacheCraft(**options).narrow(Check(one, layer, 32, rows, attention, fail))
+    kept = CacheCraft(**options).filter_rows(Check(one, layer, 32, rows, attention, fail))
     return None if kept is None else rows[kept].tolist()
 
 
@@ -134,11 +134,11 @@ def test_what_is_not_reused_goes_on_though_it_is_out_of_focus():
 
 
 def test_it_looks_eight_times_and_watches_all_layers_below():
-    assert list(CacheCraft(stable=2).check_layers(32)) == [8, 12, 16, 20, 24, 28]
-    assert list(CacheCraft(stable=2).watch_layers(32)) == list(range(28))
-    assert list(CacheCraft(stable=1).check_layers(4)) == [1, 2, 3]
-    assert not CacheCraft(focus=1).check_layers(32)
-    assert not CacheCraft(focus=1).watch_layers(32)
+    assert list(CacheCraft(stable=2).filter_layers(32)) == [8, 12, 16, 20, 24, 28]
+    assert list(CacheCraft(stable=2).watched_layers(32)) == list(range(28))
+    assert list(CacheCraft(stable=1).filter_layers(4)) == [1, 2, 3]
+    assert not CacheCraft(focus=1).filter_layers(32)
+    assert not CacheCraft(focus=1).watched_layers(32)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from support import blend as h
 from support import zoo
 
 from chunkcache.blend import FusedCache, SelectivePrefill
-from chunkcache.blend.guard import GuardModel, Signals, climb
+from chunkcache.blend.guard import GuardModel, Signals, guard_steps
 from chunkcache.blend.query import Query
 from chunkcache.errors import CalibrationError
 
@@ -30,25 +30,25 @@ def prompts(count, noise, seed=0):
     """Climbs whose true KL is 2 moved^0.8, times noise, at each of two rungs."""
     draw = random.Random(seed)
 
-    def rung(scale):
+    def step(scale):
         moved = scale * math.exp(draw.gauss(0, 1))
         return Signals(moved, draw.uniform(0.5, 3)), 2 * moved**0.8 * math.exp(draw.gauss(0, noise))
 
-    return [[rung(0.02), rung(0.004)] for _ in range(count)]
+    return [[step(0.02), step(0.004)] for _ in range(count)]
 
 
-def ended(model, climbed, bound):
+def ended(model, outcomes, bound):
     """The true KL at which each prompt is accepted; 0 after full prefill."""
     return [
-        next((kl for at, (signals, kl) in enumerate(rungs) if model.predict(at, signals, bound) <= bound), 0.0)
-        for rungs in climbed
+        next((kl for at, (signals, kl) in enumerate(steps) if model.predict(at, signals, bound) <= bound), 0.0)
+        for steps in outcomes
     ]
 
 
 def test_it_learns_what_can_be_learned():
     model = GuardModel.fit(prompts(60, noise=0.0), [99.0])  # a bound that nothing breaks needs no margin
-    for rungs in prompts(20, noise=0.0, seed=1):
-        for at, (signals, kl) in enumerate(rungs):
+    for steps in prompts(20, noise=0.0, seed=1):
+        for at, (signals, kl) in enumerate(steps):
             assert model.predict(at, signals, 99.0) == pytest.approx(kl, rel=0.35)  # the ridge shrinks it a little
 
 
@@ -109,15 +109,15 @@ def test_the_signals_are_what_they_say():
     decoder = h.decoder("llama").shadow()
     plan = h.chunk_plan(decoder.model, IDS)
     cache = FusedCache(decoder.config, plan, decoder.rotaries)
-    rungs = list(climb(decoder, plan, len(plan), cache, POLICY.ladder()))
+    steps = list(guard_steps(decoder, plan, len(plan), cache, POLICY.escalation()))
     assert not cache.scouting
     before = h.Selective(h.decoder("llama"), plan, Query(ratio=0.0, k=0)).logits[-1].log_softmax(-1)
-    for rung in rungs:
-        now = rung.log_probs
-        assert rung.signals.moved == pytest.approx(float((now.exp() * (now - before)).sum()), abs=1e-5)
-        assert rung.signals.entropy == pytest.approx(float(-(now.exp() * now).sum()), rel=1e-4)
+    for step in steps:
+        now = step.log_probs
+        assert step.signals.moved == pytest.approx(float((now.exp() * (now - before)).sum()), abs=1e-5)
+        assert step.signals.entropy == pytest.approx(float(-(now.exp() * now).sum()), rel=1e-4)
         before = now
-    assert [len(rung.selected) for rung in rungs] == [6, 9, 24]  # of 60
+    assert [len(step.selected) for step in steps] == [6, 9, 24]  # of 60
 
 
 def test_a_guard_without_a_calibration_is_refused():

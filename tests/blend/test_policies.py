@@ -65,16 +65,16 @@ def test_what_is_recomputed_from_layer_0_on(policy, selected):
 
 def test_only_full_reuses_nothing_and_only_prefix_remembers():
     assert [policy.name for policy in EVERY if not policy.reuses] == ["full"]
-    assert [policy.name for policy in EVERY if policy.remembers] == ["prefix"]
+    assert [policy.name for policy in EVERY if policy.stores_in_context] == ["prefix"]
 
 
 def test_only_cacheblend_and_cachecraft_look_again():
-    assert [policy.name for policy in EVERY if policy.check_layers(30)] == ["cacheblend", "cachecraft"]
-    assert CacheBlend(layer=3).check_layers(30) == [3]
+    assert [policy.name for policy in EVERY if policy.filter_layers(30)] == ["cacheblend", "cachecraft"]
+    assert CacheBlend(layer=3).filter_layers(30) == [3]
 
 
-def narrow(policy, plan, rows, fresh, stored, layer=1, layers=30):
-    return policy.narrow(Check(plan, layer, layers, rows, [], lambda: (fresh, stored)))
+def filter_rows(policy, plan, rows, fresh, stored, layer=1, layers=30):
+    return policy.filter_rows(Check(plan, layer, layers, rows, [], lambda: (fresh, stored)))
 
 
 def narrowed(ratio, deviations, keys=0.0):
@@ -84,7 +84,7 @@ def narrowed(ratio, deviations, keys=0.0):
     fresh = stored.clone()
     fresh[0] += keys
     fresh[1, 1, :, 2] += torch.tensor(deviations)
-    return rows[narrow(CacheBlend(ratio=ratio), PLAN, rows, fresh, stored)].tolist()
+    return rows[filter_rows(CacheBlend(ratio=ratio), PLAN, rows, fresh, stored)].tolist()
 
 
 #             3    4    5    6    7    8    9   10   11
@@ -118,7 +118,7 @@ def test_cacheblend_sums_over_heads_and_dimensions():
     fresh = stored.clone()
     fresh[1, 0, 1, 0] = 3.0  # row 4: 9 in one place
     fresh[1, :, 3, :] = 1.1  # row 6: 1.21 in eight places
-    assert rows[narrow(CacheBlend(ratio=0.1), PLAN, rows, fresh, stored)].tolist() == [6, 7, 10, 11]
+    assert rows[filter_rows(CacheBlend(ratio=0.1), PLAN, rows, fresh, stored)].tolist() == [6, 7, 10, 11]
 
 
 def test_cacheblend_compares_in_float32():
@@ -126,7 +126,7 @@ def test_cacheblend_compares_in_float32():
     stored = torch.zeros(2, 1, 9, 1, dtype=torch.float16)
     fresh = stored.clone()
     fresh[1, 0, :, 0] = torch.tensor([300.0, 400, 500, 600, 0, 700, 800, 0, 0])  # squares beyond float16
-    assert rows[narrow(CacheBlend(ratio=0.3), PLAN, rows, fresh, stored)].tolist() == [7, 8, 9, 10, 11]
+    assert rows[filter_rows(CacheBlend(ratio=0.3), PLAN, rows, fresh, stored)].tolist() == [7, 8, 9, 10, 11]
 
 
 def test_cacheblend_minds_neither_garbage_nor_nothing_where_nothing_is_reused():
@@ -134,7 +134,7 @@ def test_cacheblend_minds_neither_garbage_nor_nothing_where_nothing_is_reused():
     garbage[4] = garbage[7] = torch.nan
     assert narrowed(0.5, garbage) == [4, 6, 7, 8, 10, 11]
     plan, rows, fresh = Plan.of(IDS), torch.arange(12), torch.randn(2, 1, 12, 4)
-    assert narrow(CacheBlend(), plan, rows, fresh, fresh).tolist() == list(range(12))
+    assert filter_rows(CacheBlend(), plan, rows, fresh, fresh).tolist() == list(range(12))
 
 
 #            0    1    2    3    4    5    6    7    8    9   10   11
@@ -156,24 +156,29 @@ ATTENTION = [9.0, 9.0, 9.0, 0.1, 0.9, 0.2, 0.3, 9.0, 0.8, 0.1, 9.0, 9.0]
 def test_query_selects_the_share_that_the_question_looks_at_most_and_the_first_of_each_chunk(policy, selected):
     first = torch.rand(12)
     seen = torch.stack((first, 2 * torch.tensor(ATTENTION) - first))  # two layers, which only their mean tells apart
-    assert policy.select_seen(PLAN, seen).tolist() == selected
+    assert policy.select_by_attention(PLAN, seen).tolist() == selected
 
 
 def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
-    assert [list(Query().scout_layers(layers)) for layers in (1, 3, 4, 30)] == [[0], [1], [2], [15, 16, 17, 18, 19]]
+    assert [list(Query().attention_layers(layers)) for layers in (1, 3, 4, 30)] == [
+        [0],
+        [1],
+        [2],
+        [15, 16, 17, 18, 19],
+    ]
 
 
 def test_query_need_not_look_where_it_selects_nothing():
     short, long = (Plan.of(range(n), [Segment(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
-    assert not Query(ratio=0.0).looks(long)
-    assert Query(ratio=0.01).looks(short)
-    assert [Query(ratio="auto").looks(plan) for plan in (short, long)] == [False, True]
+    assert not Query(ratio=0.0).wants_attention(long)
+    assert Query(ratio=0.01).wants_attention(short)
+    assert [Query(ratio="auto").wants_attention(plan) for plan in (short, long)] == [False, True]
 
 
 def test_the_ladder_of_a_guarded_query_rises_from_its_ratio():
-    assert [step.ratio for step in Query(ratio=0.03).ladder()] == [0.03, 0.15, 0.4]
-    assert [step.ratio for step in Query(ratio=0.2, k=3).ladder()] == [0.2, 0.4]
-    assert {step.k for step in Query(ratio=0.2, k=3).ladder()} == {3}
+    assert [step.ratio for step in Query(ratio=0.03).escalation()] == [0.03, 0.15, 0.4]
+    assert [step.ratio for step in Query(ratio=0.2, k=3).escalation()] == [0.2, 0.4]
+    assert {step.k for step in Query(ratio=0.2, k=3).escalation()} == {3}
 
 
 @pytest.mark.parametrize("score", ["k", "v", "kv"])
@@ -182,19 +187,19 @@ def test_cacheblend_scores_what_it_is_told_to(score):
     stored = torch.zeros(2, 1, 9, 1)
     fresh = stored.clone()
     fresh[0, 0, 1], fresh[1, 0, 3], fresh[:, 0, 5] = 3.0, 2.5, 2.4  # row 4 by keys, 6 by values, 8 by both
-    kept = rows[narrow(CacheBlend(ratio=0.1, score=score), PLAN, rows, fresh, stored)].tolist()
+    kept = rows[filter_rows(CacheBlend(ratio=0.1, score=score), PLAN, rows, fresh, stored)].tolist()
     assert kept == sorted([7, 10, 11, {"k": 4, "v": 6, "kv": 8}[score]])
 
 
 def test_cacheblend_filters_gradually_over_all_layers():
     policy = CacheBlend(gradual=(0.5, 1 / 3, 1 / 6))
     assert policy.ratio == pytest.approx(1 / 3)
-    assert policy.check_layers(31) == [1, 11, 21]
+    assert policy.filter_layers(31) == [1, 11, 21]
     rows, stored = torch.arange(3, 12), torch.zeros(2, 1, 9, 1)
     for layer, kept in ((1, [4, 6, 8]), (11, [4, 6]), (21, [6])):
         fresh = stored[:, :, : len(rows)].clone()
         fresh[1, 0, :, 0] = torch.tensor([DEVIATIONS[row - 3] for row in rows])
-        rows = rows[narrow(policy, PLAN, rows, fresh, stored[:, :, : len(rows)], layer, 31)]
+        rows = rows[filter_rows(policy, PLAN, rows, fresh, stored[:, :, : len(rows)], layer, 31)]
         assert rows.tolist() == sorted([*kept, 7, 10, 11])
 
 
@@ -231,7 +236,7 @@ def test_query_refuses_options_out_of_range(options):
 def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, count):
     plan = Plan.of(range(103), [Segment(0, wide(), 0, 1, exact=True), Segment(1, wide(), 1, 100)])
     seen = torch.tensor([[9.0, *attention, 9.0, 9.0]])
-    selected = Query(ratio="auto").select_seen(plan, seen)
+    selected = Query(ratio="auto").select_by_attention(plan, seen)
     assert len(selected) == count
     if count < 3:
         assert selected.tolist() == list(range(1, count + 1))

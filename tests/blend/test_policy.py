@@ -144,9 +144,9 @@ def test_a_value_may_hold_commas():
 
 
 def test_a_policy_without_check_layers_is_never_asked_to_narrow():
-    assert list(Listed().check_layers(30)) == list(Listed().watch_layers(30)) == []
-    with pytest.raises(NotImplementedError, match=r"Listed has check layers but no narrow\(\)"):
-        Listed().narrow(Check(Plan.of([1, 2]), 1, 2, torch.tensor([0]), [], list))
+    assert list(Listed().filter_layers(30)) == list(Listed().watched_layers(30)) == []
+    with pytest.raises(NotImplementedError, match=r"Listed has check layers but no filter_rows\(\)"):
+        Listed().filter_rows(Check(Plan.of([1, 2]), 1, 2, torch.tensor([0]), [], list))
 
 
 def test_an_infinite_ratio_is_refused():

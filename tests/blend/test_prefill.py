@@ -281,13 +281,13 @@ def test_two_check_layers_cut_the_rows_twice():
     class Twice(Policy):
         name = "twice"
 
-        def check_layers(self, layers):
+        def filter_layers(self, layers):
             return [1, 2]
 
         def select(self, plan):
             return plan.inexact
 
-        def narrow(self, check):
+        def filter_rows(self, check):
             rows = check.rows
             seen.append(rows.tolist())
             return torch.arange(1, len(rows), 2) if len(seen) == 1 else torch.arange(len(rows) // 2, len(rows))

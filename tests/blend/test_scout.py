@@ -81,10 +81,10 @@ class Looking(Policy):
     def select(self, plan):
         return plan.inexact
 
-    def scout_layers(self, layers):
+    def attention_layers(self, layers):
         return range(layers - 1)
 
-    def select_seen(self, plan, attention):
+    def select_by_attention(self, plan, attention):
         return plan.inexact[:0]
 
 
@@ -101,7 +101,7 @@ def test_it_leaves_no_trace_in_the_prefill_that_follows(name, attention):
 
 def test_a_policy_is_not_asked_to_look_where_there_is_nothing_to_choose():
     class Failing(Looking):
-        def select_seen(self, plan, attention):
+        def select_by_attention(self, plan, attention):
             raise AssertionError("asked")
 
     decoder = h.decoder("llama")

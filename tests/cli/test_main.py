@@ -8,7 +8,6 @@ import pytest
 from support.llm import saved_model
 
 import chunkcache
-from chunkcache.cli import main as cli
 
 PAGES = {
     "bridge.md": "# Bridge\n\nThe bridge was opened in 1931.",
@@ -63,7 +62,7 @@ def test_a_failure_is_exit_code_1(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("broken\nin two lines")
 
-    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.setattr("chunkcache.cli.ask.load", fail)
     assert run("check-model", "x") == (1, "", "error: RuntimeError: broken in two lines\n")
 
 

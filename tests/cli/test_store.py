@@ -16,11 +16,11 @@ from chunkcache.cli import main as cli
 from chunkcache.cli.console import size_text, span_text
 from chunkcache.cli.store import parse_span
 from chunkcache.errors import InputError
-from chunkcache.kv import label
+from chunkcache.kv import hashed_label
 from chunkcache.store import DiskStore
 
-A, B = label("document", "a.md"), label("document", "b.md")
-ACME = label("tenant", "acme")
+A, B = hashed_label("document", "a.md"), hashed_label("document", "b.md")
+ACME = hashed_label("tenant", "acme")
 DAY = 86400.0
 
 

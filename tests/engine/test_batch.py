@@ -80,7 +80,7 @@ def test_questions_of_a_batch_are_looked_at_together(monkeypatch):
     requests = [(question, TEXTS) for question in QUESTIONS]
     llm = wrapped(policy="query:ratio=0.3")
     seen: list[int] = []
-    select = Query.select_seen
+    select = Query.select_by_attention
 
     def counting(self, plan, attention):
         seen.append(len(plan) - plan.end)

@@ -89,7 +89,7 @@ def test_the_calibration_in_the_cache_folder_is_found():
     fingerprint = wrapped().fingerprint
     Calibration(fingerprint, 0.7, GuardModel(((99.0, 0.0, 0.0),) * 3, ((0.05, 0.0),))).save()
     llm = wrapped(policy="query:guard=0.05")
-    assert llm.chosen("cachecraft:alpha=auto").alpha == 0.7
+    assert llm.resolve_policy("cachecraft:alpha=auto").alpha == 0.7
     stats = llm.prefill(QUESTION, TEXTS).stats
     assert (stats.guard_passes, stats.guard_full) == (3, True)
 
@@ -100,14 +100,14 @@ def test_a_calibration_may_be_given(tmp_path):
     given = Calibration(fingerprint, 0.4)
     for calibration in (given, given.save(tmp_path / "given.json"), str(tmp_path / "given.json")):
         llm = chunkcache.wrap(model, tokenizer, calibration=calibration)
-        assert llm.chosen("cachecraft:alpha=auto").alpha == 0.4
+        assert llm.resolve_policy("cachecraft:alpha=auto").alpha == 0.4
 
 
 def test_the_loading_controller_sets_the_ratio_from_earlier_requests():
     llm = wrapped()
-    assert llm.chosen("cacheblend:ratio=auto").ratio == 0.15
+    assert llm.resolve_policy("cacheblend:ratio=auto").ratio == 0.15
     llm.tuning.controller.observe(prefill_s=1.0, computed=1000, load_s=0.5, loaded=1000)
-    assert llm.chosen("cacheblend:ratio=auto").ratio == pytest.approx(0.5)
+    assert llm.resolve_policy("cacheblend:ratio=auto").ratio == pytest.approx(0.5)
     llm.prefill(QUESTION, TEXTS, policy="cacheblend:ratio=auto")
     assert "to load and" in llm.tuning.controller.last.why
 

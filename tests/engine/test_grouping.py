@@ -7,7 +7,7 @@ import pytest
 from chunkcache.engine import grouping
 from chunkcache.engine.grouping import Request, checked, grouped, ordered, reordered, shared_tokens
 from chunkcache.errors import PromptError
-from chunkcache.prompt.builder import Passage, Prompt
+from chunkcache.prompt.builder import Prompt, PromptChunk
 
 
 def prompt(*chunks: int, question: int = 9) -> Prompt:
@@ -41,8 +41,8 @@ def test_reordered_prompts_begin_with_what_most_of_them_have():
 
 
 def test_a_passage_is_not_moved():
-    with pytest.raises(PromptError, match="Passage"):
-        reordered([Request("a", [Passage("text")])])
+    with pytest.raises(PromptError, match="PromptChunk"):
+        reordered([Request("a", [PromptChunk("text")])])
 
 
 @pytest.mark.parametrize("wrong", ["a question", b"q", (), ("q", (), None, "more"), {"question": "q"}, 7, {"q"}])
@@ -51,7 +51,7 @@ def test_what_is_no_request_is_named(wrong):
         checked([("q",), wrong])
 
 
-@pytest.mark.parametrize("chunks", ["one text", b"bytes", {"text": "a"}, Passage("text"), None, 3])
+@pytest.mark.parametrize("chunks", ["one text", b"bytes", {"text": "a"}, PromptChunk("text"), None, 3])
 def test_chunks_that_are_no_list_are_refused(chunks):
     with pytest.raises(PromptError, match="request 1: its chunks are a"):
         checked([("q",), ("q", chunks)])

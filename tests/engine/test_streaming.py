@@ -202,8 +202,8 @@ def test_what_was_computed_behind_a_document_goes_with_it_also_after_an_edit(tmp
 
 
 def test_a_document_id_is_in_no_entry_and_other_tenants_are_left_alone(tmp_path):
-    mine = wrapped(store=f"disk://{tmp_path}/kv?sync=no", salt="mine")
-    theirs = wrapped(mine.model, store=mine.store, salt="theirs")
+    mine = wrapped(store=f"disk://{tmp_path}/kv?sync=no", tenant="mine")
+    theirs = wrapped(mine.model, store=mine.store, tenant="theirs")
     for llm in (mine, theirs):
         llm.precompute(TEXTS, documents=["guide-of-acme"] * 3)
     held = len(list(mine.store.entries()))

@@ -84,4 +84,4 @@ def test_a_store_warmed_for_another_policy_is_computed_again_to_be_recorded():
 
 
 def test_only_cachecraft_is_contextual():
-    assert [name for name, policy in blend.POLICIES.items() if policy.contextual] == ["cachecraft"]
+    assert [name for name, policy in blend.POLICIES.items() if policy.versioned] == ["cachecraft"]

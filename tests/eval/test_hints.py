@@ -20,7 +20,7 @@ from chunkcache.eval.hints import (
 )
 
 LRU, LFU = Variant("lru", "lru"), Variant("lfu", "lfu")
-HINTS = Variant("lfu, hints", "lfu", remembers=True, hints={"least": 0.0})
+HINTS = Variant("lfu, hints", "lfu", stores_in_context=True, hints={"least": 0.0})
 
 
 def trace(*retrievals, chunks=10):
@@ -62,7 +62,7 @@ def test_a_run_repeats_itself():
 
 def test_hints_raise_the_hit_rate_over_lru_on_follow_ups():
     traces = [zipf_trace(0, retrievals=500, documents=40)]
-    found = rates(bench_hints(traces, (0.1,), [LRU, Variant("lfu, hints", "lfu", remembers=True, hints={})]))
+    found = rates(bench_hints(traces, (0.1,), [LRU, Variant("lfu, hints", "lfu", stores_in_context=True, hints={})]))
     assert found[0.1, "lfu, hints"][0] > found[0.1, "lru"][0] + 0.01
 
 

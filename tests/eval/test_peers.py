@@ -20,7 +20,7 @@ from chunkcache.eval.commands.peers import bench_peers
 from chunkcache.eval.peers import PEERS, Peer, environments, parts, peer_weights, setup_peers
 from chunkcache.eval.peers.registry import PeerSpec
 from chunkcache.eval.peers.weights import float32_gguf
-from chunkcache.prompt.builder import Passage
+from chunkcache.prompt.builder import PromptChunk
 
 PYTHON = Path(sys.executable)
 PREFIX = [5, 6, 7, 8]
@@ -146,7 +146,7 @@ def test_an_unknown_peer_and_one_that_is_not_set_up_are_told(tmp_path):
 
 def test_parts_make_up_the_prompt():
     prompts = wrapped().prompts
-    passages = [Passage(TEXTS[0], goes_on=True), Passage(TEXTS[1], first=10), TEXTS[2]]
+    passages = [PromptChunk(TEXTS[0], joins_next=True), PromptChunk(TEXTS[1], skip_chars=10), TEXTS[2]]
     for chunks in (TEXTS, passages, ()):
         prompt = prompts.build(QUESTION, chunks)
         cut = parts(prompt)

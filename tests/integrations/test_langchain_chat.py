@@ -37,7 +37,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from chunkcache.errors import InputError, PromptError
 from chunkcache.integrations.langchain import ChatChunkCache, ChunkCacheRetriever, document_block
 from chunkcache.integrations.langchain_messages import as_chat
-from chunkcache.prompt.messages import Passage
+from chunkcache.prompt.messages import PromptChunk
 from chunkcache.store import open_store
 
 DOCUMENTS = [Document(page_content=text, metadata={"source": f"{n}.md"}) for n, text in enumerate(TEXTS)]
@@ -194,7 +194,7 @@ def test_blocks_become_texts_and_passages():
         document_block(Document(page_content=" \n")),
         "and asked",
     ]
-    expected = [Passage("a passage"), Passage("another"), "asked", "and asked"]
+    expected = [PromptChunk("a passage"), PromptChunk("another"), "asked", "and asked"]
     assert as_chat([HumanMessage(content)])[0]["content"] == expected
     wrapped_by_langchain = HumanMessage(content).content_blocks
     assert as_chat([HumanMessage(content_blocks=wrapped_by_langchain[:3])])[0]["content"] == expected[:3]
@@ -392,7 +392,7 @@ def test_tools_are_refused():
 
 
 def test_traces_have_the_model_and_no_secret():
-    llm = wrapped(store="memory://?max_bytes=1MB", salt="hush")
+    llm = wrapped(store="memory://?max_bytes=1MB", tenant="hush")
     model = chat(llm, stop=["x"], policy="link:k=8")
     params = model._get_ls_params()
     assert params["ls_provider"] == "chunkcache"

@@ -379,7 +379,7 @@ def test_metadata_and_what_is_written_down():
 
 def test_from_model(tmp_path):
     llm = ChunkCacheLLM.from_model(
-        saved_model(tmp_path), store="memory://?max_bytes=7MiB", policy="reuse", salt="a", max_tokens=3
+        saved_model(tmp_path), store="memory://?max_bytes=7MiB", policy="reuse", tenant="a", max_tokens=3
     )
     assert llm.llm.store.stats().max_bytes == 7 * 2**20
     assert llm.complete(QUESTION).additional_kwargs["completion_tokens"] <= 3

@@ -92,7 +92,7 @@ def test_a_streamer_gets_the_answer(capsys):
 
 def test_store_policy_salt_and_instruction_are_those_of_wrap():
     store = chunkcache.open_store("memory://")
-    own = {"store": store, "policy": "reuse", "salt": "a", "instruction": "Say what is true."}
+    own = {"store": store, "policy": "reuse", "tenant": "a", "instruction": "Say what is true."}
     pipe, llm = rag(**own), wrapped(**own)
     answer = pipe(INPUT)
     assert pipe.llm.store is store

@@ -15,9 +15,9 @@ from chunkcache.kv import chunk as kv
 
 ids = st.lists(st.integers(0, 300), max_size=4)
 fields = st.fixed_dictionaries(
-    {"fingerprint": st.text("ab", max_size=3), "context": ids, "token_ids": ids, "salt": st.text("ab", max_size=3)}
+    {"fingerprint": st.text("ab", max_size=3), "context": ids, "token_ids": ids, "tenant": st.text("ab", max_size=3)}
 )
-BASE = {"fingerprint": "f", "context": [1, 2], "token_ids": [3, 4], "salt": "s"}
+BASE = {"fingerprint": "f", "context": [1, 2], "token_ids": [3, 4], "tenant": "s"}
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ BASE = {"fingerprint": "f", "context": [1, 2], "token_ids": [3, 4], "salt": "s"}
         {"context": []},
         {"token_ids": [3, 5]},
         {"token_ids": [3, 4, 0]},
-        {"salt": ""},
+        {"tenant": ""},
         {"context": [1], "token_ids": [2, 3, 4]},
         {"context": [1, 2, 3], "token_ids": [4]},
         {"context": [3, 4], "token_ids": [1, 2]},
-        {"fingerprint": "fs", "salt": ""},
-        {"fingerprint": "s", "salt": "f"},
+        {"fingerprint": "fs", "tenant": ""},
+        {"fingerprint": "s", "tenant": "f"},
     ],
     ids=str,
 )
@@ -65,7 +65,7 @@ def test_a_key_is_the_same_in_every_process_and_on_every_machine():
 
 
 def test_a_key_shows_neither_tokens_nor_names():
-    key = ChunkKey.of("secret-model", [11, 22], [33, 44], salt="tenant")
+    key = ChunkKey.of("secret-model", [11, 22], [33, 44], tenant="tenant")
     assert len(key.digest) == 64
     assert set(key.digest) <= set("0123456789abcdef")
     assert str(key) == key.digest[:12]

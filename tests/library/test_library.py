@@ -20,8 +20,8 @@ PREFIX = tuple(range(10, 22))
 CHUNKS = [tuple(range(start, start + size)) for start, size in ((30, 5), (60, 31), (100, 17), (140, 31))]
 
 
-def new_library(name: str = "llama", salt: str = "") -> ChunkLibrary:
-    return ChunkLibrary(Decoder(tiny_model(name)), MemoryStore(), "fingerprint", salt)
+def new_library(name: str = "llama", tenant: str = "") -> ChunkLibrary:
+    return ChunkLibrary(Decoder(tiny_model(name)), MemoryStore(), "fingerprint", tenant)
 
 
 def own_kv(name: str, ids: tuple[int, ...], start: int) -> list[torch.Tensor]:
@@ -82,7 +82,7 @@ def test_the_prefix_is_stored_once():
 
 def test_context_and_salt_are_part_of_the_key():
     decoder, store = Decoder(tiny_model()), MemoryStore()
-    ours, theirs = (ChunkLibrary(decoder, store, "fingerprint", salt) for salt in ("a", "b"))
+    ours, theirs = (ChunkLibrary(decoder, store, "fingerprint", tenant) for tenant in ("a", "b"))
     ours.compute(dict.fromkeys(CHUNKS, PREFIX))
     assert not ours.holds(PREFIX[:-1], CHUNKS[0])
     assert not theirs.holds(PREFIX, CHUNKS[0])
@@ -123,6 +123,6 @@ def test_a_found_chunk_may_have_gone():
 
 
 def test_a_key_shows_no_token_and_no_salt():
-    key = new_library(salt="tenant-7").key(PREFIX, CHUNKS[0])
+    key = new_library(tenant="tenant-7").key(PREFIX, CHUNKS[0])
     assert re.fullmatch("[0-9a-f]{64}", key.digest)
     assert key.digest.startswith(str(key))

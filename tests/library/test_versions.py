@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from chunkcache.kv import ChunkKey, Context
+from chunkcache.kv import ChunkKey, ContextAttention
 from chunkcache.library.versions import LEAST_OVERHEAD, Variants
 
 A, B, C = (1, 2), (3, 4), (5, 6)
 
 
 def context(name):
-    return Context((name,), (1.0,), 1.0, 0.1, 0.1, torch.zeros(2))
+    return ContextAttention((name,), (1.0,), 1.0, 0.1, 0.1, torch.zeros(2))
 
 
 def overhead(costs):

@@ -11,7 +11,7 @@ from support.tokenizer import tiny_tokenizer
 from chunkcache.errors import PromptError
 from chunkcache.prompt.builder import INSTRUCTION, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import KnownTexts
-from chunkcache.prompt.messages import MessageBuilder, Passage
+from chunkcache.prompt.messages import MessageBuilder, PromptChunk
 
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -94,14 +94,14 @@ def test_a_template_of_our_own_words_gives_the_prompt_of_the_question():
 def test_passages_and_a_question_are_the_prompt_of_the_question(system):
     build, prompts, _ = builder(known=())
     messages = [message("system", system)] if system else []
-    asked = message("user", [*map(Passage, TEXTS), QUESTION])
+    asked = message("user", [*map(PromptChunk, TEXTS), QUESTION])
     assert build.build([*messages, asked]).token_ids == prompts.build(QUESTION, TEXTS, system).token_ids
 
 
 def test_passages_later_in_a_conversation_read_alike():
     build, prompts, tokenizer = builder(known=())
     before = [message("user", "Hello."), message("assistant", "Hello.")]
-    prompt = build.build([*before, message("user", [Passage(TEXTS[0]), QUESTION])])
+    prompt = build.build([*before, message("user", [PromptChunk(TEXTS[0]), QUESTION])])
     text = f"{INSTRUCTION}{SEPARATOR}{TEXTS[0]}{SEPARATOR}Question: {QUESTION}"
     assert tokenizer.decode(prompt.token_ids) == rendered(tokenizer, [*before, message("user", text)])
     assert prompt.chunks == (prompts.chunk(TEXTS[0]),)
@@ -179,7 +179,7 @@ def test_without_a_template_texts_stand_below_one_another():
 
 def test_a_strict_template_gets_the_system_prompt_before_the_passages():
     build, _, tokenizer = builder(STRICT)
-    messages = [message("system", "Be brief."), message("user", [Passage(TEXTS[0]), QUESTION])]
+    messages = [message("system", "Be brief."), message("user", [PromptChunk(TEXTS[0]), QUESTION])]
     frame = SEPARATOR.join(["Be brief.", INSTRUCTION, TEXTS[0], f"Question: {QUESTION}"])
     assert tokenizer.decode(build.build(messages).token_ids) == rendered(tokenizer, [message("user", frame)])
 
@@ -187,14 +187,14 @@ def test_a_strict_template_gets_the_system_prompt_before_the_passages():
 def test_special_tokens_in_a_system_prompt_are_only_text_also_with_passages():
     build, _, tokenizer = builder()
     plain = build.build([message("system", HOSTILE), message("user", QUESTION)])
-    named = build.build([message("system", HOSTILE), message("user", [Passage(TEXTS[0]), QUESTION])])
+    named = build.build([message("system", HOSTILE), message("user", [PromptChunk(TEXTS[0]), QUESTION])])
     ends = [prompt.token_ids.count(tokenizer.eos_token_id) for prompt in (plain, named)]
     assert ends == [2, 2]
 
 
 def test_passages_are_computed_behind_the_conversations_system_prompt():
     build, prompts, _ = builder()
-    asked = message("user", [Passage(TEXTS[0]), QUESTION])
+    asked = message("user", [PromptChunk(TEXTS[0]), QUESTION])
     later = [message("system", "Be brief."), asked, message("assistant", "In 1931."), message("user", "Sure?")]
     assert build.build(later).opening == build.build(later[:2]).opening == prompts.prefix("Be brief.")
 
@@ -207,7 +207,7 @@ def test_passages_are_computed_behind_the_conversations_system_prompt():
         ([{"content": "x"}], "message 0 has no role"),
         (["x"], "message 0 has no role"),
         ([message("user</s>", "x")], "message 0 has the role 'user</s>'"),
-        ([message("user", [Passage("x"), " "]), message("user", "x")], "1 passages and no question"),
+        ([message("user", [PromptChunk("x"), " "]), message("user", "x")], "1 passages and no question"),
         ([message("user", 3)], "the content of message 0 is int"),
         ([message("user", "x"), message("user", ["x", {"type": "image"}])], "message 1 is \\['str', 'dict'\\]"),
     ],

@@ -30,8 +30,8 @@ DOCUMENTS = [Document(f"{number}.md", "", text) for number, text in enumerate(TE
 class HashEmbedder:
     """Unit vectors from a hash of the text: each text has its own."""
 
-    def __init__(self, dim=8, salt=""):
-        self.dim, self._salt = dim, salt
+    def __init__(self, dim=8, tenant=""):
+        self.dim, self._salt = dim, tenant
 
     def passages(self, text):
         return [text[start : start + 60] for start in range(0, len(text), 60)]
@@ -162,7 +162,7 @@ def test_another_embedder_or_tokenizer_is_refused_by_name(tmp_path):
     ):
         Retriever.load(tmp_path, tiny_tokenizer(), embedder=HashEmbedder(dim=9))
     with pytest.raises(InputError, match=r"gives other vectors \(similarity .*build it again"):
-        Retriever.load(tmp_path, tiny_tokenizer(), embedder=HashEmbedder(salt="x"))
+        Retriever.load(tmp_path, tiny_tokenizer(), embedder=HashEmbedder(tenant="x"))
     with pytest.raises(InputError, match="another tokenizer than"):
         Retriever.load(tmp_path, tiny_tokenizer(400), embedder=HashEmbedder())
 

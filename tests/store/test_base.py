@@ -102,9 +102,9 @@ def test_stats_are_a_snapshot_that_goes_into_json(store):
 
 
 def test_tenants_with_another_salt_do_not_meet(store):
-    store.put(key(1, salt="a"), kv(1))
-    assert store.get(key(1, salt="b"), [1]) is None
-    assert store.get(key(1, salt="a"), [1]) is not None
+    store.put(key(1, tenant="a"), kv(1))
+    assert store.get(key(1, tenant="b"), [1]) is None
+    assert store.get(key(1, tenant="a"), [1]) is not None
 
 
 def test_leaving_the_context_closes_the_store_and_passes_failures_on():

@@ -15,7 +15,7 @@ import pytest
 from support.store import SIZE, in_new_interpreter, in_process, key, kv, random_kv, same
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.store import DiskStore, Entry, Where
+from chunkcache.store import DiskStore, Entry, EntryFilter
 from chunkcache.store.entry import PREAMBLE
 
 
@@ -145,7 +145,7 @@ def test_a_file_that_nobody_knew_of_when_it_was_deleted_is_not_served_and_goes_a
         for token in range(3):
             store.put(key(token), kv(token, documents=("d",), created=time.time()))
             store._ledger.drop(key(token))
-        assert store.purge(Where(document="d")) == 0
+        assert store.purge(EntryFilter(document="d")) == 0
         assert store.get(key(0), [0]) is None
         assert len(files(folder)) == 2
     with opened(folder) as again:
@@ -350,14 +350,14 @@ def test_deleting_reaches_every_file_of_a_tenant_document_chunk_or_model(folder)
         3: {},
     }
     for where, gone in (
-        (Where(tenant="a"), {0, 1}),
-        (Where(document="y"), {0, 1}),
-        (Where(document="x"), {0}),
-        (Where(chunk="c0"), {0, 1}),
-        (Where(model="m"), {0, 2}),
-        (Where(model="m", tenant="b"), {2}),
-        (Where(tenant="nobody"), set()),
-        (Where(), {0, 1, 2, 3}),
+        (EntryFilter(tenant="a"), {0, 1}),
+        (EntryFilter(document="y"), {0, 1}),
+        (EntryFilter(document="x"), {0}),
+        (EntryFilter(chunk="c0"), {0, 1}),
+        (EntryFilter(model="m"), {0, 2}),
+        (EntryFilter(model="m", tenant="b"), {2}),
+        (EntryFilter(tenant="nobody"), set()),
+        (EntryFilter(), {0, 1, 2, 3}),
     ):
         with opened(folder) as store:
             for token, origin in origins.items():
@@ -372,8 +372,8 @@ def test_what_was_deleted_is_not_stored_by_another_process_afterwards(folder):
     before = time.time()
     with opened(folder) as deleting, opened(folder) as late:
         deleting.delete(key(1))
-        deleting.purge(Where(document="d"))
-        deleting.purge(Where(tenant="t", chunk="c"))
+        deleting.purge(EntryFilter(document="d"))
+        deleting.purge(EntryFilter(tenant="t", chunk="c"))
         assert not late.put(key(1), kv(1, created=before))
         assert not late.put(key(2), kv(2, created=before, documents=("e", "d")))
         assert not late.put(key(3), kv(3, created=before, tenant="t", chunks=("b", "c")))
@@ -389,7 +389,7 @@ def test_what_could_not_be_deleted_since_the_tier_was_in_trouble_is_not_served_l
     with opened(folder) as store:
         store.put(key(1), kv(1, documents=("d",), created=time.time()))
         store.breaker.failed()
-        assert store.purge(Where(document="d")) == 0
+        assert store.purge(EntryFilter(document="d")) == 0
         store.breaker.succeeded()
         assert key(1) in store
         assert store.get(key(1), [1]) is None

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.store import key, kv, random_kv, same
 
-from chunkcache.kv import ChunkKV, Context, Origin
+from chunkcache.kv import ChunkKV, ContextAttention, Origin
 from chunkcache.kv.quantised import QuantisedLayer, dense
 from chunkcache.store.codec import find_codec
 from chunkcache.store.entry import MAGIC, PREAMBLE, DamagedError, Header, encode
 
 SECRET = b"of nobody's business"
-CONTEXT = Context(("a", "b"), (0.5, 0.25), 1.5, 0.1, 0.2, torch.arange(5, dtype=torch.float32))
+CONTEXT = ContextAttention(("a", "b"), (0.5, 0.25), 1.5, 0.1, 0.2, torch.arange(5, dtype=torch.float32))
 ORIGIN = Origin("model", "tenant", ("d1", "d2"), ("c1",), 1234.5, 0.25)
 
 

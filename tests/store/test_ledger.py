@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.store import key
 
 from chunkcache.errors import StoreURLError
-from chunkcache.store import EVERYTHING, Entry, Where
+from chunkcache.store import EVERYTHING, Entry, EntryFilter
 from chunkcache.store import ledger as module
 from chunkcache.store.ledger import Ledger
 
@@ -211,12 +211,12 @@ def test_entries_are_found_by_what_they_come_from():
         entry(3),
     )
     for where, found in (
-        (Where(model="m"), [1, 2]),
-        (Where(model="m", tenant="t"), [1]),
-        (Where(document="e"), [1]),
-        (Where(chunk="f"), [2]),
-        (Where(tenant=""), [2, 3]),
-        (Where(document="nothing"), []),
+        (EntryFilter(model="m"), [1, 2]),
+        (EntryFilter(model="m", tenant="t"), [1]),
+        (EntryFilter(document="e"), [1]),
+        (EntryFilter(chunk="f"), [2]),
+        (EntryFilter(tenant=""), [2, 3]),
+        (EntryFilter(document="nothing"), []),
         (EVERYTHING, [1, 2, 3]),
     ):
         assert tokens(known.key for known in ledger.entries(where)) == found
@@ -239,10 +239,10 @@ def test_what_was_deleted_is_buried_alone_or_with_all_that_agree():
     old, new = entry(1, created=now - 1, tenant="t", documents=("d", "e")), entry(1, created=now + 100)
     assert not ledger.buried(old)
     ledger.bury(key(2))
-    ledger.bury(Where(tenant="t", document="x"))
-    ledger.bury(Where(model="n"))
+    ledger.bury(EntryFilter(tenant="t", document="x"))
+    ledger.bury(EntryFilter(model="n"))
     assert not ledger.buried(old)
-    ledger.bury(Where(tenant="t", document="e"))
+    ledger.bury(EntryFilter(tenant="t", document="e"))
     assert ledger.buried(old)
     assert not ledger.buried(replace(old, tenant="u"))
     ledger.bury(key(1))
@@ -410,7 +410,7 @@ def test_two_ledgers_on_one_file_see_the_same(tmp_path):
     assert key(1) in other
     assert add(other, entry(3)) == []
     one.use(key(1))
-    assert list(one.entries(Where(model="nobody"))) == []  # which writes the use down
+    assert list(one.entries(EntryFilter(model="nobody"))) == []  # which writes the use down
     assert add(other, entry(4)) == [2]
     assert held(one) == [1, 3, 4]
     assert one.totals() == other.totals() == (3, 30)

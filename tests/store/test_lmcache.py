@@ -17,8 +17,8 @@ import torch
 from support.store import key, kv, random_kv, same
 
 from chunkcache.errors import EntryLostError
-from chunkcache.kv import label
-from chunkcache.store import LMCacheStore, Where, open_store
+from chunkcache.kv import hashed_label
+from chunkcache.store import EntryFilter, LMCacheStore, open_store
 from chunkcache.store.lmcache import HEAD
 from chunkcache.store.lmcache_manager import import_lmcache
 
@@ -211,13 +211,13 @@ def test_a_deletion_reaches_below_also_what_another_process_wrote(below, tmp_pat
 
 
 def test_purging_finds_what_another_process_wrote(below):
-    alice, bob = label("tenant", "alice"), label("tenant", "bob")
+    alice, bob = hashed_label("tenant", "alice"), hashed_label("tenant", "bob")
     with opened(below) as store:
         store.put(key(1), kv(1, tenant=alice))
         store.put(key(2), kv(2, tenant=bob))
     with opened(below) as store:
-        assert store.purge(Where(tenant=alice)) == 1
-        assert store.purge(Where(tenant=alice)) == 0
+        assert store.purge(EntryFilter(tenant=alice)) == 1
+        assert store.purge(EntryFilter(tenant=alice)) == 0
     with opened(below) as store:
         assert [e.tenant for e in store.entries()] == [bob]
         store.clear()
@@ -606,7 +606,7 @@ def test_the_salt_of_lmcache_is_the_tenant_of_the_store(inside):
     lmcache.empty_ram()
     assert lmcache.get(["chunk"], tensor) == [None]
     assert torch.equal(lmcache.get(["chunk"], tensor, "bob")[0], tensor + 1)
-    assert lmcache.chunkcache.purge(Where(tenant=label("tenant", "alice"))) == 1
+    assert lmcache.chunkcache.purge(EntryFilter(tenant=hashed_label("tenant", "alice"))) == 1
     assert lmcache.get(["chunk"], tensor, "alice") == [None]
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from chunkcache.errors import StoreURLError
-from chunkcache.kv import ChunkKey, label
-from chunkcache.store import MemoryStore, Where, open_store
+from chunkcache.kv import ChunkKey, hashed_label
+from chunkcache.store import EntryFilter, MemoryStore, open_store
 from chunkcache.store.lmcache_adapter import ChunkcacheConnector
 
 NAMES = ["some/model@01000100@0@" + "ab" * 32, "some/model@01000100@0@" + "cd" * 32 + "@alice"]
@@ -98,11 +98,11 @@ def test_deleting_says_what_was_there(connector):
 def test_entries_carry_the_tenant_and_show_no_name(connector):
     put(connector, NAMES, [b"a", b"b"])
     entries = list(connector.store.entries())
-    assert {e.tenant for e in entries} == {"", label("tenant", "alice")}
-    assert {e.model for e in entries} == {label("lmcache", "some/model")}
+    assert {e.tenant for e in entries} == {"", hashed_label("tenant", "alice")}
+    assert {e.model for e in entries} == {hashed_label("lmcache", "some/model")}
     assert "some/model" not in repr(entries)
     assert "alice" not in repr(entries)
-    assert connector.store.purge(Where(tenant=label("tenant", "alice"))) == 1
+    assert connector.store.purge(EntryFilter(tenant=hashed_label("tenant", "alice"))) == 1
     assert done(connector, connector.submit_batch_exists(NAMES)) == (True, "", [True, False])
 
 

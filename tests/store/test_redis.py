@@ -21,9 +21,9 @@ from support.redis import PEM, SLOTS, cluster, eventually, free_port, replicated
 from support.store import SIZE, key, kv, random_kv, same
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKV, label
+from chunkcache.kv import ChunkKV, hashed_label
 from chunkcache.kv.quantised import dense
-from chunkcache.store import TIERS, RedisStore, StoreStats, Where, open_store
+from chunkcache.store import TIERS, EntryFilter, RedisStore, StoreStats, open_store
 from chunkcache.store import redis as tier
 from chunkcache.store.redis_link import Link, linked
 
@@ -217,7 +217,9 @@ def test_listing_names_what_is_held_and_what_it_comes_from(server, store):
     server.client.set("chunkcache:{no-digest}:h", b"of somebody else")
     server.client.set("other", b"")
     assert {entry.key for entry in store.entries()} == {key(token) for token in range(70)}
-    assert {entry.key for entry in store.entries(Where(tenant="t1"))} == {key(token) for token in range(1, 70, 2)}
+    assert {entry.key for entry in store.entries(EntryFilter(tenant="t1"))} == {
+        key(token) for token in range(1, 70, 2)
+    }
     stats = store.stats()
     assert (stats.entries, stats.nbytes, stats.damaged) == (70, 70 * SIZE, 0)
 
@@ -232,8 +234,8 @@ def test_delete_leaves_no_value_and_says_whether_there_was_one(server, store):
 
 def test_purge_takes_what_agrees_and_no_more(server, store):
     for token in range(6):
-        store.put(key(token), kv(token, documents=(label("document", f"d{token % 3}"),)))
-    assert store.purge(Where(document=label("document", "d1"))) == 2
+        store.put(key(token), kv(token, documents=(hashed_label("document", f"d{token % 3}"),)))
+    assert store.purge(EntryFilter(document=hashed_label("document", "d1"))) == 2
     assert {entry.key for entry in store.entries()} == {key(token) for token in (0, 2, 3, 5)}
     store.clear()
     assert store.stats().entries == 0
@@ -253,7 +255,7 @@ def test_what_another_process_deleted_is_not_stored_again_from_before(server, op
 def test_what_another_process_purged_is_not_stored_again_from_before(server, open_at):
     deleting, store = open_at(server.url), open_at(server.url)
     before = time.time()
-    deleting.purge(Where(tenant="t"))
+    deleting.purge(EntryFilter(tenant="t"))
     assert not store.put(key(1), kv(1, created=before, tenant="t"))
     assert store.put(key(2), kv(2, created=before, tenant="u"))
     assert store.put(key(1), kv(1, created=time.time(), tenant="t"))
@@ -283,10 +285,12 @@ def test_a_deletion_that_cannot_be_read_covers_everything(server, store):
 
 def test_deletions_are_forgotten_in_the_end(server, store):
     store.delete(key(1))
-    store.purge(Where(tenant="t"))
+    store.purge(EntryFilter(tenant="t"))
     assert all(0 < server.client.ttl(name) <= tier.TOMB_S for name in names(server))
-    server.client.zadd("chunkcache:tombs", {json.dumps(asdict(Where(tenant="u"))): time.time() - 2 * tier.TOMB_S})
-    store.purge(Where(tenant="v"))
+    server.client.zadd(
+        "chunkcache:tombs", {json.dumps(asdict(EntryFilter(tenant="u"))): time.time() - 2 * tier.TOMB_S}
+    )
+    store.purge(EntryFilter(tenant="v"))
     assert server.client.zcard("chunkcache:tombs") == 2
 
 

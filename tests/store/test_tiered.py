@@ -17,7 +17,7 @@ from chunkcache.blend import Decoder
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.library.encoder import Encoder
 from chunkcache.library.library import ChunkLibrary
-from chunkcache.store import DeviceStore, DiskStore, MemoryStore, StoreStats, TieredStore, Where, open_store
+from chunkcache.store import DeviceStore, DiskStore, EntryFilter, MemoryStore, StoreStats, TieredStore, open_store
 
 
 @pytest.fixture
@@ -318,8 +318,8 @@ def test_deleting_reaches_every_tier(make):
     assert store.delete(key(2))
     assert held(memory) == held(disk) == [3]
     put_all(store, 4, documents=("d",), tenant="u")
-    assert store.purge(Where(tenant="t")) == 0
-    assert store.purge(Where(document="d")) == 4
+    assert store.purge(EntryFilter(tenant="t")) == 0
+    assert store.purge(EntryFilter(document="d")) == 4
     assert held(store) == list(store.entries()) == []
 
 
@@ -332,8 +332,8 @@ def test_what_is_deleted_while_it_waits_to_be_written_does_not_come_back(make):
         store.put(key(token), kv(token, documents=(f"d{token}",), tenant="t"))
     assert store.delete(key(0))
     assert store.delete(key(1))
-    assert store.purge(Where(document="d2")) == 1
-    assert store.purge(Where(tenant="t", document="d3")) == 1
+    assert store.purge(EntryFilter(document="d2")) == 1
+    assert store.purge(EntryFilter(tenant="t", document="d3")) == 1
     slow.go.set()
     store.flush()
     assert held(memory) == held(slow) == [4, 5]

@@ -11,7 +11,7 @@ from support.store import key, kv, open_tier, random_kv, same
 
 from chunkcache.errors import InputError
 from chunkcache.kv.quantised import dense
-from chunkcache.store import EVERYTHING, DiskStore, MemoryStore, TieredStore, Where, transfer
+from chunkcache.store import EVERYTHING, DiskStore, EntryFilter, MemoryStore, TieredStore, transfer
 from chunkcache.store.entry import encode
 from chunkcache.store.transfer import export_entries, import_entries
 
@@ -74,7 +74,7 @@ def test_only_what_is_asked_for_is_exported(tmp_path):
     store = open_tier("disk", tmp_path)
     store.put(key(1), kv(1, documents=("d",)))
     store.put(key(2), kv(2, documents=("e",)))
-    assert [name for name, _ in members_of(exported(store, Where(document="e"))[0])] == [f"{key(2).digest}.ckv"]
+    assert [name for name, _ in members_of(exported(store, EntryFilter(document="e"))[0])] == [f"{key(2).digest}.ckv"]
 
 
 class BackupStore(DiskStore):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chunkcache.errors import InputError, StoreURLError
 from chunkcache.store import TIERS, DiskStore, MemoryStore, TieredStore, open_store, parse_bytes
 from chunkcache.store import url as module
-from chunkcache.store.url import shown
+from chunkcache.store.url import redacted
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     ],
 )
 def test_what_is_shown_has_no_password(url, expected):
-    assert shown(url) == expected
+    assert redacted(url) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, self_check
-from chunkcache.kv import ChunkKV, Context
+from chunkcache.kv import ChunkKV, ContextAttention
 
 PREFIX = 6  # tokens of the prompt below: prefix, chunk, a gap, chunk, question
 CHUNKS = ((6, 36), (40, 70))
@@ -108,7 +108,7 @@ class Selective:
         self.logits = output.logits[0]
         self.rows = self.cache.rows
 
-    def _keep_layers(self, cache: FusedCache, contexts: dict[int, Context]) -> None:
+    def _keep_layers(self, cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
         self.layers = layers_of(cache)
 
     def _note_rows(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

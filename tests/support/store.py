@@ -22,8 +22,8 @@ SIZE = 2 * 2 * 4  # bytes of one token in `kv`
 LOCAL = ("device", "memory", "disk")
 
 
-def key(*token_ids, salt=""):
-    return ChunkKey.of("model", (), token_ids, salt)
+def key(*token_ids, tenant=""):
+    return ChunkKey.of("model", (), token_ids, tenant)
 
 
 def kv(*token_ids, fill=1.0, **origin):

@@ -19,9 +19,9 @@ import chunkcache
 from chunkcache import warm
 from chunkcache.cli import main as cli
 from chunkcache.errors import InputError, ModelNotFoundError
-from chunkcache.kv import label
+from chunkcache.kv import hashed_label
 from chunkcache.retriever import Chunk, load_documents, split
-from chunkcache.store import DiskStore, Where
+from chunkcache.store import DiskStore, EntryFilter
 from chunkcache.warm import Job, alone
 from chunkcache.warm import ray as warm_ray
 from chunkcache.warm.ray import on_ray
@@ -76,7 +76,7 @@ def pieces(job, docs):
 
 def entries(job, document=None):
     with DiskStore(job.store.removeprefix("disk://").partition("?")[0], sync="no") as store:
-        return list(store.entries(Where(document=label("document", document) if document else None)))
+        return list(store.entries(EntryFilter(document=hashed_label("document", document) if document else None)))
 
 
 def test_all_of_a_folder_is_stored_and_found_by_requests(job, docs):
@@ -126,10 +126,10 @@ def test_a_chunk_that_only_one_of_its_documents_loses_stays(job, docs):
     done = run(job, docs)
     assert done.chunks == len(pieces(job, docs)["bridge.md"]) + 1
     [entry] = entries(job, "keeper.md")
-    assert set(entry.documents) == {label("document", "ferry.md"), label("document", "keeper.md")}
+    assert set(entry.documents) == {hashed_label("document", "ferry.md"), hashed_label("document", "keeper.md")}
     write(docs, "keeper", "Now it says something else.")
     run(job, docs)
-    assert [e.documents for e in entries(job, "ferry.md")] == [(label("document", "ferry.md"),)]
+    assert [e.documents for e in entries(job, "ferry.md")] == [(hashed_label("document", "ferry.md"),)]
     assert len(entries(job, "keeper.md")) == 1
     assert run(job, docs).computed == 0
 
