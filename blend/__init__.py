@@ -11,7 +11,7 @@ from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
-from chunkcache.blend.plan import Plan, Segment
+from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.policy import parse_policy as _parse_policy
 from chunkcache.blend.prefill import SelectivePrefill
@@ -49,7 +49,6 @@ __all__ = [
     "FusedCache",
     "Plan",
     "Policy",
-    "Segment",
     "SelectivePrefill",
     "SelfCheck",
     "layer_kv",

@@ -18,9 +18,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
-from chunkcache.blend.plan import Plan, Segment
+from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
-from chunkcache.kv import Layer
+from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
 
 
@@ -30,41 +30,45 @@ def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def place(segment: Segment, layer: Layer, rotary: Rotary | None, target: Tensor) -> None:
-    """Write one layer of a segment's stored KV to its place, keys rotated to their positions.
+def _all_on(layers: Sequence[Layer], device: torch.device) -> bool:
+    return all((layer if isinstance(layer, Tensor) else layer.codes).device == device for layer in layers)
+
+
+def place(span: Span, layer: Layer, rotary: Rotary | None, target: Tensor) -> None:
+    """Write one layer of a span's stored KV to its place, keys rotated to their positions.
 
     Args:
-        segment: which tokens of the layer, and how far they moved.
+        span: which tokens of the layer, and how far they moved.
         layer: `[2, kv_heads, tokens, head_dim]`, whole.
         rotary: how its keys are rotated; None for not at all.
         target: `[2, kv_heads, length, head_dim]`.
     """
     if isinstance(layer, QuantisedLayer):
-        if rotary is not None and segment.first == 0 and target.dtype == torch.float32:
-            _place_scaled(segment, layer, rotary, target)
+        if rotary is not None and span.offset == 0 and target.dtype == torch.float32:
+            _place_scaled(span, layer, rotary, target)
             return
         layer = layer.dense()
-    stored = layer[:, :, segment.first : segment.first + segment.length]
+    stored = layer[:, :, span.offset : span.offset + len(span)]
     target[1].copy_(stored[1], non_blocking=True)
     if rotary is None:
         target[0].copy_(stored[0], non_blocking=True)
     else:
-        rotary.shift(stored[0], segment.delta, target[0])
+        rotary.shift(stored[0], span.delta, target[0])
 
 
-def _place_scaled(segment: Segment, layer: QuantisedLayer, rotary: Rotary, target: Tensor) -> None:
+def _place_scaled(span: Span, layer: QuantisedLayer, rotary: Rotary, target: Tensor) -> None:
     """Dequantise while placing: the keys in the pass that rotates them, group by group of tokens."""
-    target[1].copy_(layer.values()[:, : segment.length])
+    target[1].copy_(layer.values()[:, : len(span)])
     codes = layer.keys()
-    whole = segment.length // GROUP * GROUP
+    whole = len(span) // GROUP * GROUP
     scale, zero = layer.key_scale.float()[:, :, None], layer.key_zero.float()[:, :, None]
     if whole:
         keys, out = (part[:, :whole].view(len(part), -1, GROUP, part.shape[2]) for part in (codes, target[0]))
         groups = whole // GROUP
-        rotary.shift_scaled(keys, scale[:, :groups], zero[:, :groups], segment.delta, out)
-    if whole < segment.length:
-        rest, group = slice(whole, segment.length), whole // GROUP
-        rotary.shift_scaled(codes[:, rest], scale[:, group], zero[:, group], segment.delta, target[0][:, rest])
+        rotary.shift_scaled(keys, scale[:, :groups], zero[:, :groups], span.delta, out)
+    if whole < len(span):
+        rest, group = slice(whole, len(span)), whole // GROUP
+        rotary.shift_scaled(codes[:, rest], scale[:, group], zero[:, group], span.delta, target[0][:, rest])
 
 
 class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error
@@ -106,6 +110,7 @@ class FusedCache(DynamicCache):
         super().__init__(config=config)
         self.started = time.time()
         self._depth = depth
+        self._sources: list[Sequence[Layer]] | None = None
         self._loader: Loader | None = None
         self.load_s = 0.0
         self.plan = plan
@@ -163,15 +168,23 @@ class FusedCache(DynamicCache):
             started = time.perf_counter()
             _, kv_heads, _, head_dim = like.shape
             both = like.new_empty(2, kv_heads, len(self.plan), head_dim)
-            if self._loader is None:
-                self._loader = Loader([s.kv.layers for s in self.plan.segments], like.device, self._depth)
-            taken = self._loader.take(layer_idx)
+            layers = self._stored(layer_idx, like.device)
             self.wait_s += time.perf_counter() - started
-            for segment, layer in zip(self.plan.segments, taken, strict=True):
-                place(segment, layer, self._rotaries[layer_idx], both[:, :, segment.start : segment.end])
+            for span, layer in zip(self.plan.reused, layers, strict=True):
+                place(span, layer, self._rotaries[layer_idx], both[:, :, span.start : span.stop])
             self._assembled[layer_idx] = both
             self.assemble_s += time.perf_counter() - started
         return self._assembled[layer_idx]
+
+    def _stored(self, layer_idx: int, device: torch.device) -> Sequence[Layer]:
+        """Return layer `layer_idx` of each reused span; from a loader where they are not all on `device`."""
+        if self._sources is None:
+            self._sources = [span.kv.layers for span in self.plan.reused if span.kv is not None]
+            if not all(isinstance(layers, tuple) and _all_on(layers, device) for layers in self._sources):
+                self._loader = Loader(self._sources, device, self._depth)
+        if self._loader is not None:
+            return self._loader.take(layer_idx)
+        return [layers[layer_idx] for layers in self._sources]
 
     def probe(
         self, layer: Any, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -210,6 +223,7 @@ class FusedCache(DynamicCache):
     def start_over(self, plan: Plan) -> None:
         """Forget what was assembled and computed, and go on with another plan for the same prompt."""
         self.stop_loading()
+        self._sources = None
         self._assembled.clear()
         self.plan = plan
         self.computed_rows.clear()
@@ -221,6 +235,12 @@ class FusedCache(DynamicCache):
             self._loader.close()
             self.load_s += self._loader.busy_s
             self._loader = None
+
+    def copy_of(self, span: Span, context: ContextAttention | None = None) -> ChunkKV:
+        """Return a copy of the KV of a span, before sliding-window layers are trimmed; `context` as in `ChunkKV`."""
+        pairs = (layer_kv(self, index) for index in range(len(self.layers)))
+        layers = [torch.cat([part[:, :, span.start : span.stop] for part in pair]) for pair in pairs]
+        return ChunkKV.of(span.token_ids, span.start, layers, context, Origin(created=self.started))
 
     def drop_last(self) -> None:
         """Forget the last token, before sliding-window layers are trimmed."""

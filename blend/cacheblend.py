@@ -32,19 +32,23 @@ class CacheBlend(Policy):
 
     With `gradual` the tokens are filtered again further up: its shares, falling, are spread evenly over the layers
     from `layer` on, each chosen among the tokens that the one before kept. `ratio` is then their average.
-    With `ratio=auto` the loading controller sets the ratio of each request (`blend.controller`).
+    Without both, `ratio` is 0.15.
+    With `ratio=auto` the loading controller sets the ratio of each request (`engine.tuning`).
 
     Raises:
         PolicyError: an option is out of range, or `gradual` does not fall or does not average to `ratio`.
     """
 
     name = "cacheblend"
-    ratio: Share = RATIO
+    ratio: Share | None = None
     layer: int = 1
     score: str = "v"
     gradual: Schedule = ()
 
     def __post_init__(self) -> None:
+        if self.ratio is None:
+            ratio = round(sum(self.gradual) / len(self.gradual), 6) if self.gradual else RATIO
+            object.__setattr__(self, "ratio", ratio)
         check_share("ratio", self.ratio, "; the paper uses 0.15 to 0.18")
         if self.layer < 1:
             raise PolicyError(f"layer={self.layer} is below 1: stored KV of layer 0 never deviate")
@@ -56,9 +60,7 @@ class CacheBlend(Policy):
             raise PolicyError(f"gradual={self.gradual} rises: a token that was left out cannot come back")
         if self.gradual:
             average = sum(self.gradual) / len(self.gradual)
-            if self.ratio == RATIO:
-                object.__setattr__(self, "ratio", round(average, 6))
-            elif self.ratio == "auto" or not math.isclose(self.ratio, average, abs_tol=1e-3):
+            if self.ratio == "auto" or not math.isclose(self.ratio or 0.0, average, abs_tol=1e-3):
                 raise PolicyError(
                     f"gradual={self.gradual} averages to {average:.4g}, not to ratio={self.ratio}; leave one out"
                 )
@@ -75,7 +77,7 @@ class CacheBlend(Policy):
     def filter_rows(self, check: Check) -> Tensor:
         """Keep the tokens that deviate most, and all that are not reused."""
         ratio = self.gradual[self.filter_layers(check.layers).index(check.layer)] if self.gradual else self.ratio
-        if ratio == "auto":
+        if ratio is None or ratio == "auto":
             raise PolicyError("ratio=auto was not set by a loading controller before the prefill")
         fresh, stored = check.kv()
         part = SCORES[self.score]

@@ -15,10 +15,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from chunkcache.blend.plan import Plan, Segment
+from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Check, Policy, Share, check_share
 from chunkcache.errors import PolicyError
-from chunkcache.kv import ContextAttention, chunk_name
+from chunkcache.kv import ContextAttention, Span, chunk_name
 
 
 def context_impact(a: float, b: float) -> float:
@@ -117,13 +117,12 @@ class CacheCraft(Policy):
 
     def select(self, plan: Plan) -> Tensor:
         """Return the tokens that looked most beyond each chunk, as many as its CFO says."""
-        names = [chunk_name(plan.token_ids[start:end]) for start, end in plan.chunks]
+        names = [chunk_name(plan.token_ids[span.start : span.stop]) for span in plan.chunks]
         selected = [plan.inexact[:0]]
-        for segment in plan.segments:
-            if not segment.exact:
-                before = [name for name, (_, end) in zip(names, plan.chunks, strict=True) if end <= segment.start]
-                count = math.ceil(self.overhead(segment.kv.context, before) * segment.length)
-                selected.append(segment.start + _most_outside(segment)[:count].sort().values)
+        for index, span in enumerate(plan.chunks):
+            if span.kv is not None and not span.exact:
+                count = math.ceil(self.overhead(span.kv.context, names[:index]) * len(span))
+                selected.append(span.start + _most_outside(span, span.kv.context)[:count].sort().values)
         return torch.cat(selected)
 
     def filter_rows(self, check: Check) -> Tensor | None:
@@ -131,13 +130,13 @@ class CacheCraft(Policy):
         step = max(1, check.layers // 8)
         seen = torch.stack(list(check.attention)).cumsum(0)
         looks = [seen[check.layer - back * step - 1] for back in range(self.stable)]
-        by_chunk = [torch.stack([look[start:end].sum() for start, end in check.plan.chunks]) for look in looks]
+        by_chunk = [torch.stack([look[span.start : span.stop].sum() for span in check.plan.chunks]) for look in looks]
         sets = torch.stack([focused(attention, self.focus) for attention in by_chunk])
         if not bool((sets == sets[0]).all()):
             return None
         dropped = torch.zeros(len(check.plan), dtype=torch.bool, device=check.rows.device)
-        for kept, (start, end) in zip(sets[0].tolist(), check.plan.chunks, strict=True):
-            dropped[start:end] = not kept
+        for kept, span in zip(sets[0].tolist(), check.plan.chunks, strict=True):
+            dropped[span.start : span.stop] = not kept
         inexact = check.plan.inexact.to(check.rows.device)
         candidate = torch.zeros_like(dropped).index_fill_(0, inexact, True)
         return (~(dropped & candidate)[check.rows]).nonzero()[:, 0]
@@ -146,12 +145,11 @@ class CacheCraft(Policy):
 ALONE = ContextAttention((), (), intra=1.0, a=0.0, b=1.0, outside=torch.empty(0))
 
 
-def _most_outside(segment: Segment) -> Tensor:
-    """Return indices into the segment, the token that looked most beyond its chunk first.
+def _most_outside(span: Span, context: ContextAttention | None) -> Tensor:
+    """Return indices into the span, the token that looked most beyond its chunk first.
 
     Of a chunk that was computed alone nothing of the kind is known: its first tokens go first, as in `link`.
     """
-    context = segment.kv.context
     if context is None or len(context.outside) == 0:
-        return torch.arange(segment.length)
-    return context.outside[segment.first : segment.first + segment.length].argsort(descending=True, stable=True)
+        return torch.arange(len(span))
+    return context.outside[span.offset : span.offset + len(span)].argsort(descending=True, stable=True)

@@ -144,38 +144,39 @@ class Guarded:
     full: bool
 
 
-def rows_within_bound(
-    decoder: Decoder,
-    plan: Plan,
-    prompt: int,
-    cache: FusedCache,
-    policies: Sequence[Policy],
-    bound: float,
-    model: GuardModel,
-) -> tuple[Tensor, Guarded]:
-    """Recompute until the predicted KL is within `bound`.
+class GuardedSelection:
+    """Selects the rows of a guarded prefill (`select_rows`): recomputes until the predicted KL is within the bound.
 
     Args:
-        decoder: a decoder over the shadow that serves the request.
-        plan: what is reused.
-        prompt: tokens of the plan that are the prompt's; what stands behind them waits for the forward that follows.
-        cache: the request's cache, untouched so far.
-        policies: the steps, as for `guard_steps`.
-        bound: in nats.
         model: predicts.
+        bound: in nats.
 
-    Returns:
-        the positions `[rows]` that are still to be computed, by the forward that follows: those from the prompt's
-        last token on, whose logits are wanted, or all that is not exact; and what was done.
+    Attributes:
+        outcome: what was done; None before the prefill, and where nothing inexact was reused.
     """
-    passes = 0
-    with closing(guard_steps(decoder, plan, prompt, cache, policies)) as steps:
-        for step in steps:
-            predicted = model.predict(passes, step.signals, bound)
-            passes += 1
-            if predicted <= bound:
-                return torch.arange(prompt - 1, len(plan)), Guarded(bound, passes, predicted, full=False)
-    return torch.cat((plan.fresh, plan.inexact)).sort().values, Guarded(bound, passes, 0.0, full=True)
+
+    def __init__(self, model: GuardModel, bound: float) -> None:
+        self._model, self._bound = model, bound
+        self.outcome: Guarded | None = None
+
+    def __call__(self, decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCache, policy: Policy) -> Tensor:
+        """Return the positions `[rows]` that are still to be computed, by the forward that follows.
+
+        These are those from the prompt's last token on, whose logits are wanted, or all that is not exact. The
+        arguments are those of `select_rows`.
+        """
+        if not len(plan.inexact):
+            return plan.fresh
+        passes = 0
+        with closing(guard_steps(decoder, plan, prompt_tokens, cache, policy.escalation())) as steps:
+            for step in steps:
+                predicted = self._model.predict(passes, step.signals, self._bound)
+                passes += 1
+                if predicted <= self._bound:
+                    self.outcome = Guarded(self._bound, passes, predicted, full=False)
+                    return torch.arange(prompt_tokens - 1, len(plan))
+        self.outcome = Guarded(self._bound, passes, 0.0, full=True)
+        return torch.cat((plan.fresh, plan.inexact)).sort().values
 
 
 def guard_steps(

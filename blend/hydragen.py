@@ -216,7 +216,7 @@ def can_share(decoder: Decoder) -> bool:
     return off < TOLERANCE.get(decoder.dtype, HALF_TOLERANCE)
 
 
-def _shared_attention(
+def _shared_attention(  # noqa: PLR0913 - the signature of transformers' attention functions
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
@@ -32,6 +31,5 @@ class Link(Policy):
             raise PolicyError(f"k={self.k} is negative; link recomputes the first k tokens, 8 to 32 in the paper")
 
     def select(self, plan: Plan) -> Tensor:
-        """Return the first `k` positions of each segment that is not exact."""
-        heads = [torch.arange(s.start, min(s.start + self.k, s.end)) for s in plan.segments if not s.exact]
-        return torch.cat(heads) if heads else plan.inexact
+        """Return the first `k` positions of each span that is not exact."""
+        return plan.first_of_each(self.k)

@@ -1,13 +1,12 @@
-"""Layer-wise loading: while layer i computes, a thread loads layer i + 1 of every segment (CacheBlend, section 5.2).
+"""Layer-wise loading: while layer i computes, a thread loads layer i + 1 of every span (CacheBlend, section 5.2).
 
-Layers that are in memory on the model's device need no loading, and then there is no thread. Nor is there one where
-the model runs on the CPU and the layers come out of the page cache: a thread that only copies takes a core from the
-model, and its other cores wait for that one. The disk tier lets the system read ahead instead.
+Layers that are in memory on the model's device need no loader. Nor is there a thread where the model runs on the CPU
+and the layers come out of the page cache: a thread that only copies takes a core from the model, and its other cores
+wait for that one. The disk tier lets the system read ahead instead.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -18,20 +17,6 @@ import torch
 from chunkcache.kv import Layer, LazyLayers
 
 LEAST_DEPTH = 2  # layers loaded ahead where loading is the faster of the two: one is in use while the next arrives
-
-
-def preload_depth(layers: int, prefill_s: float, load_s: float) -> int:
-    """Return how many layers to load ahead so that computing is never held up (Cache-Craft's formula).
-
-    Args:
-        layers: number of layers of the model.
-        prefill_s: seconds to compute one layer.
-        load_s: seconds to load one layer; 0 if that is not known.
-    """
-    if load_s <= 0:
-        return LEAST_DEPTH
-    depth = math.ceil((layers - 1) * (1 - prefill_s / load_s) + 1)
-    return max(LEAST_DEPTH, min(layers, depth))
 
 
 class Loader:
@@ -89,8 +74,6 @@ class Loader:
         return layers
 
     def _worth_a_thread(self, source: Sequence[Layer]) -> bool:
-        if isinstance(source, tuple):
-            return not all(_on(layer, self._device) for layer in source)
         return self._device.type != "cpu" or not isinstance(source, LazyLayers) or source.waits
 
     def close(self) -> None:
@@ -125,8 +108,3 @@ class Loader:
 def _new_stream(device: torch.device) -> Any:
     stream: Any = torch.cuda.Stream
     return stream(device)
-
-
-def _on(layer: Layer, device: torch.device) -> bool:
-    held = layer.device if isinstance(layer, torch.Tensor) else layer.codes.device
-    return held == device

@@ -6,6 +6,7 @@ file; its fields are its options. `link:k=8` is parsed from nothing but those fi
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -125,9 +126,9 @@ class Policy(ABC):
         return f"{self.name}:{options}" if options else self.name
 
 
-def check_share(name: str, value: Share, hint: str = "") -> None:
+def check_share(name: str, value: Share | None, hint: str = "") -> None:
     """Raise PolicyError unless `value` is a share, 0 to 1, or "auto"."""
-    if value != "auto" and not 0 <= value <= 1:
+    if value != "auto" and not 0 <= (math.nan if value is None else value) <= 1:
         raise PolicyError(f"{name}={value} is not between 0 and 1{hint}")
 
 
@@ -148,13 +149,17 @@ def parse_policy(text: str | Policy, policies: Mapping[str, type[Policy]]) -> Po
     for part in re.split(r",(?=\s*[a-z_]+\s*=)", tail) if tail else []:
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if option not in known:
-            takes = ", ".join(f"{field}={_text(known[field].default)}" for field in known) or "no options"
+            takes = ", ".join(map(_example, known.values())) or "no options"
             raise PolicyError(f"policy {name!r} has no option {option!r}; it takes {takes} (in {text!r})")
         if not equals or option in options:
-            fault = "is given twice" if equals else f"needs a value, as in {option}={_text(known[option].default)}"
+            fault = "is given twice" if equals else f"needs a value, as in {_example(known[option])}"
             raise PolicyError(f"option {option!r} {fault} (in policy {text!r})")
         options[option] = _convert(known[option], value, text)
     return policy(**options)
+
+
+def _example(field: Field[Any]) -> str:
+    return field.name if field.default is None else f"{field.name}={_text(field.default)}"
 
 
 def _text(value: Any) -> str:
@@ -175,6 +180,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "float | None": (float, "float"),
     "str": (str, "str"),
     "Share": (_share, "float, nor auto"),
+    "Share | None": (_share, "float, nor auto"),
     "Schedule": (_schedule, "list of floats"),
 }  # by annotation, which a dataclass keeps as text
 

@@ -1,7 +1,7 @@
 """Selective prefill: the first forward of a fused cache computes only the rows a policy selects.
 
 It runs on a shadow of the model. The first forward that is handed the fused cache has its input cut to those
-rows, with their positions and a mask to match. For a policy with check layers, the rows are cut again at these
+rows, with their positions and a mask to match. For a policy with filter layers, the rows are cut again at these
 layers. Every later forward passes through untouched: the shadow then is the model.
 """
 
@@ -12,8 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +21,20 @@ from torch.utils.hooks import RemovableHandle
 from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
-from chunkcache.blend.guard import Guarded, GuardModel, rows_within_bound
+from chunkcache.blend.filtering import RowFilter
 from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.blend.plan import Plan
-from chunkcache.blend.policy import Check, Policy
-from chunkcache.blend.record import Recorder
+from chunkcache.blend.policy import Policy
 from chunkcache.blend.scout import scout
 from chunkcache.errors import CalibrationError, EntryLostError, PolicyError, PromptError
-from chunkcache.kv import ContextAttention
+from chunkcache.kv import ChunkKV, Span
+
+if TYPE_CHECKING:
+    from chunkcache.blend.guard import Guarded
+    from chunkcache.blend.record import Recorder
 
 logger = logging.getLogger("chunkcache")
-OnPrefilled = Callable[[FusedCache, dict[int, ContextAttention]], None]
+SelectRows = Callable[[Decoder, Plan, int, FusedCache, Policy], Tensor]
 
 
 class SelectivePrefill:
@@ -42,16 +44,17 @@ class SelectivePrefill:
         decoder: the model.
         plan: what is reused where.
         policy: what is recomputed.
-        on_prefilled: called with the cache when it is complete, before sliding-window layers are trimmed, and with
-            what each chunk that was computed whole looked at, by its start, if that is recorded.
-        record: whether it is.
-        guard: predicts the error of a policy that is guarded.
+        select: selects the rows; for a guarded policy a `GuardedSelection`.
         depth: layers that are loaded ahead of the one that is computed.
+        record: whether to record what each chunk that is computed whole looks at.
+        keep: says of which chunks a copy of the KV is wanted as they came out of the prefill; see `computed`.
+        trim: whether sliding-window layers forget at the end what lies before their window.
 
     Attributes:
         model: a shadow of the model, which serves this one prefill and what is decoded from it.
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
-        guarded: what the guard did, after the prefill of a guarded policy.
+        guarded: what a `GuardedSelection` did; None without one.
+        computed: KV of the chunks that were to be kept, by their position in the prompt.
         recompute_s: seconds in the decoder layers, without what the cache assembled and what selection took.
         head_s: seconds from the end of the last layer to the logits.
         reused_tokens: tokens that stored KV are put in place for.
@@ -59,7 +62,7 @@ class SelectivePrefill:
         lost: chunks whose stored KV proved damaged or gone during the prefill, and which it computed instead.
 
     Raises:
-        PolicyError: the policy has a check layer that the model has not.
+        PolicyError: the policy has a filter layer that the model has not.
     """
 
     def __init__(
@@ -67,37 +70,49 @@ class SelectivePrefill:
         decoder: Decoder,
         plan: Plan,
         policy: Policy,
-        on_prefilled: OnPrefilled | None = None,
-        record: bool = False,
-        guard: GuardModel | None = None,
+        *,
+        select: SelectRows | None = None,
         depth: int = LEAST_DEPTH,
+        record: bool = False,
+        keep: Callable[[Span], bool] | None = None,
+        trim: bool = True,
     ) -> None:
         count = len(decoder.layers)
         deepest = max((*policy.filter_layers(count), *policy.watched_layers(count)), default=0)
         if deepest >= count:
             raise PolicyError(
-                f"policy {policy} checks layer {deepest}, but the model has {count} layers, 0 to {count - 1}"
+                f"policy {policy} filters at layer {deepest}, but the model has {count} layers, 0 to {count - 1}"
             )
         self._decoder = decoder.shadow()
         self._policy = policy
-        self._on_prefilled = on_prefilled
-        self._record = record
-        self._guard = guard
-        self.guarded: Guarded | None = None
+        self._select: Any = select or select_rows
+        self._record, self._keep, self._trim = record, keep, trim
+        self._drop_last = False
         self._recorder: Recorder | None = None
         self._handles: list[RemovableHandle | Watch] = []
         self.model: Any = self._decoder.model
+        self.computed: dict[int, ChunkKV] = {}
         self.lost = 0
         self.recompute_s = self.head_s = 0.0
         self._count(plan)
         self.cache = FusedCache(decoder.config, plan, decoder.rotaries, depth)
-        self._prompt = len(plan)
+        self._prompt_tokens = len(plan)
         self._own_forward = self.model.__dict__.get("forward")
         self._forward = self.model.forward
         self.model.forward = functools.wraps(self._forward)(lambda *args, **kwargs: self._prefill(*args, **kwargs))
 
-    def run(self) -> Tensor:
-        """Prefill, and return the logits `[vocab]` of the next token."""
+    @property
+    def guarded(self) -> Guarded | None:
+        """The outcome of the guard."""
+        return getattr(self._select, "outcome", None)
+
+    def run(self, drop_last: bool = False) -> Tensor:
+        """Prefill, and return the logits `[vocab]` of the next token.
+
+        Args:
+            drop_last: leave the last token's KV out, for a `generate()` that starts with that token.
+        """
+        self._drop_last = drop_last
         ids = torch.tensor([self.cache.plan.token_ids])
         return self._decoder.prefill(ids, self.cache)[0]
 
@@ -109,7 +124,7 @@ class SelectivePrefill:
         """Stand in for the shadow's forward until it is handed the cache; compute what is selected then."""
         if kwargs.get("past_key_values") is not self.cache:
             return self._forward(*args, **kwargs)
-        self._give_forward_back()
+        self._restore_forward()
         input_ids = args[0] if args else kwargs["input_ids"]
         clock = _LayersClock(self._decoder.layers[-1])
         try:
@@ -130,7 +145,7 @@ class SelectivePrefill:
         self._finish()
         return output
 
-    def _give_forward_back(self) -> None:
+    def _restore_forward(self) -> None:
         """From here on, the shadow does what the model would."""
         if self._own_forward is not None:
             self.model.forward = self._own_forward
@@ -138,16 +153,19 @@ class SelectivePrefill:
             del self.model.forward
 
     def _cut(self, input_ids: Tensor) -> dict[str, Any]:
-        """Return the input of the forward that computes the selected rows only; hook what narrows and records it."""
+        """Return the input of the forward that computes the selected rows only; hook what filters and records it."""
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         policy, decoder = self._policy, self._decoder
-        rows = self._rows(plan, self._prompt)
+        rows = self._select(decoder, plan, self._prompt_tokens, self.cache, policy)
         self.cache.go_on_with(rows)
+        recording = False
         if self._record:
+            from chunkcache.blend.record import Recorder
+
             self._recorder = Recorder(decoder, plan, rows)
-        narrows = len(plan.inexact) > 0 and policy.filter_layers(len(decoder.layers))
-        if narrows and not (self._recorder and self._recorder.spans):  # a record needs its rows in every layer
-            self._handles += _Narrowing(decoder, policy, self.cache).hook()
+            recording = bool(self._recorder.spans)  # a record needs its rows in every layer
+        if len(plan.inexact) > 0 and not recording and policy.filter_layers(len(decoder.layers)):
+            self._handles += RowFilter(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
         return {
             "input_ids": input_ids.index_select(1, on_device),
@@ -156,40 +174,18 @@ class SelectivePrefill:
         }
 
     def _without_lost(self) -> Plan:
-        """Return the plan without the segments whose KV cannot be had; those of the others are all loaded now."""
+        """Return the plan without the KV that cannot be had; those of other spans are all loaded now."""
         plan = self.cache.plan
-        kept = []
-        for segment in plan.segments:
-            try:
-                kept.append(replace(segment, kv=segment.kv.loaded()))
-            except EntryLostError:
-                continue
-        self.lost += len(plan.segments) - len(kept)
-        return self._count(Plan.of(plan.token_ids, kept, plan.chunks))
-
-    def _rows(self, plan: Plan, prompt: int) -> Tensor:
-        """Return the sorted positions that the forward computes, `prompt` tokens being the prompt's own."""
-        policy, decoder = self._policy, self._decoder
-        bound = policy.guarded()
-        layers = policy.attention_layers(len(decoder.layers)) if len(plan.inexact) else ()
-        if layers and bound is not None:  # how far it is from the bound is to be seen in any case
-            if self._guard is None:
-                raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
-            rows, self.guarded = rows_within_bound(
-                decoder, plan, prompt, self.cache, policy.escalation(), bound, self._guard
-            )
-            return rows
-        with self.cache.selecting():
-            if layers and policy.wants_attention(plan):
-                selected = policy.select_by_attention(plan, scout(decoder, plan, self.cache, layers, policy.pool))
-            else:
-                selected = policy.select(plan)
-        return torch.cat((plan.fresh, selected)).sort().values
+        chunks = [_loaded(span) for span in plan.chunks]
+        prefix = None if plan.prefix is None else _loaded(plan.prefix)
+        shorter = Plan.of(plan.token_ids, chunks, None if prefix is None or prefix.kv is None else prefix)
+        self.lost += len(plan.reused) - len(shorter.reused)
+        return self._count(shorter)
 
     def _count(self, plan: Plan) -> Plan:
-        """Take note of how much `plan` reuses, and return it."""
-        self.reused_tokens = sum(segment.length for segment in plan.segments)
-        self.exact_tokens = sum(segment.length for segment in plan.segments if segment.exact)
+        """Count how much `plan` reuses, and return it."""
+        self.reused_tokens = sum(map(len, plan.reused))
+        self.exact_tokens = sum(len(span) for span in plan.reused if span.exact)
         return plan
 
     def _remove_hooks(self) -> None:
@@ -200,12 +196,50 @@ class SelectivePrefill:
             self._recorder.remove()
 
     def _finish(self) -> None:
-        """Make the cache an ordinary one."""
-        self.cache.prefilled = True
-        if self._on_prefilled is not None:
-            self._on_prefilled(self.cache, {} if self._recorder is None else self._recorder.contexts())
-        self.cache.trim()
-        self.cache.plan = Plan(self.cache.plan.token_ids)  # lets go of the stored KV
+        """Make the cache an ordinary one, and keep copies of the chunks that are wanted."""
+        cache = self.cache
+        cache.prefilled = True
+        if self._keep is not None:
+            contexts = {} if self._recorder is None else self._recorder.contexts()
+            kept = [span for span in cache.plan.chunks if self._keep(span)]
+            self.computed = {span.start: cache.copy_of(span, contexts.get(span.start)) for span in kept}
+        if self._drop_last:
+            cache.drop_last()
+        if self._trim:
+            cache.trim()
+        cache.plan = Plan(cache.plan.token_ids)  # lets go of the stored KV
+
+
+def select_rows(decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCache, policy: Policy) -> Tensor:
+    """Return the sorted positions `[rows]` that a prefill computes: what is not reused, and what `policy` selects.
+
+    Args:
+        decoder: a decoder over the shadow that serves the request.
+        plan: what is reused.
+        prompt_tokens: tokens of the plan that are the prompt's; candidates of assisted generation may stand behind.
+        cache: the request's cache, untouched so far.
+        policy: selects.
+
+    Raises:
+        CalibrationError: the policy is guarded, and no guard was given to the prefill.
+    """
+    layers = policy.attention_layers(len(decoder.layers)) if len(plan.inexact) else ()
+    if layers and policy.guarded() is not None:
+        raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
+    with cache.selecting():
+        if layers and policy.wants_attention(plan):
+            selected = policy.select_by_attention(plan, scout(decoder, plan, cache, layers, policy.pool))
+        else:
+            selected = policy.select(plan)
+    return torch.cat((plan.fresh, selected)).sort().values
+
+
+def _loaded(span: Span) -> Span:
+    """Return the span with all layers in memory, or without KV where one is lost."""
+    try:
+        return span if span.kv is None else replace(span, kv=span.kv.loaded())
+    except EntryLostError:
+        return replace(span, kv=None, exact=False)
 
 
 def _extended(plan: Plan, input_ids: Tensor) -> Plan:
@@ -216,7 +250,7 @@ def _extended(plan: Plan, input_ids: Tensor) -> Plan:
             f"the model was given input of shape {tuple(input_ids.shape)} where the plan has one sequence of "
             f"{len(plan)} tokens; prefill the cache first and pass it on to this mode of generate()"
         )
-    return plan if len(ids) == len(plan) else Plan.of(ids, plan.segments, plan.chunks)
+    return plan if len(ids) == len(plan) else Plan.of(ids, plan.chunks, plan.prefix)
 
 
 class _LayersClock:
@@ -228,65 +262,3 @@ class _LayersClock:
 
     def _note(self, *_: Any) -> None:
         self.done = time.perf_counter()
-
-
-class _Narrowing:
-    """Hooks that cut the rows again at a policy's check layers, and in every layer above."""
-
-    def __init__(self, decoder: Decoder, policy: Policy, cache: FusedCache) -> None:
-        self._decoder = decoder
-        self._policy = policy
-        self._cache = cache
-        self._checks = frozenset(policy.filter_layers(len(decoder.layers)))
-        self._attention: list[Tensor] = []
-        self._kept: Tensor | None = None  # indices into the rows that the model started with
-        self._masks: Any = None
-
-    def hook(self) -> list[RemovableHandle | Watch]:
-        """Register on every layer from the first check layer on, and where the question is watched."""
-        handles: list[RemovableHandle | Watch] = [
-            layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
-            for index, layer in enumerate(self._decoder.layers)
-            if index >= min(self._checks)
-        ]
-        question = len(self._cache.plan) - self._cache.plan.end
-        for index in self._policy.watched_layers(len(self._decoder.layers)):
-            handles.append(Watch(self._decoder.attentions[index], question, self._see))
-        return handles
-
-    def _see(self, weights: Tensor, first: int) -> None:
-        self._attention.append(self._policy.pool(weights.float()))
-
-    def _before_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._kept is not None:  # the model's own loop still passes what fits the rows it started with
-            kwargs = self._cut(index, kwargs, self._kept)
-        if index in self._checks:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            kv = partial(self._cache.probe, layer, index, args, kwargs)
-            rows = self._cache.rows_on(hidden.device)
-            check = Check(self._cache.plan, index, len(self._decoder.layers), rows, self._attention, kv)
-            with self._cache.selecting():
-                keep = self._policy.filter_rows(check)
-            if keep is not None:
-                self._kept = keep if self._kept is None else self._kept[keep]
-                self._cache.go_on_with(self._cache.rows[keep.cpu()])
-                self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
-                kwargs = self._cut(index, kwargs, keep)
-                hidden = hidden.index_select(1, keep)
-                if "hidden_states" in kwargs:
-                    kwargs["hidden_states"] = hidden
-                else:
-                    args = (hidden, *args[1:])
-        return args, kwargs
-
-    def _cut(self, index: int, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-        cos, sin = kwargs["position_embeddings"]
-        keep = keep.to(cos.device)
-        return {
-            **kwargs,
-            "position_embeddings": (cos.index_select(1, keep), sin.index_select(1, keep)),
-            "position_ids": self._cache.rows_on(cos.device)[None],
-            "attention_mask": self._decoder.mask(index, self._masks),
-        }

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from chunkcache.blend.link import Link
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy, Share, check_share
 from chunkcache.errors import PolicyError
@@ -80,7 +79,7 @@ class Query(Policy):
 
     def select(self, plan: Plan) -> Tensor:
         """Return what `link` would: there is nothing to look at."""
-        return Link(self.k).select(plan)
+        return plan.first_of_each(self.k)
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first `k` of each chunk."""

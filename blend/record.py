@@ -13,7 +13,7 @@ from torch import Tensor
 from chunkcache.blend.attention import BLOCK_ROWS, Watch
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
-from chunkcache.kv import ContextAttention, chunk_name
+from chunkcache.kv import ContextAttention, Span, chunk_name
 
 
 class Recorder:
@@ -21,22 +21,21 @@ class Recorder:
 
     Args:
         decoder: a decoder over the shadow that runs the prefill.
-        plan: what is reused. Chunks of the plan that no segment covers are recorded.
+        plan: what is reused. Chunks of the plan that no KV were found for are recorded.
         rows: sorted positions `[rows]` that are computed, the recorded chunks among them, in all layers.
     """
 
     def __init__(self, decoder: Decoder, plan: Plan, rows: Tensor) -> None:
-        covered = {segment.start for segment in plan.segments}
         self._plan = plan
-        self.spans = [span for span in plan.chunks if span[0] not in covered]
+        self.spans = [span for span in plan.chunks if span.kv is None]
         self._watches: list[Watch] = []
         if not self.spans:
             return
-        rows = rows[rows >= self.spans[0][0]]
+        rows = rows[rows >= self.spans[0].start]
         onto = torch.zeros(len(plan), len(plan.chunks) + 1)
-        for index, (start, end) in enumerate(plan.chunks):
-            onto[start:end, index] = 1
-        onto[1 : plan.chunks[0][0], -1] = 1  # the prefix, but for the first token: every token looks there
+        for index, span in enumerate(plan.chunks):
+            onto[span.start : span.stop, index] = 1
+        onto[1 : plan.chunks[0].start, -1] = 1  # the prefix, but for the first token: every token looks there
         self._rows = rows
         self._on_device = rows.to(decoder.device)
         self._onto = onto.to(decoder.device)
@@ -52,8 +51,8 @@ class Recorder:
 
     def contexts(self) -> dict[int, ContextAttention]:
         """Return what each recorded chunk looked at, by its start."""
-        names = [chunk_name(self._plan.token_ids[start:end]) for start, end in self._plan.chunks]
-        return {start: self._context(start, end, names) for start, end in self.spans}
+        names = [chunk_name(self._plan.token_ids[span.start : span.stop]) for span in self._plan.chunks]
+        return {span.start: self._context(span, names) for span in self.spans}
 
     def _see(self, weights: Tensor, first: int) -> None:
         mean = weights.float().mean(0)
@@ -63,19 +62,18 @@ class Recorder:
         own = mean.gather(1, self._on_device[block].to(mean.device)[:, None])[:, 0]
         self._own[block] += own.to(self._own.device)
 
-    def _context(self, start: int, end: int, names: Sequence[str]) -> ContextAttention:
-        index = self._plan.chunks.index((start, end))
-        inside = (self._rows >= start) & (self._rows < end)
+    def _context(self, span: Span, names: Sequence[str]) -> ContextAttention:
+        index = self._plan.chunks.index(span)
+        inside = (self._rows >= span.start) & (self._rows < span.stop)
         seen = self._seen.cpu()[inside] / self._layers
         own = self._own.cpu()[inside] / self._layers
-        lengths = [after - before for before, after in self._plan.chunks]
         inter = seen[:, :index].sum(0).tolist()
         intra = float((seen[:, index] - own).sum())
         return ContextAttention(
             chunks=tuple(names[:index]),
             inter=tuple(inter),
             intra=intra,
-            a=sum(total / (end - start) / length for total, length in zip(inter, lengths, strict=False)),
-            b=intra / (end - start) ** 2,
+            a=sum(total / len(span) / len(other) for total, other in zip(inter, self._plan.chunks, strict=False)),
+            b=intra / len(span) ** 2,
             outside=seen[:, :index].sum(1) if index else seen[:, -1],
         )

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from chunkcache.blend.cache import FusedCache, layer_kv
+from chunkcache.blend.cache import layer_kv
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.decoder import Decoder
-from chunkcache.blend.plan import Plan, Segment
+from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.prefill import SelectivePrefill
 from chunkcache.blend.prefix import Prefix
 from chunkcache.blend.reuse import Reuse
 from chunkcache.errors import SelfCheckError, UnsupportedModelError
-from chunkcache.kv import ChunkKV, ContextAttention
+from chunkcache.kv import ChunkKV, Span
 
 TOKENS = 24
 DELTA = 37
@@ -131,19 +131,15 @@ def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
     logits_errors: list[float] = []
     cache_errors: list[float] = []
 
-    def compare(fused: FusedCache, _: dict[int, ContextAttention]) -> None:
-        for index in range(len(own.layers)):
-            pairs = zip(layer_kv(fused, index), layer_kv(own, index), strict=True)
-            cache_errors.extend(_error(value, wanted) for value, wanted in pairs)
-
     trials: list[tuple[Policy, list[Tensor]]] = [(Prefix(), wrong), (Reuse(), right)]
     if len(decoder.layers) > 1:
         trials.append((CacheBlend(ratio=0.5), right))
     for policy, stored in trials:
         token_ids = ids[0].tolist()
-        segment = Segment(4, ChunkKV.of(token_ids, 0, stored), 4, TOKENS - 8)
+        span = Span(4, TOKENS - 4, tuple(token_ids), 4, ChunkKV.of(token_ids, 0, stored))
         try:
-            fused_logits = SelectivePrefill(decoder, Plan.of(token_ids, [segment]), policy, compare).run()
+            prefill = SelectivePrefill(decoder, Plan.of(token_ids, [span]), policy, trim=False)
+            fused_logits = prefill.run()
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -152,6 +148,9 @@ def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
                 f"({type(error).__name__}: {error}); its KV cannot be reused"
             ) from error
         logits_errors.append(_error(fused_logits, logits))
+        for index in range(len(own.layers)):
+            pairs = zip(layer_kv(prefill.cache, index), layer_kv(own, index), strict=True)
+            cache_errors.extend(_error(value, wanted) for value, wanted in pairs)
     return _worst(logits_errors), _worst(cache_errors)
 
 

@@ -16,13 +16,16 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chunkcache.blend import Policy
     from chunkcache.corpus import Corpus
     from chunkcache.engine.batch import Batch
+    from chunkcache.engine.chunks import PrecomputeResult
     from chunkcache.engine.conversation import Conversation
-    from chunkcache.engine.generation import Generation, TextStream
+    from chunkcache.engine.engine import PrefillOutput
+    from chunkcache.engine.generation import Generation
     from chunkcache.engine.grouping import Request
-    from chunkcache.engine.precompute import PrecomputeResult
     from chunkcache.engine.stats import RequestStats
+    from chunkcache.engine.streaming import TextStream
     from chunkcache.errors import (
         CalibrationError,
         ChunkCacheError,
@@ -40,12 +43,33 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         UnsupportedModelError,
     )
-    from chunkcache.llm import CachedLLM, PrefillOutput, wrap
+    from chunkcache.llm import CachedLLM, wrap
     from chunkcache.models import load_model
-    from chunkcache.prompt.builder import PromptChunk
+    from chunkcache.prompt import PromptChunk
+    from chunkcache.retriever import Retriever, load_documents
     from chunkcache.store import Store, open_store
 
 __version__ = _version("chunkcache")
+
+_MODULES = {
+    "blend": ("Policy",),
+    "corpus": ("Corpus",),
+    "engine.batch": ("Batch",),
+    "engine.chunks": ("PrecomputeResult",),
+    "engine.conversation": ("Conversation",),
+    "engine.engine": ("PrefillOutput",),
+    "engine.generation": ("Generation",),
+    "engine.grouping": ("Request",),
+    "engine.stats": ("RequestStats",),
+    "engine.streaming": ("TextStream",),
+    "llm": ("CachedLLM", "wrap"),
+    "models": ("load_model",),
+    "prompt": ("PromptChunk",),
+    "retriever": ("Retriever", "load_documents"),
+    "store": ("Store", "open_store"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_RENAMED = {"Passage": "PromptChunk", "Precomputed": "PrecomputeResult", "Prefilled": "PrefillOutput"}
 
 __all__ = [
     "Batch",
@@ -61,6 +85,7 @@ __all__ = [
     "InputError",
     "ModelNotFoundError",
     "PeerError",
+    "Policy",
     "PolicyError",
     "PrecomputeResult",
     "PrefillOutput",
@@ -69,6 +94,7 @@ __all__ = [
     "Request",
     "RequestStats",
     "ResultsError",
+    "Retriever",
     "SelfCheckError",
     "Store",
     "StoreURLError",
@@ -76,31 +102,22 @@ __all__ = [
     "TokenizerMismatchError",
     "UnsupportedModelError",
     "__version__",
+    "load_documents",
     "load_model",
     "open_store",
     "wrap",
 ]
 
-_HOMES = {
-    "corpus": ("Corpus",),
-    "engine.batch": ("Batch",),
-    "engine.conversation": ("Conversation",),
-    "engine.generation": ("Generation", "TextStream"),
-    "engine.grouping": ("Request",),
-    "engine.precompute": ("PrecomputeResult",),
-    "engine.stats": ("RequestStats",),
-    "llm": ("CachedLLM", "PrefillOutput", "wrap"),
-    "models": ("load_model",),
-    "prompt.builder": ("PromptChunk",),
-    "store": ("Store", "open_store"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        from chunkcache.deprecated import warn_renamed
+
+        warn_renamed(f"chunkcache.{name}", f"chunkcache.{_RENAMED[name]}")
+        name = _RENAMED[name]
     if name not in __all__:
         raise AttributeError(f"module 'chunkcache' has no attribute {name!r}")
-    return getattr(import_module(f"chunkcache.{_HOME_OF.get(name, 'errors')}"), name)
+    return getattr(import_module(f"chunkcache.{_MODULE_OF.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:

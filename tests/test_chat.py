@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
 
-from chunkcache.errors import PromptError
+from chunkcache.errors import InputError, PromptError
 from chunkcache.kv import chunk_name
 from chunkcache.prompt.builder import PromptChunk
 from chunkcache.store.memory import MemoryStore
@@ -32,7 +32,7 @@ each_message = pytest.mark.parametrize("messages", MESSAGES.values(), ids=MESSAG
 
 def logits(llm, messages, policy):
     """Return the next token's logits `[vocab]`, and what the request did."""
-    prefilled = llm.prefill_prompt(llm.chat_prompt(messages), llm.resolve_policy(policy), 0.0)
+    prefilled = llm.engine.prefill(llm.engine.prepare(lambda: llm.chat_prompt(messages), policy))
     return prefilled.logits, prefilled.stats
 
 
@@ -61,7 +61,7 @@ def test_chunks_are_reused_wherever_they_stand(messages):
 @each_message
 def test_prefix_reuses_what_stood_behind_the_same_tokens(messages):
     llm = wrapped()
-    llm.know(TEXTS)
+    llm.register(TEXTS)
     full, _ = logits(llm, messages, "full")
     logits(llm, messages, "prefix")
     again, stats = logits(llm, messages, "prefix")
@@ -85,7 +85,7 @@ def test_passages_are_answered_like_chunks():
 
 def test_a_known_text_that_is_not_stored_is_computed_and_then_reused():
     llm = wrapped()
-    llm.know(TEXTS)
+    llm.register(TEXTS)
     first, second = (llm.chat(LISTED, max_new_tokens=8) for _ in range(2))
     assert (first.stats.misses, second.stats.hits) == (3, 3)
     assert first.token_ids == second.token_ids
@@ -138,14 +138,14 @@ def test_what_is_forgotten_is_no_longer_found(how):
     if how == "update":
         llm.update_document("a", ["Another text, long enough to be found in a message."])
     else:
-        llm.forget(**{"text": {"texts": [TEXTS[0]]}, "document": {"document": "a"}, "all": {}}[how])
+        llm.delete(**{"text": {"texts": [TEXTS[0]]}, "document": {"document": "a"}, "all": {"tenant": True}}[how])
     stats = llm.chat(LISTED, max_new_tokens=2).stats
     assert stats.chunks == (0 if how == "all" else 2)
 
 
 def test_bad_options_and_messages_are_refused():
     llm = wrapped()
-    with pytest.raises(PromptError, match="num_return_sequences"):
+    with pytest.raises(InputError, match="num_return_sequences"):
         llm.chat(LISTED, num_return_sequences=2)
     with pytest.raises(PromptError, match="no text"):
         llm.chat_stream([])
@@ -154,11 +154,11 @@ def test_bad_options_and_messages_are_refused():
 @pytest.mark.parametrize("policy", ["prefix", "cachecraft:alpha=0.3", "query"])
 def test_a_chunk_that_stands_in_part_is_forgotten_with_its_document(policy):
     llm = wrapped(policy=policy)
-    llm.know(TEXTS, documents=["d"] * 3)
+    llm.register(TEXTS, documents=["d"] * 3)
     llm.chat([{"role": "user", "content": f"Context: {TEXTS[0]} and {TEXTS[1]} {QUESTION}"}], max_new_tokens=2)
     chunks = [entry for entry in llm.store.entries() if entry.documents]
     assert len(chunks) >= 2
-    llm.forget(document="d")
+    llm.delete(document="d")
     names = {chunk_name(llm.prompts.chunk(text)) for text in TEXTS}
     assert not [entry for entry in llm.store.entries() if names & set(entry.chunks) or entry.documents]
 

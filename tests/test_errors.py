@@ -68,7 +68,7 @@ MISUSES = {
     "empty question": (PromptError, ["''", "pass"], lambda llm: llm.generate("", TEXTS)),
     "blank question": (PromptError, [r"' \n'", "pass"], lambda llm: llm.prefill(" \n", TEXTS)),
     "several questions": (PromptError, ["list", "call again"], lambda llm: llm.generate(["a", "b"], TEXTS)),
-    "no question": (PromptError, ["NoneType", "pass one string"], lambda llm: llm.inputs(None, TEXTS)),
+    "no question": (PromptError, ["NoneType", "pass one string"], lambda llm: llm.prepare_inputs(None, TEXTS)),
     "empty chunk": (
         PromptError,
         ["a chunk is empty", "text in it"],
@@ -92,26 +92,26 @@ MISUSES = {
     "value out of range": (
         PolicyError,
         ["1.5", "between 0 and 1"],
-        lambda llm: llm.inputs(QUESTION, TEXTS, policy="cacheblend:ratio=1.5"),
+        lambda llm: llm.prepare_inputs(QUESTION, TEXTS, policy="cacheblend:ratio=1.5"),
     ),
     "several answers": (
-        PromptError,
+        InputError,
         ["num_return_sequences=2", "once for each"],
         lambda llm: llm.generate(QUESTION, num_return_sequences=2),
     ),
     "own cache": (
-        PromptError,
-        ["past_key_values", "llm.inputs"],
+        InputError,
+        ["past_key_values", "llm.prepare_inputs"],
         lambda llm: llm.generate(QUESTION, past_key_values=None),
     ),
-    "own ids": (PromptError, ["input_ids", "llm.inputs"], lambda llm: llm.stream(QUESTION, input_ids=[[1]])),
+    "own ids": (InputError, ["input_ids", "llm.prepare_inputs"], lambda llm: llm.stream(QUESTION, input_ids=[[1]])),
     "no cache": (
-        PromptError,
+        InputError,
         ["use_cache=False", "leave it out"],
         lambda llm: llm.generate(QUESTION, use_cache=False),
     ),
     "chunked prefill": (
-        PromptError,
+        InputError,
         ["prefill_chunk_size", "leave it out"],
         lambda llm: llm.generate(QUESTION, prefill_chunk_size=7),
     ),
@@ -131,7 +131,7 @@ def test_misuse_is_named_with_the_way_out(misuse):
 def test_a_generation_config_is_checked_like_keywords(config):
     generation_config = copy.deepcopy(tiny_model().generation_config)
     generation_config.update(**config)
-    with pytest.raises(PromptError, match=next(iter(config))):
+    with pytest.raises(InputError, match=next(iter(config))):
         wrapped().generate(QUESTION, TEXTS, generation_config=generation_config)
 
 

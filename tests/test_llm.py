@@ -145,7 +145,7 @@ def test_all_ways_to_run_a_request_agree(name, policy):
     assert stream.result.token_ids == out.token_ids
     pre = llm.prefill(QUESTION, TEXTS)
     assert int(pre.logits.argmax()) == out.token_ids[0]
-    inputs = llm.inputs(QUESTION, TEXTS)
+    inputs = llm.prepare_inputs(QUESTION, TEXTS)
     assert inputs["input_ids"].tolist() == pre.input_ids.tolist()
     assert new_ids(model.generate(**inputs, **GREEDY), inputs) == out.token_ids
 
@@ -160,16 +160,16 @@ def test_a_prefilled_cache_goes_on_like_the_models_own(name):
     pre = wrapped(model).prefill(QUESTION, TEXTS, policy="prefix")
     tokens = torch.tensor([[40, 41, 42]])
     with torch.no_grad():
-        logits = model(input_ids=tokens, past_key_values=pre.cache).logits[0, -1]
+        logits = model(input_ids=tokens, past_key_values=pre.past_key_values).logits[0, -1]
     assert_close(logits, own_logits(model, torch.cat((pre.input_ids, tokens), dim=1)))
-    assert pre.cache.get_seq_length() == pre.input_ids.shape[1] + 3
+    assert pre.past_key_values.get_seq_length() == pre.input_ids.shape[1] + 3
 
 
 def test_inputs_serve_plain_sampling():
     model = tiny_model()
     llm = wrapped(model)
     expected = plain(model, prompt_ids(llm), seed=5, do_sample=True, temperature=0.9)
-    inputs = llm.inputs(QUESTION, TEXTS, policy="full")
+    inputs = llm.prepare_inputs(QUESTION, TEXTS, policy="full")
     torch.manual_seed(5)
     output = model.generate(**inputs, do_sample=True, temperature=0.9, max_new_tokens=8, num_beams=1)
     assert new_ids(output, inputs) == expected
@@ -207,7 +207,7 @@ def test_duplicate_chunks_are_served():
 def test_bfloat16_works():
     model = tiny_model(dtype=torch.bfloat16)
     pre = wrapped(model).prefill(QUESTION, ONE)
-    assert pre.logits.dtype == pre.cache.layers[0].keys.dtype == torch.bfloat16
+    assert pre.logits.dtype == pre.past_key_values.layers[0].keys.dtype == torch.bfloat16
     torch.testing.assert_close(pre.logits, own_logits(model, pre.input_ids), atol=0.3, rtol=0.1)
 
 
@@ -393,7 +393,7 @@ CALLS = {
     "beams": lambda llm, **options: llm.generate(QUESTION, TEXTS, max_new_tokens=3, num_beams=2, **options),
     "stream": lambda llm, **options: list(llm.stream(QUESTION, TEXTS, max_new_tokens=3, **options)),
     "prefill": lambda llm: llm.prefill(QUESTION, TEXTS),
-    "inputs": lambda llm: llm.inputs(QUESTION, TEXTS),
+    "inputs": lambda llm: llm.prepare_inputs(QUESTION, TEXTS),
     "precompute": lambda llm: llm.precompute(TEXTS),
 }
 POLICIES = list(blend.POLICIES)
@@ -594,7 +594,7 @@ def test_no_text_id_or_salt_is_logged_or_used_as_a_key(caplog):
     key, chunk = next(iter(held(llm.store))), llm.prompts.chunk(TEXTS[0])
     llm.store.put(key, ChunkKV.of(chunk, 0, [torch.zeros(2, 2, 1, 16)]))
     assert llm.store.get(key, chunk[1:]) is None
-    with llm:
+    with llm.attached():
         llm.model.generate(prompt_ids(llm), pad_token_id=3, **GREEDY)
     assert len(caplog.records) >= 2  # a refused and a mismatching entry
     said = caplog.text + repr([record.__dict__ for record in caplog.records]) + repr(list(llm.store.entries()))

@@ -138,7 +138,7 @@ def test_chunks_are_found_in_an_ordinary_prompt(llm):
     inputs = llm.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    with llm:
+    with llm.attached():
         output = llm.model.generate(**inputs, **GREEDY)
     assert fact in llm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert llm.last_stats.hits == 2

@@ -1,4 +1,4 @@
-"""The true drop-in: an unchanged `model.generate(input_ids)` whose prompt holds known chunks reuses their KV.
+"""Patches `model.generate`, so that a call whose prompt holds known chunks reuses their KV.
 
 While attached, the model instance has a `generate` of ours in front of its own. A call it cannot help (a
 batch, beams, a cache of the caller's, nothing found) goes straight through.
@@ -12,32 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkcache.blend import Decoder, Plan, Policy, Segment, SelectivePrefill
+from chunkcache.blend import Plan, SelectivePrefill
+from chunkcache.engine.engine import Engine
 from chunkcache.engine.generation import is_assisted, needs_finished_cache, setting
 from chunkcache.engine.stats import RequestStats
-from chunkcache.engine.tuning import Tuning
-from chunkcache.library.library import ChunkLibrary
 
 
 class Attachment:
     """Puts a chunk-reusing `generate` in front of a model's own, and takes it away again.
 
+    Args:
+        engine: serves the model.
+
     Attributes:
+        active: whether it is attached.
         last_stats: what the last call did; a call that went straight through counts as a fallback.
     """
 
-    def __init__(self, decoder: Decoder, library: ChunkLibrary, tuning: Tuning, policy: Policy) -> None:
-        self._decoder = decoder
-        self._library = library
-        self._tuning = tuning
-        self._policy = policy
-        self._attached = False
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._decoder = engine.decoder
+        self.active = False
         self._shadowed: Any = None  # another instance-level generate, if there was one
         self.last_stats: RequestStats | None = None
 
     def attach(self) -> None:
         """Start; does nothing if it is attached already."""
-        if self._attached:
+        if self.active:
             return
         model = self._decoder.model
         self._shadowed = model.__dict__.get("generate")
@@ -45,19 +46,19 @@ class Attachment:
 
         @functools.wraps(own)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(own, args, kwargs) if self._attached else own(*args, **kwargs)
+            return self._generate(own, args, kwargs) if self.active else own(*args, **kwargs)
 
         vars(generate)["chunkcache"] = self
         model.__dict__["generate"] = generate
-        self._attached = True
+        self.active = True
 
     def detach(self) -> None:
         """Stop; does nothing if it is not attached. Of several attachments any may leave first."""
-        self._attached = False
+        self.active = False
         model = self._decoder.model
         while True:  # take away ours, and those below it that left earlier
             front = getattr(model.__dict__.get("generate"), "chunkcache", None)
-            if front is None or front._attached:
+            if front is None or front.active:
                 return
             if front._shadowed is None:
                 del model.__dict__["generate"]
@@ -65,16 +66,16 @@ class Attachment:
                 model.__dict__["generate"] = front._shadowed
 
     def _generate(self, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.last_stats = stats = RequestStats(str(self._policy))
-        input_ids = self._single_prompt(args, kwargs)
-        plan = self._match(input_ids, stats) if input_ids is not None else None
+        policy = self._engine.resolve_policy(None)
+        self.last_stats = stats = RequestStats(str(policy))
+        input_ids = self._single_prompt(args, kwargs) if policy.reuses else None
+        plan = None if input_ids is None else self._match(input_ids, stats)
         if plan is None or input_ids is None:
             stats.fallbacks = 1
             return own(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
-        policy = self._tuning.resolve(self._policy)
-        prefill = SelectivePrefill(self._decoder, plan, policy, guard=self._tuning.guard(policy))
+        prefill = SelectivePrefill(self._decoder, plan, policy, select=self._engine.tuning.selection(policy))
         output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill)
         return output
@@ -101,16 +102,9 @@ class Attachment:
 
     def _match(self, input_ids: Tensor, stats: RequestStats) -> Plan | None:
         """Return a plan of the known chunks in the prompt, or None if there is none in it."""
-        if not self._policy.reuses:
-            return None
         ids = tuple(input_ids[0].tolist())
-        segments = []
-        for match in self._library.finder.find(ids):
-            kv = self._library.find(match.known)
-            if kv is None:
-                stats.misses += 1
-                continue
-            exact = match.first == 0 and ids[: match.start] == match.known.context
-            segments.append(Segment(match.start, kv, match.first, match.length, exact))
-        stats.hits = stats.chunks = len(segments)
-        return Plan.of(ids, segments) if segments else None
+        spans = self._engine.library.find(ids)
+        chunks = [span for span in spans if span.kv is not None]
+        stats.misses, stats.hits = len(spans) - len(chunks), len(chunks)
+        stats.chunks = stats.hits
+        return Plan.of(ids, chunks) if chunks else None

@@ -14,32 +14,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.stopping_criteria import StopStringCriteria
-
-from chunkcache.blend import Decoder, FusedCache, Plan, Policy, SelectivePrefill, layer_kv
-from chunkcache.blend.hydragen import KV, SharedCache, over_shared, padded
-from chunkcache.engine.generation import (
-    FirstTokenClock,
-    Generation,
-    check_options,
-    is_assisted,
-    needs_finished_cache,
-    setting,
-)
-from chunkcache.engine.grouping import checked, grouped, ordered, reordered, shared_tokens
-from chunkcache.engine.planner import Planner
-from chunkcache.engine.stats import RequestStats, warn_once
-from chunkcache.errors import ContextLengthError, InputError, PromptError
-from chunkcache.kv import ContextAttention
-from chunkcache.prompt.builder import Prompt
-
-if TYPE_CHECKING:
-    from chunkcache.llm import CachedLLM
+from chunkcache.blend import Policy
+from chunkcache.engine.engine import Engine, PreparedRequest
+from chunkcache.engine.fused_batch import Fused, FusedDecoding
+from chunkcache.engine.generation import Generation, check_options, is_assisted, needs_finished_cache, setting
+from chunkcache.engine.grouping import checked, grouped, ordered, reordered
+from chunkcache.engine.stats import warn_once
+from chunkcache.errors import ContextLengthError, InputError
+from chunkcache.prompt import Prompt, PromptBuilder
 
 logger = logging.getLogger("chunkcache")
 
@@ -76,51 +60,54 @@ OnBatch = Callable[[Batch], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a batch may take: sequences, bytes of KV (None for no bound), new tokens of each, tokens of context."""
+    """Bounds of a batch.
 
-    max_batch: int
-    max_kv_bytes: int | None
-    new_tokens: int
-    max_tokens: int
+    Attributes:
+        max_batch: sequences that are decoded together at most.
+        max_kv_bytes: bytes of KV that a batch may need, apart from what the store holds; None for no bound.
+    """
+
+    max_batch: int = MAX_BATCH
+    max_kv_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise InputError(f"max_batch={self.max_batch} leaves no sequence to decode; pass 1 or more")
 
 
 class Batcher:
     """Answers the requests of one call of `CachedLLM.generate_batch`.
 
     Args:
-        llm: what answers.
-        decoder: its model.
-        planner: plans its requests.
+        engine: what answers.
+        prompts: builds the prompts.
         policy: what is recomputed; with nothing left open.
         options: keywords for `generate()`.
-        max_batch: sequences that are decoded together at most.
-        max_kv_bytes: bound on the KV of a batch in bytes, or None.
+        limits: what a batch may take.
         reorder: whether the chunks of a prompt may be sorted, so that more prompts begin alike.
 
     Raises:
-        PromptError: an option cannot be served in a batch, or is out of range.
+        InputError: an option cannot be served in a batch, or is out of range.
     """
 
     def __init__(
         self,
-        llm: CachedLLM,
-        decoder: Decoder,
-        planner: Planner,
+        engine: Engine,
+        prompts: PromptBuilder,
         policy: Policy,
         options: dict[str, Any],
-        max_batch: int,
-        max_kv_bytes: int | None,
+        limits: Limits,
         reorder: bool,
     ) -> None:
-        self._llm, self._decoder, self._planner, self._policy = llm, decoder, planner, policy
+        self._engine, self._prompt_builder, self._policy, self._limits = engine, prompts, policy, limits
         self._options = dict(options)
-        if setting(llm.model, options, "stop_strings"):
-            self._options.setdefault("tokenizer", llm.tokenizer)
+        if setting(engine.model, options, "stop_strings"):
+            self._options.setdefault("tokenizer", engine.tokenizer)
         self._reorder = reorder
-        new_tokens = self._check(max_batch)
-        self._limits = Limits(max_batch, max_kv_bytes, new_tokens, llm.max_tokens)
-        layers = len(decoder.layers)
+        self._new_tokens = self._check()
+        layers = len(engine.decoder.layers)
         self._looks = bool(policy.attention_layers(layers) or policy.watched_layers(layers))
+        self._fused = FusedDecoding(engine, policy, self._options, self._new_tokens, self._looks)
 
     def run(self, requests: Iterable[tuple[Any, ...]], on_batch: OnBatch | None) -> list[Generation]:
         """Answer `requests`; return the answers in their order.
@@ -128,15 +115,15 @@ class Batcher:
         Under a guard, whose bound is for one question, they are answered one by one.
 
         Raises:
-            PromptError, ContextLengthError: of a request, named by its index, before any is answered.
+            InputError, ContextLengthError: of a request, named by its index, before any is answered.
             InputError: one does not fit `max_kv_bytes`, likewise.
         """
         started = time.perf_counter()
         prompts = self._prompts(requests)
         groups = [self._batches(group, prompts) for group in ordered(grouped(prompts), prompts)]
         together = self._policy.guarded() is None
-        if together and any(len(group) > 1 or len(group[0]) > 1 for group in groups) and not self._llm.batches:
-            name = type(self._llm.model).__name__
+        if together and any(len(group) > 1 or len(group[0]) > 1 for group in groups) and not self._engine.can_batch:
+            name = type(self._engine.model).__name__
             warn_once(f"{name} cannot decode sequences together: the requests of a batch are answered one by one")
             together = False
         if not together:
@@ -148,7 +135,7 @@ class Batcher:
             for batch, found in (self._together if shares else self._alone)(group, prompts, started):
                 answers.update(zip(batch, found, strict=True))
                 if on_batch is not None:
-                    shared = shared_tokens(prompts[batch[0]]) if shares else 0
+                    shared = prompts[batch[0]].end if shares else 0
                     needed = self._kv_bytes(batch, prompts)
                     done = len(answers)
                     on_batch(Batch(tuple(batch), number, shared, needed, done, len(prompts), tuple(found)))
@@ -156,29 +143,27 @@ class Batcher:
 
     # --- before any work
 
-    def _check(self, max_batch: int) -> int:
+    def _check(self) -> int:
         """Return how many new tokens an answer may have; raise for what a batch cannot do."""
         check_options(self._options)
-        if max_batch < 1:
-            raise PromptError(f"max_batch={max_batch} leaves no sequence to decode; pass 1 or more")
-        model = self._llm.model
+        model = self._engine.model
         for name in _ONE_BY_ONE:
             value = setting(model, self._options, name)
             if value is True or value not in (None, False, 1):  # 1 is no guidance
-                raise PromptError(f"{name}= is for one sequence at a time; call generate() for each request")
+                raise InputError(f"{name}= is for one sequence at a time; call generate() for each request")
         for name in _SEES_PADDING:
             if setting(model, self._options, name):
-                raise PromptError(
+                raise InputError(
                     f"{name}= would see the padding that stands before a question; leave it out (min_new_tokens= is "
                     "served), or call generate() for each request"
                 )
         if needs_finished_cache(model, self._options) or is_assisted(model, self._options):
-            raise PromptError(
+            raise InputError(
                 "beam search and assisted generation take one sequence; call generate() for each request"
             )
         new_tokens = setting(model, self._options, "max_new_tokens")
         if new_tokens is None or new_tokens < 1:
-            raise PromptError(f"max_new_tokens={new_tokens}: a batch needs a length of its answers; pass 1 or more")
+            raise InputError(f"max_new_tokens={new_tokens}: a batch needs a length of its answers; pass 1 or more")
         return int(new_tokens)
 
     def _prompts(self, requests: Iterable[tuple[Any, ...]]) -> list[Prompt]:
@@ -186,15 +171,15 @@ class Batcher:
         prompts = []
         for index, request in enumerate(reordered(asked) if self._reorder else asked):
             try:
-                prompt = self._llm.prompts.build(*request)
+                prompt = self._prompt_builder.build(*request)
             except InputError as error:
                 raise type(error)(f"request {index}: {error}") from error
             tokens = len(prompt.token_ids)
-            if tokens + self._limits.new_tokens > self._limits.max_tokens:
+            if tokens + self._new_tokens > self._engine.decoder.max_tokens:
                 raise ContextLengthError(
-                    f"request {index} has {tokens} tokens, which with {self._limits.new_tokens} new ones do not fit "
-                    f"the model's context of {self._limits.max_tokens}; pass fewer or shorter chunks, or lower "
-                    "max_new_tokens"
+                    f"request {index} has {tokens} tokens, which with {self._new_tokens} new ones do not fit "
+                    f"the model's context of {self._engine.decoder.max_tokens}; pass fewer or shorter chunks, or "
+                    "lower max_new_tokens"
                 )
             prompts.append(prompt)
         return prompts
@@ -219,21 +204,24 @@ class Batcher:
     def _fits(self, batch: Sequence[int], prompts: Sequence[Prompt]) -> bool:
         limits = self._limits
         most = limits.max_kv_bytes
-        long = shared_tokens(prompts[batch[0]]) + sum(len(prompts[index].question) for index in batch)
+        long = prompts[batch[0]].end + sum(len(prompts[index].question) for index in batch)
         return (
             len(batch) <= limits.max_batch
             and (most is None or self._kv_bytes(batch, prompts) <= most)
-            and (not self._looks or long < limits.max_tokens)
+            and (not self._looks or long < self._engine.decoder.max_tokens)
         )
 
     def _kv_bytes(self, batch: Sequence[int], prompts: Sequence[Prompt]) -> int:
         """Return the bytes of KV that exist at most while a batch is answered."""
-        assert self._decoder.heads is not None  # the self-check has run
-        per_token = sum(2 * kv_heads * dim for kv_heads, dim in self._decoder.heads) * self._decoder.dtype.itemsize
+        assert self._engine.decoder.heads is not None  # the self-check has run
+        per_token = (
+            sum(2 * kv_heads * dim for kv_heads, dim in self._engine.decoder.heads)
+            * self._engine.decoder.dtype.itemsize
+        )
         questions = [len(prompts[index].question) for index in batch]
         fused = sum(questions) if self._looks else max(questions)  # what stands behind the shared part meanwhile
-        own = len(batch) * (max(questions) + self._limits.new_tokens)
-        return per_token * (shared_tokens(prompts[batch[0]]) + fused + own)
+        own = len(batch) * (max(questions) + self._new_tokens)
+        return per_token * (prompts[batch[0]].end + fused + own)
 
     # --- the work
 
@@ -242,7 +230,8 @@ class Batcher:
     ) -> Iterator[tuple[Sequence[int], list[Generation]]]:
         for batch in group:
             began = time.perf_counter()
-            answer = self._llm.answer(prompts[batch[0]], self._policy, began, dict(self._options))
+            request = PreparedRequest(prompts[batch[0]], self._policy, dict(self._options), began)
+            answer = self._engine.generate(request)
             answer.stats.ttft_s += began - started
             yield batch, [replace(answer, ttft_s=answer.stats.ttft_s, output=answer.output.cpu())]
 
@@ -250,147 +239,12 @@ class Batcher:
         self, group: Sequence[Sequence[int]], prompts: Sequence[Prompt], started: float
     ) -> Iterator[tuple[Sequence[int], list[Generation]]]:
         """Fuse what the group shares, once or, where the policy looks at the questions, for each batch; decode."""
-        fused: _Fused | None = None
+        fused: Fused | None = None
         size = sum(map(len, group))
         for batch in group:
             members = [prompts[index] for index in batch]
             if fused is None or self._looks:
                 plan, hits = (None, 0) if fused is None else (fused.plan, fused.stats.hits)
                 fused = None  # its KV go before those of the next are made
-                fused = self._fuse(members, plan, hits, len(batch) if self._looks else size)
-            yield batch, self._decode(members, fused, started)
-
-    def _fuse(self, members: Sequence[Prompt], plan: Plan | None, hits: int, served: int) -> _Fused:
-        """Fuse the shared part of some prompts.
-
-        A policy that looks at the question gets those of all members, one behind the other: it selects once, for them
-        all. Others need no more than one token behind the shared part.
-
-        Args:
-            members: the prompts.
-            plan: that of other members of their group, whose chunks need not be looked up again.
-            hits: chunks that were found, or computed, for them.
-            served: how many requests it is done for.
-        """
-        first, shared = members[0], shared_tokens(members[0])
-        asked = tuple(t for each in members for t in each.question) if self._looks else first.question[:1]
-        prompt = replace(first, question=asked)
-        if plan is None:
-            plan, stats = self._planner.plan(prompt, self._policy, time.perf_counter())
-        else:
-            plan = Plan.of(prompt.token_ids, plan.segments, plan.chunks)
-            stats = RequestStats(str(self._policy), chunks=len(first.chunks), hits=hits)
-        layers: list[KV] = []
-
-        def keep(cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
-            self._planner.remember(prompt, cache.plan, self._policy, cache, contexts)
-            for index in range(len(cache.layers)):
-                keys, values = layer_kv(cache, index)
-                layers.append((keys[0, :, :shared], values[0, :, :shared]))
-
-        depth = self._llm.tuning.depth(plan)
-        prefill = SelectivePrefill(self._decoder, plan, self._policy, keep, self._policy.versioned, depth=depth)
-        before = time.perf_counter()
-        prefill.run()
-        stats.prefill_s = time.perf_counter() - before
-        stats.take(plan, prefill)
-        return _Fused(plan, layers, stats, stats.recomputed_share * len(plan) / served)
-
-    def _decode(self, members: Sequence[Prompt], fused: _Fused, started: float) -> list[Generation]:
-        """Prefill the questions over the fused KV and decode, all together, with the model's own `generate()`."""
-        llm, options = self._llm, dict(self._options)
-        began = time.perf_counter()
-        first = members[0]
-        shared = shared_tokens(first)
-        tails = [each.question for each in members]
-        input_ids, mask, pads = padded(first.token_ids[:shared], tails, self._decoder.device)
-        cache = SharedCache(self._decoder.config, fused.layers, pads, max(map(len, tails)) + self._limits.new_tokens)
-        stop_strings, tokenizer = setting(llm.model, options, "stop_strings"), options.get("tokenizer")
-        ends = _Ends(options.pop("stopping_criteria", None), stop_strings, tokenizer)
-        if setting(llm.model, options, "pad_token_id") is None:
-            options["pad_token_id"] = llm.tokenizer.pad_token_id or llm.tokenizer.eos_token_id
-        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
-        model = over_shared(self._decoder, cache)
-        output: Tensor = type(model).generate(
-            model,
-            input_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            stopping_criteria=StoppingCriteriaList([ends]),
-            **options,
-        )
-        output = output.cpu()
-        eos = setting(llm.model, options, "eos_token_id")
-        eos = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
-        lengths = ends.lengths(output[:, input_ids.shape[1] :], eos)
-        ttft_s = ends.first_token_at - started
-        answers = []
-        for number, (each, row) in enumerate(zip(members, output, strict=True)):
-            token_ids = row[input_ids.shape[1] :].tolist()[: lengths[number]]
-            text = str(llm.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-            stats = replace(fused.share(each), ttft_s=ttft_s, batched=len(members))
-            if not number:
-                stats.prefill_s += ends.first_token_at - began
-            answers.append(Generation(text, token_ids, ttft_s, stats, output[number : number + 1].clone()))
-        return answers
-
-
-@dataclass
-class _Fused:
-    """KV of what a group shares.
-
-    Attributes:
-        plan: what was reused for them.
-        layers: keys and values of each layer, `[kv_heads, tokens, head_dim]` both.
-        stats: what it took.
-        rows: tokens computed, through all layers, for each request that it serves.
-    """
-
-    plan: Plan
-    layers: list[KV]
-    stats: RequestStats
-    rows: float
-
-    def share(self, prompt: Prompt) -> RequestStats:
-        """Return the stats of one of the requests; what was done for all of them counts for the first."""
-        tokens = len(prompt.token_ids)
-        share = min((self.rows + len(prompt.question)) / tokens, 1.0)
-        stats = replace(self.stats, tokens=tokens, recomputed_share=share)
-        self.stats = RequestStats(
-            stats.policy, chunks=stats.chunks, hits=stats.hits + stats.misses, reused_tokens=stats.reused_tokens,
-            exact_tokens=stats.exact_tokens,
-        )  # fmt: skip
-        return stats
-
-
-class _Ends(StoppingCriteria):
-    """Stops each sequence by the caller's criteria, and notes when; also when the first tokens were known."""
-
-    def __init__(self, criteria: Any, stop_strings: Any, tokenizer: Any) -> None:
-        self._criteria = [*(criteria or []), *([StopStringCriteria(tokenizer, stop_strings)] if stop_strings else [])]
-        self._ended: dict[int, int] = {}
-        self._clock = FirstTokenClock()
-        self._steps = 0
-
-    @property
-    def first_token_at(self) -> float:
-        """When the first token of all sequences was known, by `time.perf_counter`."""
-        return self._clock.first_token_at or time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Return, for each sequence, whether it is over."""
-        self._steps += 1
-        over = self._clock(input_ids, scores)
-        for criterion in self._criteria:
-            over = over | criterion(input_ids, scores, **kwargs)
-        for row in over.nonzero()[:, 0].tolist():
-            self._ended.setdefault(row, self._steps)
-        return over
-
-    def lengths(self, new_ids: Tensor, eos: Sequence[int]) -> list[int]:
-        """Return how many of the new ids `[sequences, tokens]` each sequence has, the one that ended it included."""
-        lengths = []
-        for number, row in enumerate(new_ids.tolist()):
-            at_eos = next((at + 1 for at, token in enumerate(row) if token in eos), len(row))
-            lengths.append(min(at_eos, self._ended.get(number, len(row))))
-        return lengths
+                fused = self._fused.fuse(members, plan, hits, len(batch) if self._looks else size)
+            yield batch, self._fused.decode(members, fused, started)

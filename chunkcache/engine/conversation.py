@@ -6,30 +6,28 @@ later turn brings along are reused at the place where they now stand, like those
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from chunkcache.blend import Policy, layer_kv
-from chunkcache.engine.generation import Generation, TextStream, check_options, needs_finished_cache, with_length
-from chunkcache.errors import PromptError
+from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest
+from chunkcache.engine.generation import Generation, needs_finished_cache
+from chunkcache.engine.streaming import TextStream
+from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
-from chunkcache.prompt.builder import Prompt
-
-if TYPE_CHECKING:
-    from chunkcache.llm import CachedLLM, PrefillOutput
+from chunkcache.prompt import Prompt, PromptBuilder
 
 
 class Conversation:
     """One conversation; made by `CachedLLM.conversation`. Not to be used by several threads at once.
 
     Args:
-        llm: what answers.
+        engine: what answers.
+        prompts: builds the prompts.
         system: system prompt; None for the chat template's own.
 
     Attributes:
@@ -37,9 +35,8 @@ class Conversation:
         turns: how many questions were answered.
     """
 
-    def __init__(self, llm: CachedLLM, system: str | None = None) -> None:
-        self._llm = llm
-        self._system = system
+    def __init__(self, engine: Engine, prompts: PromptBuilder, system: str | None = None) -> None:
+        self._engine, self._prompts, self._system = engine, prompts, system
         self._head: ChunkKV | None = None
         self.token_ids: tuple[int, ...] = ()
         self.turns = 0
@@ -47,7 +44,8 @@ class Conversation:
     def generate(
         self,
         question: str,
-        chunks: Sequence[str] = (),
+        chunks: Sequence[Any] = (),
+        *,
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
         **options: Any,
@@ -57,54 +55,60 @@ class Conversation:
         A call that raises leaves the conversation as it was.
 
         Raises:
-            PromptError: as `CachedLLM.generate`, and for beam search, which leaves no single cache to go on from.
+            InputError: as `CachedLLM.generate`, and for beam search, which leaves no single cache to go on from.
         """
-        started = time.perf_counter()
-        self._check(options)
-        prompt, chosen = self._prompt(question, chunks), self._llm.resolve_policy(policy)
-        options = with_length(options, max_new_tokens)
-        return self._llm.answer(prompt, chosen, started, options, self._take)
+        return self._answer(self._prepare(question, chunks, policy, max_new_tokens, options))
 
     def stream(
         self,
         question: str,
-        chunks: Sequence[str] = (),
+        chunks: Sequence[Any] = (),
+        *,
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> TextStream:
         """Answer like `generate`, piece by piece; the turn counts once the iteration is over."""
-        started = time.perf_counter()
-        self._check(options)
-        prompt, chosen = self._prompt(question, chunks), self._llm.resolve_policy(policy)
-        options = with_length(options, max_new_tokens)
-        return self._llm.answer_in_pieces(prompt, chosen, started, options, self._take)
+        return self._engine.stream(self._prepare(question, chunks, policy, max_new_tokens, options), self._answer)
 
-    def prefill(self, question: str, chunks: Sequence[str] = (), policy: str | Policy | None = None) -> PrefillOutput:
+    def prefill(
+        self, question: str, chunks: Sequence[Any] = (), *, policy: str | Policy | None = None
+    ) -> PrefillOutput:
         """Prefill the next question like `CachedLLM.prefill`; the conversation stays where it is."""
-        started = time.perf_counter()
-        return self._llm.prefill_prompt(self._prompt(question, chunks), self._llm.resolve_policy(policy), started)
+        return self._engine.prefill(self._engine.prepare(lambda: self._prompt(question, chunks), policy))
 
-    def _check(self, options: dict[str, Any]) -> None:
-        check_options(options)
-        if needs_finished_cache(self._llm.model, options):
-            raise PromptError("num_beams: a conversation goes on from one sequence; leave beam search out")
+    def _prepare(
+        self,
+        question: str,
+        chunks: Sequence[Any],
+        policy: str | Policy | None,
+        max_new_tokens: int | None,
+        options: dict[str, Any],
+    ) -> PreparedRequest:
+        if needs_finished_cache(self._engine.model, options):
+            raise InputError("num_beams: a conversation goes on from one sequence; leave beam search out")
+        return self._engine.prepare(lambda: self._prompt(question, chunks), policy, max_new_tokens, options)
 
-    def _prompt(self, question: str, chunks: Sequence[str]) -> Prompt:
-        prompts = self._llm.prompts
-        prompt = prompts.build(question, chunks, self._system)
+    def _prompt(self, question: str, chunks: Sequence[Any]) -> Prompt:
+        prompt = self._prompts.build(question, chunks, self._system)
         if self._head is None:
             return prompt
-        said = (*self.token_ids, *prompts.between_turns(self._system, self.token_ids))
-        return replace(prompt, prefix=said, head=self._head, behind=prompt.prefix)
+        said = (*self.token_ids, *self._prompts.between_turns(self._system, self.token_ids))
+        return prompt.after(said, self._head)
 
-    def _take(self, prompt: Prompt, generation: Generation, cache: Cache) -> None:
-        """Go on from here: keep what was said and its KV. The last token of an answer has none yet."""
-        self.token_ids = (*prompt.token_ids, *generation.token_ids)
-        count = min(cache.get_seq_length(), len(self.token_ids))
-        layers = [_whole(torch.cat(layer_kv(cache, index)), count) for index in range(len(cache.layers))]
-        self._head = ChunkKV.of(self.token_ids[:count], 0, layers)
+    def _answer(self, request: PreparedRequest) -> Generation:
+        """Answer, and go on from here: keep what was said and its KV. The last token of an answer has none yet."""
+        generation, cache = self._engine.answer(request)
+        self.token_ids = (*request.prompt.token_ids, *generation.token_ids)
+        self._head = ChunkKV.of(*_kv_of(cache, self.token_ids))
         self.turns += 1
+        return generation
+
+
+def _kv_of(cache: Cache, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], int, list[Tensor]]:
+    """Return the tokens that `cache` has KV of, their position, and the KV."""
+    count = min(cache.get_seq_length(), len(token_ids))
+    return token_ids[:count], 0, [_whole(torch.cat(layer_kv(cache, n)), count) for n in range(len(cache.layers))]
 
 
 def _whole(kv: Tensor, tokens: int) -> Tensor:

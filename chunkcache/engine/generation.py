@@ -1,21 +1,17 @@
-"""Helpers round transformers' `generate()`: the clock of the first token, and a stream that can be left early."""
+"""What surrounds transformers' `generate()`: the answer, the clock of the first token, and the keywords it takes."""
 
 from __future__ import annotations
 
-import atexit
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from chunkcache.engine.stats import RequestStats
-from chunkcache.errors import PromptError
+from chunkcache.errors import InputError
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -55,89 +51,28 @@ class FirstTokenClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-class StopWhenSet(StoppingCriteria):
-    """Stops the generation once its event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Stop every sequence if the event is set."""
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
-
-
-class TextStream:
-    """Pieces of an answer as they are decoded; iterate over it once.
-
-    Attributes:
-        result: the whole `Generation`, once the iteration is over.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, run: Callable[[Any, StoppingCriteria], Generation]
-    ) -> None:
-        self.result: Generation | None = None
-        self._error: BaseException | None = None
-        self._stop = threading.Event()
-        self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._thread = threading.Thread(target=self._work, args=(run,), name="chunkcache-stream", daemon=True)
-        _streams.add(self)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for piece in self._pieces:
-                if piece:
-                    yield piece
-        finally:  # also when the caller stops listening
-            self.close()
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """End the generation, if it still runs, after the token it is at."""
-        self._stop.set()
-        self._thread.join()
-
-    def _work(self, run: Callable[[Any, StoppingCriteria], Generation]) -> None:
-        try:
-            self.result = run(self._pieces, StopWhenSet(self._stop))
-        except BaseException as error:  # noqa: BLE001 - carried over to the thread that listens
-            self._error = error
-            self._pieces.end()
-
-
-_streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_streams() -> None:
-    # A thread that is inside torch when the interpreter goes away takes the process down with an abort.
-    for stream in list(_streams):
-        stream.close()
-
-
 def check_options(options: dict[str, Any]) -> None:
     """Refuse keywords of `generate()` that make no sense here.
 
     Raises:
-        PromptError: the keyword is chunkcache's own to set, or asks for several sequences.
+        InputError: the keyword is chunkcache's own to set, or asks for several sequences.
     """
     for name in _OURS:
         if name in options:
-            raise PromptError(
-                f"{name}= is set by chunkcache; leave it out, or call model.generate(**llm.inputs(...)) yourself"
+            raise InputError(
+                f"{name}= is set by chunkcache; leave it out, or call model.generate(**llm.prepare_inputs(...)) "
+                "yourself"
             )
     config = options.get("generation_config")
     given = {**(config.to_dict() if config is not None else {}), **options}
     if given.get("use_cache") is False:
-        raise PromptError("use_cache=False leaves nothing to reuse; leave it out")
+        raise InputError("use_cache=False leaves nothing to reuse; leave it out")
     if given.get("cache_implementation") is not None:
-        raise PromptError("cache_implementation is chunkcache's own to set; leave it out of the generation config")
+        raise InputError("cache_implementation is chunkcache's own to set; leave it out of the generation config")
     if given.get("prefill_chunk_size") is not None:
-        raise PromptError("prefill_chunk_size= splits the prefill that chunkcache shortens; leave it out")
+        raise InputError("prefill_chunk_size= splits the prefill that chunkcache shortens; leave it out")
     if (given.get("num_return_sequences") or 1) > 1:
-        raise PromptError(
+        raise InputError(
             f"num_return_sequences={given['num_return_sequences']}: chunkcache serves one sequence; "
             "call generate() once for each answer"
         )
@@ -162,6 +97,12 @@ def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
         return options[name]
     given = getattr(options.get("generation_config"), name, None)
     return given if given is not None else getattr(model.generation_config, name, None)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id that pads: the tokenizer's, which may be 0, or else its EOS token's."""
+    pad: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return pad
 
 
 def needs_finished_cache(model: PreTrainedModel, options: dict[str, Any]) -> bool:

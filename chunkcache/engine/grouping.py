@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from chunkcache.errors import PromptError
-from chunkcache.prompt.builder import Prompt, PromptChunk
+from chunkcache.prompt import Prompt, PromptChunk
 
 NEIGHBOURS = 64  # groups with a chunk in common that are compared at most, for each chunk: one may be in all of them
 
@@ -40,7 +40,7 @@ def checked(requests: Iterable[tuple[Any, ...]]) -> list[Request]:
         asked = Request(*request)
         if isinstance(asked.chunks, (str, bytes, Mapping, PromptChunk)) or not isinstance(asked.chunks, Iterable):
             raise PromptError(
-                f"request {index}: its chunks are a {type(asked.chunks).__name__}; pass a list of texts or Passages"
+                f"request {index}: its chunks are a {type(asked.chunks).__name__}; pass a list of texts"
             )
         found.append(asked._replace(chunks=tuple(asked.chunks)))
     return found
@@ -53,7 +53,7 @@ def reordered(requests: Sequence[Request]) -> list[Request]:
         PromptError: a chunk is no text but a `PromptChunk`, whose place may matter, or something else.
     """
     if any(not isinstance(chunk, str) for request in requests for chunk in request.chunks):
-        raise PromptError("reorder=True moves whole chunks; pass them as texts, not as Passages")
+        raise PromptError("reorder=True moves whole chunks; pass them as texts, not as PromptChunks")
     counts = Counter(chunk for request in requests for chunk in request.chunks)
     rank = {chunk: place for place, (chunk, _) in enumerate(counts.most_common())}  # ties as they come
     return [each._replace(chunks=sorted(each.chunks, key=rank.__getitem__)) for each in requests]
@@ -63,7 +63,7 @@ def grouped(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return groups of indices of prompts that differ in nothing but the question, in the order they come."""
     groups: dict[Any, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        key = (prompt.prefix, prompt.placed) if shared_tokens(prompt) else index
+        key = (prompt.token_ids[: prompt.end], prompt.spans) if prompt.end else index
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
@@ -75,7 +75,9 @@ def ordered(groups: Sequence[list[int]], prompts: Sequence[Prompt]) -> list[list
     groups that have a chunk, the first `NEIGHBOURS` still to come are looked at.
     """
     numbers: dict[tuple[int, ...], int] = {}  # chunks are long: they are hashed once
-    chunks = [[numbers.setdefault(each, len(numbers)) for each in prompts[group[0]].chunks] for group in groups]
+    chunks = [
+        [numbers.setdefault(each.chunk_ids, len(numbers)) for each in prompts[group[0]].spans] for group in groups
+    ]
     lengths = [len(chunk) for chunk in numbers]
     having: list[deque[int]] = [deque() for _ in numbers]
     for group, own in enumerate(chunks):
@@ -111,8 +113,3 @@ def _next(groups: deque[int], left: Set[int]) -> list[int]:
 def _alike(ids: Sequence[Any], others: Sequence[Any]) -> int:
     """Return how many items two sequences begin alike with."""
     return next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
-
-
-def shared_tokens(prompt: Prompt) -> int:
-    """Return how many tokens stand before the question."""
-    return len(prompt.token_ids) - len(prompt.question)

@@ -1,17 +1,22 @@
-"""From a prompt to a plan: which stored KV lie where in it, and what has to be computed first."""
+"""From a prompt to a plan: its spans are filled with stored KV, and what is missing is computed first."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment
+from chunkcache.blend import Decoder, Plan, Policy
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import ContextLengthError
-from chunkcache.kv import ChunkKV, ContextAttention, chunk_name
-from chunkcache.library.encoder import TokenIds
-from chunkcache.library.library import ChunkLibrary
-from chunkcache.prompt.builder import Prompt, PromptBuilder
+from chunkcache.kv import ChunkKV, ChunkRef, Span
+from chunkcache.library import ChunkLibrary
+from chunkcache.prompt import Prompt
+
+if TYPE_CHECKING:
+    from chunkcache.engine.contextual import ContextualChunks
 
 
 class Planner:
@@ -20,123 +25,95 @@ class Planner:
     Args:
         decoder: the model.
         library: where chunk KV come from.
-        prompts: knows the lead-in.
     """
 
-    def __init__(self, decoder: Decoder, library: ChunkLibrary, prompts: PromptBuilder) -> None:
+    def __init__(self, decoder: Decoder, library: ChunkLibrary) -> None:
         self._decoder = decoder
         self._library = library
-        self._prompts = prompts
 
-    def plan(self, prompt: Prompt, policy: Policy, started: float, room: int = 1) -> tuple[Plan, RequestStats]:
+    @cached_property
+    def contextual(self) -> ContextualChunks:
+        """Where the chunks of policies come from that store them as they came out of a prompt."""
+        from chunkcache.engine.contextual import ContextualChunks
+
+        return ContextualChunks(self._library)
+
+    def plan(self, prompt: Prompt, policy: Policy, stats: RequestStats, room: int = 1) -> Plan:
         """Look up what is stored of `prompt`, and compute what the policy needs and is missing.
 
         Args:
             prompt: the prompt.
             policy: what will be recomputed of it.
-            started: when the request came, by `time.perf_counter`.
+            stats: counts what is found and computed.
             room: tokens that must fit behind the prompt.
 
         Raises:
             ContextLengthError: prompt and room do not fit the model's context.
         """
-        now = time.perf_counter()
-        stats = RequestStats(str(policy), chunks=len(prompt.chunks), tokenize_s=now - started)
-        ids = prompt.token_ids
-        limit = self._decoder.max_tokens
+        started = time.perf_counter()
+        ids, limit = prompt.token_ids, self._decoder.max_tokens
         if len(ids) + room > limit:
             raise ContextLengthError(
                 f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} "
                 "tokens; pass fewer or shorter chunks, or lower max_new_tokens"
             )
-        segments: list[Segment] = []
-        if policy.reuses:
-            if prompt.prefix:
-                kv = prompt.head or self._prefix(prompt.prefix, stats)
-                segments.append(Segment(0, kv, 0, len(kv), exact=True))
-            segments += self._chunk_segments(prompt, policy, stats)
-            stats.lookup_s = time.perf_counter() - now - stats.compute_s
-        return Plan.of(ids, segments, [(each.start, each.end) for each in prompt.placed]), stats
+        stats.chunks = len(prompt.spans)
+        if not policy.reuses:
+            return Plan.of(ids, prompt.spans)
+        prefix = self._prefix(prompt, stats) if prompt.prefix_tokens else None
+        chunks = self._chunks(prompt, policy, stats)
+        stats.lookup_s = time.perf_counter() - started - stats.compute_s
+        return Plan.of(ids, chunks, prefix)
 
-    def behind(self, prefix: TokenIds, chunk: TokenIds, policy: Policy) -> TokenIds:
-        """Return what `chunk` is computed behind: prefix and lead-in, or the prefix where both leave no room."""
-        lead_in = self._prompts.lead_in(policy.lead_in())
-        fits = len(prefix) + len(lead_in) + len(chunk) < self._decoder.max_tokens
-        return (*prefix, *lead_in) if fits else prefix
-
-    def remember(
-        self, prompt: Prompt, plan: Plan, policy: Policy, cache: FusedCache, contexts: dict[int, ContextAttention]
-    ) -> None:
-        """Store what a prefill computed of `plan`, if the policy wants it.
-
-        Args:
-            prompt: the prompt.
-            plan: what was reused of it.
-            policy: one that remembers stores all chunks for exact reuse behind the same tokens; a contextual one
-                those that were computed whole, as versions of themselves.
-            cache: complete, sliding windows not yet trimmed.
-            contexts: what the chunks that were computed whole looked at, by their start.
-        """
-        exact = {segment.start for segment in plan.segments if segment.exact}
-        before: list[TokenIds] = []
-        for each in prompt.placed:
-            start, end = each.start, each.end
-            chunks = [each.chunk, *before]
-            before.append(each.chunk)
-            alone = start == len(prompt.prefix) and start in contexts
-            if alone or (policy.stores_in_context and start not in exact):
-                self._library.remember(cache, plan.token_ids, (start, end), chunks)
-            elif start in contexts:
-                self._library.remember_version(cache, plan.token_ids, (start, end), chunks, contexts[start])
-
-    def _prefix(self, prefix: TokenIds, stats: RequestStats) -> ChunkKV:
-        kv = self._library.stored_prefix(prefix)
+    def _prefix(self, prompt: Prompt, stats: RequestStats) -> Span:
+        kv = prompt.head or self._library.get_prefix(prompt.prefix)
         if kv is None:
-            before = time.perf_counter()
-            kv = self._library.compute({prefix: ()})[prefix]
-            stats.compute_s += time.perf_counter() - before
-            stats.computed_tokens += len(prefix)
-        return kv
+            ref = self._library.ref(prompt.prefix, ())
+            kv = self._compute([ref], stats)[ref]
+            stats.computed_tokens += prompt.prefix_tokens
+        return Span(0, len(kv), kv.token_ids, kv=kv, exact=True)
 
-    def _chunk_segments(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Segment]:
-        """Return a segment per chunk: exact as long as all before it is, out of its own context afterwards."""
-        found = self._found(prompt, policy)
-        missing = [chunk for chunk, (kv, _) in zip(prompt.chunks, found, strict=True) if kv is None]
-        stats.hits, stats.misses = len(found) - len(missing), len(missing)
-        computed: dict[TokenIds, ChunkKV] = {}
-        if missing and not (policy.stores_in_context or policy.versioned):
-            before = time.perf_counter()
-            computed = self._library.compute({chunk: self.behind(prompt.opening, chunk, policy) for chunk in missing})
-            stats.compute_s += time.perf_counter() - before
-        segments = []
-        for each, (stored, exact) in zip(prompt.placed, found, strict=True):
-            kv = stored or computed.get(each.chunk)
-            if stored is None and kv is not None:
-                stats.computed_tokens += each.last - each.first
-            if kv is not None and exact:  # stored as it stands here
-                segments.append(Segment(each.start, kv, 0, len(kv), exact))
-            elif kv is not None:
-                begins = each.first == 0 and each.start == kv.position == len(prompt.prefix)
-                begins = begins and prompt.opening == prompt.prefix
-                segments.append(Segment(each.start, kv, each.first, each.last - each.first, begins))
-        return segments
+    def _chunks(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Span]:
+        """Return the chunks with their KV: exact as long as all before are; from there on, computed elsewhere."""
+        exact = self._exact(prompt)
+        rest = prompt.spans[len(exact) :]
+        if policy.stores_in_context or policy.versioned:
+            others = self.contextual.find(prompt, rest, policy)
+        else:
+            others = self._precomputed(prompt, rest, policy, stats)
+        chunks = [*exact, *others]
+        found = sum(span.kv is not None for span in chunks)
+        stats.hits, stats.misses = found - stats.misses, len(chunks) - found + stats.misses
+        return chunks
 
-    def _found(self, prompt: Prompt, policy: Policy) -> list[tuple[ChunkKV | None, bool]]:
-        """Return what the store has of each chunk, and whether that was computed behind the very same tokens."""
-        names = [chunk_name(chunk) for chunk in prompt.chunks] if policy.versioned else []
-        found: list[tuple[ChunkKV | None, bool]] = []
-        context, exact = prompt.prefix, True
-        for index, each in enumerate(prompt.placed):
-            chunk, context = each.chunk, (*context, *each.gap)
-            exact = exact and self._library.holds(context, each.standing)
-            kv = self._library.get(context, each.standing) if exact else None
-            exact = kv is not None
-            if exact:
-                context = (*context, *each.standing)
-            elif policy.versioned:
-                overhead = partial(policy.overhead, before=names[:index])
-                kv = self._library.best(self.behind(prompt.opening, chunk, policy), chunk, overhead)
-            elif not policy.stores_in_context:
-                kv = self._library.get(self.behind(prompt.opening, chunk, policy), chunk)
-            found.append((kv, exact))
-        return found
+    def _exact(self, prompt: Prompt) -> list[Span]:
+        """Return the first chunks that are stored as they stand here, after the very same tokens."""
+        chunks: list[Span] = []
+        for span in prompt.spans:
+            ref = self._library.ref(span.token_ids, prompt.token_ids[: span.start])
+            kv = self._library.get(ref) if self._library.holds(ref) else None
+            if kv is None:
+                break
+            chunks.append(Span(span.start, span.stop, span.token_ids, kv=kv, exact=True))
+        return chunks
+
+    def _precomputed(
+        self, prompt: Prompt, spans: tuple[Span, ...], policy: Policy, stats: RequestStats
+    ) -> list[Span]:
+        """Return chunks with the KV that are computed ahead of requests; what is missing is computed now."""
+        refs = [self._library.ref_for(span.chunk_ids, prompt.context_ids, policy) for span in spans]
+        stored = {ref: self._library.get(ref) for ref in dict.fromkeys(refs)}
+        missing = [ref for ref, kv in stored.items() if kv is None]
+        stats.misses = sum(stored[ref] is None for ref in refs)
+        stats.computed_tokens += sum(len(span) for span, ref in zip(spans, refs, strict=True) if stored[ref] is None)
+        kv = {**stored, **(self._compute(missing, stats) if missing else {})}
+        return [
+            replace(span, kv=kv[ref], exact=not span.offset and ref.context_ids == prompt.token_ids[: span.start])
+            for span, ref in zip(spans, refs, strict=True)
+        ]
+
+    def _compute(self, refs: list[ChunkRef], stats: RequestStats) -> Mapping[ChunkRef, ChunkKV]:
+        started = time.perf_counter()
+        computed = self._library.compute(refs)
+        stats.compute_s += time.perf_counter() - started
+        return computed

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from chunkcache.blend import Plan, Policy
-from chunkcache.blend.cacheblend import CacheBlend
+from chunkcache.blend.cacheblend import RATIO, CacheBlend
 from chunkcache.blend.cachecraft import CacheCraft
-from chunkcache.blend.controller import LoadingController
-from chunkcache.blend.guard import GuardModel
-from chunkcache.blend.loader import preload_depth
+from chunkcache.blend.guard import GuardedSelection
+from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.engine.calibration import Calibration, load_calibration
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import CalibrationError
@@ -42,9 +43,11 @@ class Tuning:
             return self._given
         return load_calibration(self._fingerprint, None if self._given is None else Path(self._given))
 
-    def guard(self, policy: Policy) -> GuardModel | None:
-        """Return what predicts the error of `policy`, if it is guarded and the model was calibrated."""
-        return self.calibration.guard if policy.guarded() is not None and self.calibration is not None else None
+    def selection(self, policy: Policy) -> GuardedSelection | None:
+        """Return what selects the rows of a prefill under `policy` if it is guarded and the model was calibrated."""
+        bound = policy.guarded()
+        model = None if bound is None or self.calibration is None else self.calibration.guard
+        return None if bound is None or model is None else GuardedSelection(model, bound)
 
     def resolve(self, policy: Policy) -> Policy:
         """Return `policy` with nothing left open.
@@ -53,15 +56,17 @@ class Tuning:
             CalibrationError: it needs a calibration that there is none of.
         """
         if isinstance(policy, CacheBlend) and policy.ratio == "auto":
-            choice = self.controller.choose()
-            logger.info("cacheblend:ratio=%.3f, since %s", choice.ratio, choice.why)
-            return replace(policy, ratio=choice.ratio)
+            ratio = self.controller.ratio()
+            logger.info(
+                "cacheblend:ratio=%.3f, for seconds per token-layer of %s", ratio, self.controller.token_layer_s
+            )
+            return replace(policy, ratio=ratio)
         if isinstance(policy, CacheCraft) and policy.alpha == "auto":
             alpha = self.calibration.alpha if self.calibration is not None else None
             if alpha is None:
                 raise _missing(policy)
             return replace(policy, alpha=alpha)
-        if policy.guarded() is not None and self.guard(policy) is None:
+        if policy.guarded() is not None and self.selection(policy) is None:
             raise _missing(policy)
         return policy
 
@@ -71,7 +76,7 @@ class Tuning:
         return preload_depth(self._layers, computed * len(plan.fresh), loaded * len(plan))
 
     def observe(self, stats: RequestStats) -> None:
-        """Take note of what a request took, for the loading controller."""
+        """Count what a request took, for the loading controller."""
         computed = round(stats.recomputed_share * stats.tokens * self._layers)
         loaded = stats.reused_tokens * self._layers
         load_s = stats.lookup_s + max(stats.load_s, stats.assemble_s)
@@ -82,3 +87,64 @@ def _missing(policy: Policy) -> CalibrationError:
     return CalibrationError(
         f"policy {policy} needs a calibration of this model, and there is none: run chunkcache calibrate DATA"
     )
+
+
+def preload_depth(layers: int, prefill_s: float, load_s: float) -> int:
+    """Return how many layers to load ahead so that computing is never held up (Cache-Craft's formula).
+
+    Args:
+        layers: number of layers of the model.
+        prefill_s: seconds to compute one layer.
+        load_s: seconds to load one layer; 0 if that is not known.
+    """
+    if load_s <= 0:
+        return LEAST_DEPTH
+    depth = math.ceil((layers - 1) * (1 - prefill_s / load_s) + 1)
+    return max(LEAST_DEPTH, min(layers, depth))
+
+
+def free_ratio(prefill_s: float, load_s: float, least: float = RATIO) -> float:
+    """Return the ratio whose recomputing takes as long as loading, but at least `least`.
+
+    Args:
+        prefill_s: seconds to prefill one layer of the reused tokens in full; a ratio r of them takes r times that.
+        load_s: seconds to load one layer of them.
+        least: ratio below which the quality suffers.
+    """
+    return min(1.0, max(least, load_s / prefill_s if prefill_s > 0 else 1.0))
+
+
+class LoadingController:
+    """Recompute as much as loading takes anyway (CacheBlend, arXiv 2405.16444, section 5.1).
+
+    While layer i computes, the KV of layer i+1 are loaded: recomputing is free as long as it takes no longer. Keeps
+    moving averages of what earlier requests took; safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._compute_s = 0.0  # per token-layer
+        self._load_s = 0.0
+
+    def observe(self, prefill_s: float, computed: int, load_s: float, loaded: int) -> None:
+        """Add one request: seconds and token-layers of its recomputing and of its loading."""
+        with self._lock:
+            if computed and prefill_s > 0:
+                self._compute_s = _average(self._compute_s, prefill_s / computed)
+            if loaded:
+                self._load_s = _average(self._load_s, load_s / loaded)
+
+    @property
+    def token_layer_s(self) -> tuple[float, float]:
+        """Seconds to compute, and to load, one layer of one token; 0 before anything was measured."""
+        with self._lock:
+            return self._compute_s, self._load_s
+
+    def ratio(self) -> float:
+        """Return the recompute ratio for the next request."""
+        compute_s, load_s = self.token_layer_s
+        return free_ratio(compute_s, load_s) if compute_s else RATIO
+
+
+def _average(old: float, new: float) -> float:
+    return new if not old else 0.7 * old + 0.3 * new

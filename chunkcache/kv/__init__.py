@@ -1,4 +1,4 @@
-"""The nouns that every room shares: a chunk's key, and its keys and values."""
+"""What every room shares: the key of a chunk, its keys and values, and its span in a prompt."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ from chunkcache.kv.chunk import (
     FORMAT_VERSION,
     ChunkKey,
     ChunkKV,
+    ChunkRef,
     ContextAttention,
     Layer,
     LazyLayers,
     Origin,
+    TokenIds,
     chunk_name,
     hashed_label,
 )
+from chunkcache.kv.span import Span
 
 __all__ = [
     "FORMAT_VERSION",
     "ChunkKV",
     "ChunkKey",
+    "ChunkRef",
     "ContextAttention",
     "Layer",
     "LazyLayers",
     "Origin",
+    "Span",
+    "TokenIds",
     "chunk_name",
     "hashed_label",
 ]

@@ -1,6 +1,6 @@
-"""The two nouns every room shares: the key of a chunk and its keys and values.
+"""The key of a chunk, and its keys and values.
 
-A chunk KV is the keys and values of one fixed list of token ids, computed once in a known context.
+A chunk KV is the keys and values of one fixed list of token ids, computed once after known other tokens.
 Its keys are rotated for the positions it was computed at; whoever uses it elsewhere re-rotates them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import numpy as np
@@ -20,6 +20,7 @@ from chunkcache.kv.quantised import QuantisedLayer
 FORMAT_VERSION = 1
 
 Layer = torch.Tensor | QuantisedLayer
+TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,35 @@ class ChunkKey:
     def of(cls, fingerprint: str, context: Sequence[int], token_ids: Sequence[int], tenant: str = "") -> ChunkKey:
         """Return the key of `token_ids` computed right after the token ids `context`."""
         sha = hashlib.sha256()
-        fields = (
+        parts = (
             str(FORMAT_VERSION).encode(),
             fingerprint.encode(),
             tenant.encode(),
             np.asarray(context, dtype="<i8").tobytes(),
             np.asarray(token_ids, dtype="<i8").tobytes(),
         )
-        for field in fields:
-            sha.update(len(field).to_bytes(8, "little"))
-            sha.update(field)
+        for part in parts:
+            sha.update(len(part).to_bytes(8, "little"))
+            sha.update(part)
         return cls(sha.hexdigest())
 
     def __str__(self) -> str:
         return self.digest[:12]
+
+
+@dataclass(frozen=True)
+class ChunkRef:
+    """A chunk after the tokens it is computed behind: what a library is asked for. Made by `ChunkLibrary.ref`.
+
+    Attributes:
+        key: name of its KV in a store; refs with the same key are equal.
+        token_ids: of the chunk.
+        context_ids: the token ids that its KV are computed after.
+    """
+
+    key: ChunkKey
+    token_ids: TokenIds = field(compare=False, repr=False)
+    context_ids: TokenIds = field(compare=False, repr=False)
 
 
 def chunk_name(token_ids: Sequence[int]) -> str:

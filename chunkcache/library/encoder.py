@@ -19,13 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from chunkcache.blend import Decoder, FusedCache, Plan, Segment, SelectivePrefill, layer_kv
+from chunkcache.blend import Decoder, Plan, SelectivePrefill
 from chunkcache.blend.attention import rows_attention
 from chunkcache.blend.reuse import Reuse
-from chunkcache.kv import ChunkKV, ContextAttention, Origin
-from chunkcache.kv.quantised import dense
-
-TokenIds = tuple[int, ...]
+from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 
 NAME = "chunkcache_pack"
 PACK_TOKENS = 1024  # of all chunks in one forward; twice as many measured no faster on a CPU
@@ -44,7 +41,7 @@ class Encoder:
     def encode(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
 
-        Their origin says no more than the seconds that each took.
+        Their `origin` carries `compute_s` alone.
 
         Args:
             context: what each of them stands right behind, or None.
@@ -68,19 +65,14 @@ class Encoder:
 
     def _one_by_one(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool) -> Iterator[ChunkKV]:
         """Prefill chunks on a shadow of the model each, where their attention can be watched."""
-        segments = [] if context is None else [Segment(0, context, 0, len(context), exact=True)]
         before = () if context is None else context.token_ids
-        computed: list[ChunkKV] = []
-
-        def keep(cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
-            start, end = len(before), len(cache.plan)
-            computed.append(cut_kv(cache, cache.plan.token_ids, start, end, contexts.get(start)))
-
+        prefix = None if context is None else Span(0, len(before), before, kv=context, exact=True)
         for ids in chunks:
-            plan = Plan.of((*before, *ids), segments, [(len(before), len(before) + len(ids))])
             started = time.perf_counter()
-            SelectivePrefill(self._decoder, plan, Reuse(), keep, record=record).run()
-            yield replace(computed.pop(), origin=Origin(compute_s=time.perf_counter() - started))
+            plan = Plan.of((*before, *ids), [Span(len(before), len(before) + len(ids), ids)], prefix)
+            prefill = SelectivePrefill(self._decoder, plan, Reuse(), record=record, keep=lambda span: True)
+            prefill.run()
+            yield replace(prefill.computed[len(before)], origin=Origin(compute_s=time.perf_counter() - started))
 
 
 class _Pack:
@@ -106,7 +98,7 @@ class _Pack:
             vars(module)["chunkcache_attend"] = partial(self._attend, index)
         positions = torch.arange(self._start, self._end, device=twin.device)  # of the longest chunk
         with torch.no_grad():
-            twin.model.base_model(  # nobody wants logits
+            twin.model.base_model(  # the LM head is not needed
                 input_ids=torch.tensor([[token for chunk in self._chunks for token in chunk]], device=twin.device),
                 position_ids=torch.cat([positions[: len(chunk)] for chunk in self._chunks])[None],
                 attention_mask=self._decoder.masks(positions, self._end),
@@ -140,7 +132,8 @@ class _Pack:
         """
         seen = key.new_empty(2, key.shape[1], self._end, key.shape[3])  # the context, then one chunk after another
         if self._context is not None:
-            seen[:, :, : self._start] = dense(self._context.layers[layer_idx])
+            layer = self._context.layers[layer_idx]
+            seen[:, :, : self._start] = layer if isinstance(layer, Tensor) else layer.dense()
         outputs = []
         first = 0
         for chunk, layers in zip(self._chunks, self._layers, strict=True):
@@ -170,16 +163,6 @@ def _packs(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
         tokens += len(chunk)
     if pack:
         yield pack
-
-
-def cut_kv(
-    cache: FusedCache, token_ids: Sequence[int], start: int, end: int, context: ContextAttention | None = None
-) -> ChunkKV:
-    """Return a copy of tokens `start` to `end` of a prompt, `token_ids`, whose KV `cache` holds."""
-    layers = [
-        torch.cat([part[:, :, start:end] for part in layer_kv(cache, index)]) for index in range(len(cache.layers))
-    ]
-    return ChunkKV.of(token_ids[start:end], start, layers, context, Origin(created=cache.started))
 
 
 def _own_attention(module: nn.Module) -> Any:

@@ -1,174 +1,160 @@
 """Chunk KV on demand: out of the store, or computed by the model and then stored.
 
-A chunk is prefilled right behind the prefix it will stand behind, and the prefix's own KV left out of what is
+A chunk is prefilled right after the prefix it will stand behind, and the prefix's own KV are left out of what is
 stored. So no chunk believes that it starts the text, and the first chunk of a prompt is exact.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache, partial
 
-from chunkcache.blend import Decoder, FusedCache
+from chunkcache.blend import Decoder, Policy
 from chunkcache.errors import ContextLengthError, EntryLostError
-from chunkcache.kv import ChunkKey, ChunkKV, ContextAttention, Origin, chunk_name, hashed_label
-from chunkcache.library.documents import Owners
-from chunkcache.library.encoder import Encoder, TokenIds, cut_kv
-from chunkcache.library.finder import Finder, Known
-from chunkcache.library.single_flight import Flights
-from chunkcache.library.versions import Variants
+from chunkcache.kv import ChunkKey, ChunkKV, ChunkRef, Origin, Span, TokenIds, chunk_name, hashed_label
+from chunkcache.library.encoder import Encoder
+from chunkcache.library.registry import ChunkRegistry
+from chunkcache.library.single_flight import SingleFlight
 from chunkcache.store import Entry, EntryFilter, Store
 
 Progress = Callable[[int, int], None]
-Span = tuple[int, int]  # first and last + 1 position
-
-_REPAIRED = "\0repaired"  # keeps versions computed behind repaired KV apart from exact ones
+PART_TOKENS = 8192  # chunk tokens that are computed and stored at a time
 
 
 class ChunkLibrary:
-    """Looks up, computes and stores the chunk KV of one model.
+    """Looks up, computes, stores and deletes the chunk KV of one model and tenant.
 
     Args:
         decoder: the model that computes.
         store: where chunk KV are kept.
         fingerprint: identity of model and tokenizer, part of every key.
         tenant: part of every key.
+        lead_in: token ids that stand before a chunk while it is computed ahead, for policies that want it.
 
     Attributes:
-        finder: finds every chunk that was looked up or computed here inside other prompts.
+        registry: the chunks that were looked up or computed here.
     """
 
-    def __init__(self, decoder: Decoder, store: Store, fingerprint: str, tenant: str) -> None:
+    def __init__(
+        self, decoder: Decoder, store: Store, fingerprint: str, tenant: str = "", lead_in: TokenIds = ()
+    ) -> None:
         self._decoder = decoder
         self._encoder = Encoder(decoder)
         self._store = store
         self._fingerprint = fingerprint
         self._tenant = tenant
         self._tenant_label = hashed_label("tenant", tenant)
-        self._owners = Owners()
-        self._flights: Flights[TokenIds, ChunkKV] = Flights()
-        self._variants = Variants()
-        self.finder = Finder()
+        self._lead_in = lead_in
+        self._flights: SingleFlight[ChunkRef, ChunkKV] = SingleFlight()
+        self._behind = lru_cache(maxsize=64)(lambda prefix, lead: (*prefix, *lead))  # many chunks share one tuple
+        self.registry = ChunkRegistry()
 
-    def key(self, context: TokenIds, token_ids: TokenIds) -> ChunkKey:
-        """Return the key of `token_ids` computed right behind `context`."""
-        return ChunkKey.of(self._fingerprint, context, token_ids, self._tenant)
+    # --- references
 
-    def get(self, context: TokenIds, token_ids: TokenIds) -> ChunkKV | None:
-        """Return the stored KV of `token_ids` computed right behind `context`, or None."""
-        return self._store.get(self.key(context, token_ids), token_ids, self._decoder.heads)
+    def ref(self, token_ids: TokenIds, context_ids: TokenIds, variant: str = "") -> ChunkRef:
+        """Return the reference to a chunk that is computed right after `context_ids`; variants are kept apart."""
+        key = ChunkKey.of(self._fingerprint, context_ids, token_ids, self._tenant + variant)
+        return ChunkRef(key, token_ids, context_ids)
 
-    def holds(self, context: TokenIds, token_ids: TokenIds) -> bool:
-        """Return whether the store has an entry for it, without counting a hit or a miss."""
-        return self.key(context, token_ids) in self._store
+    def ref_for(self, token_ids: TokenIds, prefix: TokenIds, policy: Policy) -> ChunkRef:
+        """Return the reference to a chunk as `policy` wants it computed ahead of requests that begin with `prefix`.
 
-    def holds_recorded(self, context: TokenIds, token_ids: TokenIds) -> bool:
-        """Return whether the store has an entry for it that says what its tokens looked at."""
-        kv = self.get(context, token_ids) if self.holds(context, token_ids) else None
-        return kv is not None and kv.context is not None
+        That is after prefix and lead-in, or after the prefix alone where both leave no room.
+        """
+        tokens = policy.lead_in()
+        lead_in = self._lead_in[-tokens:] if tokens else ()
+        fits = len(prefix) + len(lead_in) + len(token_ids) < self._decoder.max_tokens
+        return self.ref(token_ids, self._behind(prefix, lead_in) if fits and lead_in else prefix)
 
-    def know(self, context: TokenIds, token_ids: TokenIds) -> None:
-        """Make a chunk findable, whoever stored it."""
-        self.finder.add(Known(self.key(context, token_ids), token_ids, context, chunk_name(token_ids)))
+    # --- look up
 
-    def find(self, known: Known) -> ChunkKV | None:
-        """Return the stored KV of a chunk that the finder named, or None if it has gone since."""
-        kv = self._store.get(known.key, known.token_ids, self._decoder.heads)
-        if kv is None:
-            self.finder.remove(known)
-        return kv
+    def get(self, ref: ChunkRef) -> ChunkKV | None:
+        """Return the stored KV of a chunk, or None."""
+        return self.get_key(ref.key, ref.token_ids)
 
-    def put(self, context: TokenIds, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> None:
-        """Store `kv`, computed behind `context`, and make it findable.
+    def get_key(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
+        """Return what is stored under `key` if it is the KV of `token_ids`, or None."""
+        return self._store.get(key, token_ids, self._decoder.heads)
+
+    def holds(self, ref: ChunkRef, recorded: bool = False) -> bool:
+        """Return whether the store has a chunk, without counting a hit or a miss.
 
         Args:
-            context: what stands before it.
-            kv: of a chunk, or of a part of one.
-            chunks: the whole chunk that it is of, and those that stand in `context`; () if it is a chunk itself,
-                and nothing else stands there.
+            ref: the chunk.
+            recorded: whether it must say what its tokens looked at.
         """
-        self._store.put(self.key(context, kv.token_ids), self._signed(kv, chunks))
-        self.know(context, kv.token_ids)
+        if ref.key not in self._store:
+            return False
+        kv = self.get(ref) if recorded else None
+        return not recorded or (kv is not None and kv.context is not None)
 
-    def belongs(self, chunk: TokenIds, document: str) -> None:
-        """Take note that a chunk is part of a document, whose `hashed_label` is `document`."""
-        self._owners.add(chunk_name(chunk), document)
-
-    def relabel(self, context: TokenIds, token_ids: TokenIds) -> None:
-        """Let a stored entry say that it is from all documents that are now known to have the chunk."""
-        kv = self.get(context, token_ids)
-        if kv is None or self._owners.of([chunk_name(token_ids)]) <= set(kv.origin.documents):
-            return
-        try:
-            self.put(context, kv.loaded())
-        except EntryLostError:
-            return  # counted by the store; whoever needs the chunk computes it, with its labels
-
-    def forget(self, where: EntryFilter) -> int:
-        """Delete all KV of this model and tenant that agree with `where`; return how many there were."""
-        if where.document is not None:
-            for name in self._owners.drop(where.document):
-                self.finder.forget(name)
-        elif where.chunk is not None:
-            self._owners.forget(where.chunk)
-            self.finder.forget(where.chunk)
-        else:
-            self._owners.clear()
-            self.finder.clear()
-        return self._store.purge(replace(where, model=self._fingerprint, tenant=self._tenant_label))
-
-    def forget_stale(self, document: str, chunks: Collection[TokenIds]) -> int:
-        """Delete the KV computed from chunks that `document` (a `hashed_label`) once had, and no other document has.
-
-        Args:
-            document: the document.
-            chunks: what it consists of now.
-        """
-        now = {chunk_name(chunk) for chunk in chunks}
-        gone = self._owners.drop(document, but=now)
-        entries = list(
-            self._store.entries(EntryFilter(model=self._fingerprint, tenant=self._tenant_label, document=document))
-        )
-        gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
-        for entry in entries:
-            context = entry.chunks[1:]
-            if gone.intersection(entry.chunks) or not entry.chunks:  # deleted below, or a prefix
-                continue
-            if any(name not in now and not self._owners.of([name]) for name in context):  # perhaps the document's
-                self._store.delete(entry.key)
-            elif not now.intersection(entry.chunks):
-                self._disown(entry, document)
-        return sum(self.forget(EntryFilter(chunk=name)) for name in gone)
-
-    def _disown(self, entry: Entry, document: str) -> None:
-        """Let a stored entry say that it is not from `document`."""
-        kv = self._store.get(entry.key, None)
-        if kv is not None:
-            others = tuple(hashed_label for hashed_label in entry.documents if hashed_label != document)
-            with suppress(EntryLostError):  # counted by the store
-                self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
-
-    def prefix(self, token_ids: TokenIds) -> ChunkKV:
-        """Return the KV of a prefix, all of it loaded; computed if the store does not hold it."""
-        return self.stored_prefix(token_ids) or self.compute({token_ids: ()})[token_ids]
-
-    def stored_prefix(self, token_ids: TokenIds) -> ChunkKV | None:
+    def get_prefix(self, token_ids: TokenIds) -> ChunkKV | None:
         """Return the KV of a prefix, all of it loaded, or None if the store does not hold it."""
-        kv = self.get((), token_ids)
+        kv = self.get(self.ref(token_ids, ()))
         try:
             return None if kv is None else kv.loaded()
         except EntryLostError:
             return None
 
+    def find(self, token_ids: TokenIds) -> list[Span]:
+        """Return the spans of known chunks in a prompt, in order, without KV where these have gone from the store.
+
+        They are exact where they were computed after the very tokens that stand before them here.
+        """
+        return [self._filled(span, keys, token_ids) for span, keys in self.registry.find_tokens(token_ids)]
+
+    def _filled(self, span: Span, keys: Sequence[ChunkKey], token_ids: TokenIds) -> Span:
+        here = None if span.offset else self.ref(span.chunk_ids, token_ids[: span.start]).key
+        for key in sorted(keys, key=lambda key: key != here):
+            kv = self.get_key(key, span.chunk_ids)
+            if kv is not None:
+                return replace(span, kv=kv, exact=key == here)
+            self.registry.forget_key(span.chunk_ids, key)
+        return span
+
+    # --- compute and store
+
+    def put(self, ref: ChunkRef, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> None:
+        """Store `kv` of a chunk or of a part of one, and make it findable.
+
+        Args:
+            ref: what it is stored as.
+            kv: its KV.
+            chunks: the whole chunk that it is of, and those that stand in its context; () if it is a chunk itself,
+                and no other stands there.
+        """
+        self._store.put(ref.key, self.with_origin(kv, chunks))
+        self.registry.add(ref)
+
+    def put_as(self, key: ChunkKey, kv: ChunkKV, chunks: Sequence[TokenIds]) -> bool:
+        """Store `kv` under a key of the caller's own; return whether the store took it. Otherwise as `put`."""
+        return self._store.put(key, self.with_origin(kv, chunks))
+
+    def with_origin(self, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> ChunkKV:
+        """Return `kv` with its origin filled in; `chunks` as in `put`."""
+        names = [chunk_name(chunk) for chunk in chunks or (kv.token_ids,)]
+        documents = sorted(self.registry.documents_of(names).union(kv.origin.documents))
+        created = kv.origin.created or time.time()
+        origin = Origin(
+            self._fingerprint, self._tenant_label, tuple(documents), tuple(names), created, kv.origin.compute_s
+        )
+        return replace(kv, origin=origin)
+
+    def prefix(self, token_ids: TokenIds) -> ChunkKV:
+        """Return the KV of a prefix, all of it loaded; computed if the store does not hold it."""
+        ref = self.ref(token_ids, ())
+        return self.get_prefix(token_ids) or self.compute([ref])[ref]
+
     def compute(
-        self, chunks: Mapping[TokenIds, TokenIds], on_progress: Progress | None = None, record: bool = False
-    ) -> dict[TokenIds, ChunkKV]:
+        self, refs: Sequence[ChunkRef], on_progress: Progress | None = None, record: bool = False
+    ) -> dict[ChunkRef, ChunkKV]:
         """Prefill chunks, and store them. What another thread is prefilling is waited for, not computed again.
 
         Args:
-            chunks: token ids of each chunk, and those that it stands behind.
+            refs: the chunks.
             on_progress: called with (chunks done, chunks in all) after every chunk.
             record: whether to record what their tokens look at, for which they are computed one by one.
 
@@ -178,104 +164,149 @@ class ChunkLibrary:
         Raises:
             ContextLengthError: a chunk and what it stands behind are longer than the model's context.
         """
-        for token_ids, behind in chunks.items():
-            self._check_length(len(behind), len(token_ids))
-        computed: dict[TokenIds, ChunkKV] = {}
+        for ref in refs:
+            self._check_length(ref)
+        computed: dict[ChunkRef, ChunkKV] = {}
 
-        def done(kv: ChunkKV) -> None:
-            computed[kv.token_ids] = kv
+        def done(ref: ChunkRef, kv: ChunkKV) -> None:
+            computed[ref] = kv
             if on_progress is not None:
-                on_progress(len(computed), len(chunks))
+                on_progress(len(computed), len(waited_for))
 
-        waiting = dict(chunks)
+        waited_for = waiting = list(dict.fromkeys(refs))
         while waiting:
-            with self._flights.board({ids: (self.key(waiting[ids], ids), record) for ids in waiting}) as flights:
-                for kv in self._encode({ids: waiting[ids] for ids in flights.mine}, record):
-                    flights.land(kv.token_ids, kv)
-                    done(kv)
-            for kv in flights.others():
-                done(kv)
-            waiting = {ids: behind for ids, behind in waiting.items() if ids not in computed}
+            with self._flights.claim({ref: (ref.key, record) for ref in waiting}) as claim:
+                for ref, kv in self._encode(claim.claimed, record):
+                    claim.resolve(ref, kv)
+                    done(ref, kv)
+            for ref, kv in claim.others():
+                done(ref, kv)
+            waiting = [ref for ref in waiting if ref not in computed]
         return computed
 
-    def _encode(self, chunks: Mapping[TokenIds, TokenIds], record: bool) -> Iterator[ChunkKV]:
-        """Yield the KV of chunks, computed and stored, or out of the store if they have come into it meanwhile."""
-        for behind in dict.fromkeys(chunks.values()):
-            missing = []
-            for ids in (ids for ids in chunks if chunks[ids] == behind):
-                kv = self.get(behind, ids) if not record and self.holds(behind, ids) else None
-                if kv is None:
-                    missing.append(ids)
-                else:
-                    yield kv
-            context = self.prefix(behind) if behind and missing else None
-            started = time.time()  # a deletion after this is one of what is being computed, too
-            for kv in self._encoder.encode(context, missing, record):
-                kv = replace(kv, origin=replace(kv.origin, created=started))
-                self.put(behind, kv)
-                yield kv
+    def precompute(self, refs: Sequence[ChunkRef], on_progress: Progress | None = None, record: bool = False) -> None:
+        """Compute and store chunks part by part, so that neither their KV nor pending writes pile up.
 
-    def best(
-        self, prefix: TokenIds, chunk: TokenIds, overhead: Callable[[ContextAttention | None], float]
-    ) -> ChunkKV | None:
-        """Return the stored version of `chunk` that needs least recomputing, or None if all of it would have to be.
+        The arguments are those of `compute`.
+        """
+        done = 0
+        for part in _parts(refs):
+            before = done
+            counted = None if on_progress is None else partial(_count_on, on_progress, before, len(refs))
+            self.compute(part, counted, record)
+            self._store.flush()
+            done += len(part)
+
+    def _encode(self, refs: Sequence[ChunkRef], record: bool) -> Iterator[tuple[ChunkRef, ChunkKV]]:
+        """Yield the KV of chunks, computed and stored, or out of the store if they have come into it meanwhile."""
+        for context_ids in dict.fromkeys(ref.context_ids for ref in refs):
+            missing = {}
+            for ref in (ref for ref in refs if ref.context_ids == context_ids):
+                kv = self.get(ref) if not record and self.holds(ref) else None
+                if kv is None:
+                    missing[ref.token_ids] = ref
+                else:
+                    yield ref, kv
+            context = self.prefix(context_ids) if context_ids and missing else None
+            started = time.time()  # a deletion after this is one of what is being computed, too
+            for kv in self._encoder.encode(context, list(missing), record):
+                kv = replace(kv, origin=replace(kv.origin, created=started))
+                self.put(missing[kv.token_ids], kv)
+                yield missing[kv.token_ids], kv
+
+    def _check_length(self, ref: ChunkRef) -> None:
+        limit = self._decoder.max_tokens
+        if len(ref.context_ids) + len(ref.token_ids) >= limit:
+            raise ContextLengthError(
+                f"a chunk of {len(ref.token_ids)} tokens behind a prefix of {len(ref.context_ids)} does not fit the "
+                f"model's context of {limit} tokens; split it into smaller chunks"
+            )
+
+    def credit(self, key: ChunkKey, worth: float) -> None:
+        """Count what a use of an entry was worth; see `Store.credit`."""
+        self._store.credit(key, worth)
+
+    # --- delete and label
+
+    def drop(self, key: ChunkKey) -> None:
+        """Delete one entry."""
+        self._store.delete(key)
+
+    def add_document(self, ref: ChunkRef) -> None:
+        """Let a stored entry name all documents that are now known to have its chunk."""
+        kv = self.get(ref)
+        if kv is None or self.registry.documents_of([chunk_name(ref.token_ids)]) <= set(kv.origin.documents):
+            return
+        with suppress(EntryLostError):  # counted by the store; whoever needs the chunk computes it, with its labels
+            self.put(ref, kv.loaded())
+
+    def delete(self, document: str | None = None, chunks: Collection[TokenIds] = ()) -> int:
+        """Delete the KV of this model and tenant that were computed from a document or from chunks; else all.
 
         Args:
-            prefix: what the version stands behind that was computed alone.
-            chunk: its token ids.
-            overhead: what a version needs, by what it looked at; None is the one computed alone.
+            document: label of the document.
+            chunks: the chunks.
+
+        Returns:
+            how many entries there were.
         """
-        alone = overhead(None) if self.holds(prefix, chunk) else 1.0
-        variant, least = self._variants.pick(chunk, overhead)
-        while variant is not None and least <= alone and least < 1:
-            kv = self._store.get(variant.key, chunk, self._decoder.heads)
-            if kv is not None:
-                self._store.credit(variant.key, self._variants.use(variant, least))
-                return kv
-            self._variants.forget(chunk, variant.key)
-            variant, least = self._variants.pick(chunk, overhead)
-        return self.get(prefix, chunk) if alone < 1 else None
+        own = EntryFilter(model=self._fingerprint, tenant=self._tenant_label)
+        if document is not None:
+            self.registry.delete_document(document)
+            return self._store.purge(replace(own, document=document))
+        if chunks:
+            return self._delete_chunks({chunk_name(chunk) for chunk in chunks})
+        self.registry.clear()
+        return self._store.purge(own)
 
-    def remember_version(
-        self,
-        cache: FusedCache,
-        token_ids: TokenIds,
-        span: Span,
-        chunks: Sequence[TokenIds],
-        context: ContextAttention,
-    ) -> None:
-        """Store the KV of `span` of a prompt as one more version of a chunk, computed behind repaired KV.
+    def delete_stale(self, document: str, chunks: Collection[TokenIds]) -> int:
+        """Delete the KV computed from chunks that `document` (a label) once had, and no other document has.
 
-        `chunks` are as in `put`.
+        Args:
+            document: the document.
+            chunks: what it consists of now.
         """
-        kv = cut_kv(cache, token_ids, *span, context)
-        key = ChunkKey.of(self._fingerprint, token_ids[: span[0]], kv.token_ids, self._tenant + _REPAIRED)
-        if self._store.put(key, self._signed(kv, chunks)):
-            for gone in self._variants.add(kv.token_ids, key, context):
-                self._store.delete(gone)
+        now = {chunk_name(chunk) for chunk in chunks}
+        gone = self.registry.delete_document(document, but=now)
+        entries = list(self._store.entries(EntryFilter(self._fingerprint, self._tenant_label, document)))
+        gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
+        for entry in entries:
+            if gone.intersection(entry.chunks) or not entry.chunks:  # deleted below, or a prefix
+                continue
+            before = [name for name in entry.chunks[1:] if name not in now]
+            if any(not self.registry.documents_of([name]) for name in before):  # perhaps the document's
+                self._store.delete(entry.key)
+            elif not now.intersection(entry.chunks):
+                self._disown(entry, document)
+        return self._delete_chunks(gone) if gone else 0
 
-    def remember(self, cache: FusedCache, token_ids: TokenIds, span: Span, chunks: Sequence[TokenIds]) -> None:
-        """Store the KV of `span` of a prompt as they came out of it; `chunks` are as in `put`."""
-        self.put(token_ids[: span[0]], cut_kv(cache, token_ids, *span), chunks)
+    def _delete_chunks(self, names: Collection[str]) -> int:
+        self.registry.delete(names)
+        own = EntryFilter(model=self._fingerprint, tenant=self._tenant_label)
+        return sum(self._store.purge(replace(own, chunk=name)) for name in names)
 
-    def _signed(self, kv: ChunkKV, chunks: Sequence[TokenIds]) -> ChunkKV:
-        """Return `kv` with its origin filled in; `chunks` are as in `put`."""
-        names = [chunk_name(chunk) for chunk in chunks or (kv.token_ids,)]
-        documents = sorted(self._owners.of(names).union(kv.origin.documents))
-        origin = Origin(
-            self._fingerprint,
-            self._tenant_label,
-            tuple(documents),
-            tuple(names),
-            kv.origin.created or time.time(),
-            kv.origin.compute_s,
-        )
-        return replace(kv, origin=origin)
+    def _disown(self, entry: Entry, document: str) -> None:
+        """Let a stored entry no longer name `document`."""
+        kv = self._store.get(entry.key, None)
+        if kv is not None:
+            others = tuple(label for label in entry.documents if label != document)
+            with suppress(EntryLostError):  # counted by the store
+                self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
 
-    def _check_length(self, prefix: int, chunk: int) -> None:
-        limit = self._decoder.max_tokens
-        if prefix + chunk >= limit:
-            raise ContextLengthError(
-                f"a chunk of {chunk} tokens behind a prefix of {prefix} does not fit the model's context of {limit} "
-                "tokens; split it into smaller chunks"
-            )
+
+def _count_on(on_progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    on_progress(before + done, total)
+
+
+def _parts(refs: Sequence[ChunkRef]) -> Iterator[list[ChunkRef]]:
+    """Divide chunks into parts of `PART_TOKENS`, or of one chunk that is longer."""
+    part: list[ChunkRef] = []
+    tokens = 0
+    for ref in refs:
+        if part and tokens + len(ref.token_ids) > PART_TOKENS:
+            yield part
+            part, tokens = [], 0
+        part.append(ref)
+        tokens += len(ref.token_ids)
+    if part:
+        yield part

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +20,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from chunkcache.errors import PromptError
-from chunkcache.kv import ChunkKV
+from chunkcache.kv import TokenIds
+from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, text_of
 
 INSTRUCTION = "Answer the question from the passages below."
 SEPARATOR = "\n\n"
@@ -32,88 +32,6 @@ _ANSWER = "[[the answer stands here]]"
 _SYSTEM = "[[the system prompt stands here]]"
 _LABEL = "Question: "
 _KEPT = 1024  # chunks whose token ids are kept, since those that are asked for come again
-
-
-@dataclass(frozen=True)
-class PromptChunk:
-    """A retrieved text that is cached as one chunk, of which a part may be left out of the prompt.
-
-    Attributes:
-        text: the whole chunk.
-        skip_chars: characters of it that are left out of the prompt, when they have been said before. A slow
-            tokenizer, which does not say where its tokens are, leaves nothing out.
-        joins_next: whether the next one goes on where this one ends, so that nothing stands between them.
-    """
-
-    text: str
-    skip_chars: int = 0
-    joins_next: bool = False
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of one prompt in its three parts: prefix, chunks, question.
-
-    Attributes:
-        prefix: what stands before the chunks, and is likely to stand there again.
-        chunks: each chunk, as it is stored.
-        question: all that stands behind them.
-        head: KV of the first tokens of the prefix, if they are those of a conversation that goes on.
-        behind: what the chunks were computed behind, if it is not the prefix.
-        gaps: what stands right before each chunk; () if nothing does.
-        parts: first and last + 1 index of what stands in the prompt of each chunk; () for the whole of each.
-    """
-
-    prefix: tuple[int, ...]
-    chunks: tuple[tuple[int, ...], ...]
-    question: tuple[int, ...]
-    head: ChunkKV | None = None
-    behind: tuple[int, ...] | None = None
-    gaps: tuple[tuple[int, ...], ...] = ()
-    parts: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def opening(self) -> tuple[int, ...]:
-        """What the chunks were computed behind, a lead-in apart."""
-        return self.prefix if self.behind is None else self.behind
-
-    @cached_property
-    def placed(self) -> tuple[Placed, ...]:
-        """Where each chunk stands."""
-        placed, end = [], len(self.prefix)
-        for index, chunk in enumerate(self.chunks):
-            first, last = self.parts[index] if self.parts else (0, len(chunk))
-            gap = self.gaps[index] if self.gaps else ()
-            placed.append(Placed(chunk, first, last, gap, end + len(gap)))
-            end = placed[-1].end
-        return tuple(placed)
-
-    @cached_property
-    def token_ids(self) -> tuple[int, ...]:
-        """All token ids in order."""
-        between = (token for each in self.placed for token in (*each.gap, *each.standing))
-        return (*self.prefix, *between, *self.question)
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A chunk of a prompt: tokens `first` to `last` of it stand at position `start`, behind `gap`."""
-
-    chunk: tuple[int, ...]
-    first: int
-    last: int
-    gap: tuple[int, ...]
-    start: int
-
-    @property
-    def standing(self) -> tuple[int, ...]:
-        """The token ids of it that stand in the prompt."""
-        return self.chunk[self.first : self.last]
-
-    @property
-    def end(self) -> int:
-        """Position right after the last of them."""
-        return self.start + self.last - self.first
 
 
 class PromptBuilder:
@@ -136,8 +54,8 @@ class PromptBuilder:
         self._between = lru_cache(maxsize=64)(self._render_between)
         self._stripped_chunk = lru_cache(maxsize=_KEPT)(lambda text: self.encode(text + SEPARATOR))
 
-    def build(self, question: str, chunks: Sequence[str | PromptChunk], system: str | None = None) -> Prompt:
-        """Return the prompt for `question` over `chunks`.
+    def build(self, question: str, chunks: Sequence[Any], system: str | None = None) -> Prompt:
+        """Return the prompt for `question` over `chunks`, each of them as in `text_of`.
 
         Raises:
             PromptError: question or a chunk is empty or not one string, or the template cannot be split.
@@ -152,43 +70,47 @@ class PromptBuilder:
         if isinstance(chunks, str):
             raise PromptError(f"chunks is one string of {len(chunks)} characters; pass a list of texts")
         prefix, label, tail = self._frame(system)
-        asked = (*self.encode(label + question.strip()), *tail)
-        if not any(isinstance(chunk, PromptChunk) for chunk in chunks):
-            return Prompt(prefix, tuple(map(self.chunk, chunks)), asked)  # type: ignore[arg-type]
-        passages = [chunk if isinstance(chunk, PromptChunk) else PromptChunk(chunk) for chunk in chunks]
-        ids, parts, gaps = zip(*map(self.part, passages), strict=True)
-        gaps = ((), *gaps)  # what is over of one passage stands before the next
-        return Prompt(prefix, ids, (*gaps[-1], *asked), gaps=gaps[:-1], parts=parts)
+        prompt = PromptIds(prefix)
+        self.add_chunks(prompt, chunks)
+        prompt.add((*self.encode(label + question.strip()), *tail))
+        return prompt.build(len(prefix))
+
+    def add_chunks(self, prompt: PromptIds, chunks: Sequence[Any]) -> None:
+        """Append chunks; behind one that joins the next stands only what is tokenised differently in a whole."""
+        for chunk in chunks:
+            if isinstance(chunk, PromptChunk):
+                ids, first, stop, rest = self._part(chunk)
+                prompt.add_chunk(ids, first, stop)
+                prompt.add(rest)
+            else:
+                prompt.add_chunk(self.chunk(chunk))
 
     def frame_texts(self) -> tuple[str, str]:
         """Return what stands before the chunks in a message, and between them and the question."""
         return f"{self._instruction}{SEPARATOR}", _LABEL
 
-    def part(self, passage: PromptChunk) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, ...]]:
-        """Return the ids of a passage's chunk, which of them stand in the prompt, and what stands right behind them.
-
-        Behind them is only what is tokenised differently for want of a separator.
-        """
-        ids, text = self.chunk(passage.text), passage.text.strip()
-        begin = passage.skip_chars - (len(passage.text) - len(passage.text.lstrip()))
-        first, last = 0, len(ids)
-        over: tuple[int, ...] = ()
-        if passage.joins_next:
+    def _part(self, chunk: PromptChunk) -> tuple[TokenIds, int, int, TokenIds]:
+        """Return the ids of a chunk, the first and one past the last in the prompt, and what follows them there."""
+        ids, text = self.chunk(chunk.text), chunk.text.strip()
+        skipped = chunk.skip_chars - (len(chunk.text) - len(chunk.text.lstrip()))
+        first, stop = 0, len(ids)
+        rest: TokenIds = ()
+        if chunk.joins_next:
             alone = self.encode(text)
-            last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False)))
-            over = alone[last:]
-        if begin > 0 and self._tokenizer.is_fast:
+            stop = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False)))
+            rest = alone[stop:]
+        if skipped > 0 and self._tokenizer.is_fast:
             with self._lock:
-                spans = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True,
-                                        return_offsets_mapping=True).offset_mapping  # fmt: skip
-            first = next((index for index, (start, _) in enumerate(spans) if start >= begin), last)
-        return ids, (min(first, last), last), over
+                offsets = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                                          return_offsets_mapping=True).offset_mapping  # fmt: skip
+            first = next((index for index, (start, _) in enumerate(offsets) if start >= skipped), stop)
+        return ids, min(first, stop), stop, rest
 
-    def prefix(self, system: str | None = None) -> tuple[int, ...]:
+    def prefix(self, system: str | None = None) -> TokenIds:
         """Return the token ids that stand before the first chunk."""
         return self._frame(system)[0]
 
-    def between_turns(self, system: str | None, said: tuple[int, ...]) -> tuple[int, ...]:
+    def between_turns(self, system: str | None, said: TokenIds) -> TokenIds:
         """Return what stands between the end of an answer and the chunks of the next turn.
 
         Args:
@@ -201,39 +123,33 @@ class PromptBuilder:
         ids = self._between(system)
         return ids[1:] if said[-1:] == ids[:1] else ids
 
-    def lead_in(self, tokens: int) -> tuple[int, ...]:
-        """Return the last `tokens` token ids of the lead-in, or all if it has no more."""
-        return self._lead_in_ids[-tokens:] if tokens else ()
-
     @cached_property
-    def _lead_in_ids(self) -> tuple[int, ...]:
+    def lead_in(self) -> TokenIds:
+        """The token ids of the lead-in."""
         return self.chunk(self._lead_in) if self._lead_in.strip() else ()
 
-    def chunk(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of one chunk, its separator included.
+    def chunk(self, text: Any) -> TokenIds:
+        """Return the token ids of one chunk, its separator included; `text` as in `text_of`.
 
         Raises:
             PromptError: the text is empty or not a string.
         """
-        if not isinstance(text, str) or not text.strip():
-            kind = "empty" if isinstance(text, str) else f"a {type(text).__name__}"
-            raise PromptError(f"a chunk is {kind}; every chunk must be a string with text in it")
-        return self._stripped_chunk(text.strip())
+        return self._stripped_chunk(text_of(text).strip())
 
-    def encode(self, text: str, trusted: bool = False) -> tuple[int, ...]:
+    def encode(self, text: str, trusted: bool = False) -> TokenIds:
         """Return the ids of `text`; only in the template's own text are special tokens what they look like."""
         with self._lock:
             ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not trusted).input_ids
         return tuple(ids)
 
-    def _render_frame(self, system: str | None) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+    def _render_frame(self, system: str | None) -> tuple[TokenIds, str, TokenIds]:
         """Return the ids before the chunks, the text between chunks and question, the ids after the question."""
         tokenizer = self._tokenizer
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}{_LABEL}{_QUESTION}"
         if tokenizer.chat_template:
             asked = {"role": "user", "content": body}
             rendered: Any = self._with_system(system, asked) if system else self.render([asked])
-            start: tuple[int, ...] = ()
+            start: TokenIds = ()
         else:
             rendered = f"{_SYSTEM}{SEPARATOR}{body}\nAnswer:" if system else f"{body}\nAnswer:"
             start = self.leading_special_tokens()
@@ -267,7 +183,7 @@ class PromptBuilder:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": _CHUNKS}]
         return system if system in self.render(messages) else system.strip()
 
-    def _render_between(self, system: str | None) -> tuple[int, ...]:
+    def _render_between(self, system: str | None) -> TokenIds:
         body = f"{self._instruction}{SEPARATOR}{_CHUNKS}"
         if not self._tokenizer.chat_template:
             return self.encode(f"{SEPARATOR}{body}".partition(_CHUNKS)[0], trusted=True)
@@ -287,6 +203,11 @@ class PromptBuilder:
         return self.encode(between, trusted=True)
 
     def render(self, messages: list[dict[str, str]]) -> Any:
+        """Return what the chat template makes of messages.
+
+        Raises:
+            PromptError: it refuses them.
+        """
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
@@ -295,7 +216,7 @@ class PromptBuilder:
                 "leave out system=, or put its text into instruction="
             ) from error
 
-    def leading_special_tokens(self) -> tuple[int, ...]:
+    def leading_special_tokens(self) -> TokenIds:
         """Return what the tokenizer puts before any plain text, such as BOS."""
         first, *_ = self.encode("x")
         ids = tuple(self._tokenizer("x").input_ids)

@@ -13,20 +13,21 @@ import re
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from chunkcache.errors import PromptError
-from chunkcache.prompt.builder import SEPARATOR, Prompt, PromptBuilder, PromptChunk
-from chunkcache.prompt.known_texts import KnownTexts
+from chunkcache.kv import TokenIds
+from chunkcache.prompt.builder import SEPARATOR, PromptBuilder
+from chunkcache.prompt.known_texts import FoundText
+from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds
 
 __all__ = ["Message", "MessageBuilder", "PromptChunk"]
 
 logger = logging.getLogger("chunkcache")
 
 Message = Mapping[str, Any]  # role, and content: a string, or a list of strings and passages
-TokenIds = tuple[int, ...]
 
 _MARK = "[[message {} stands here]]"
 _MARKS = re.compile(r"\[\[message (\d+) stands here]]")
@@ -35,31 +36,25 @@ _BLOCK = 16  # tokens; beginnings that differ in fewer are not worth an entry of
 _BEGINNINGS = 16  # of the last prompts
 
 
-@dataclass
-class _Pieces:
-    """Token ids in order, and the chunks among them.
+class _ChatIds(PromptIds):
+    """Token ids of a conversation.
 
     Attributes:
-        chunks: ids of each chunk, as it is stored.
-        parts: which of them stand in the prompt.
-        gaps: what stands before each, from the beginning or the chunk before on.
-        rest: what stands behind the last.
-        system: the system prompt that the first of them is computed behind.
-        opening: how many tokens stood in `rest` before the assistant first spoke, if no chunk came before that.
+        system: the system prompt that its first chunk was computed after.
+        opening: how many tokens stood there before the assistant first spoke, if no chunk came before that.
     """
 
-    chunks: list[TokenIds] = field(default_factory=list)
-    parts: list[tuple[int, int]] = field(default_factory=list)
-    gaps: list[TokenIds] = field(default_factory=list)
-    rest: list[int] = field(default_factory=list)
-    system: str | None = None
-    opening: int | None = None
+    def __init__(self, ids: Sequence[int], system: str | None) -> None:
+        super().__init__(ids)
+        self.system = system
+        self.opening: int | None = None
 
-    def add_chunk(self, ids: TokenIds, part: tuple[int, int], over: TokenIds) -> None:
-        self.chunks.append(ids)
-        self.parts.append(part)
-        self.gaps.append(tuple(self.rest))
-        self.rest = list(over)
+
+class TextFinder(Protocol):
+    """Finds known chunks in a text."""
+
+    def find_text(self, content: str) -> Sequence[FoundText]:
+        """Return the known texts in `content`, in order and without overlap."""
 
 
 class MessageBuilder:
@@ -71,7 +66,7 @@ class MessageBuilder:
         template: the tokenizer's chat template; None for none. Without one the texts stand below one another.
     """
 
-    def __init__(self, prompts: PromptBuilder, known: KnownTexts, template: Any) -> None:
+    def __init__(self, prompts: PromptBuilder, known: TextFinder, template: Any) -> None:
         self._prompts = prompts
         self._known = known
         self._template = template
@@ -89,62 +84,55 @@ class MessageBuilder:
                 nothing but white space in them, or the chat template refuses them.
         """
         turns = [_Turn.of(message, index) for index, message in enumerate(messages)]
-        if not any(turn.text.strip() or turn.passages for turn in turns):
+        if not any(turn.text.strip() or turn.chunks for turn in turns):
             raise PromptError(f"{len(turns)} messages have no text; pass at least one with some")
-        system = turns[0].text if turns[0].role == "system" and not turns[0].passages else None
+        system = turns[0].text if turns[0].role == "system" and not turns[0].chunks else None
         *before, asked = turns
-        if asked.passages and asked.role == "user" and len(before) == (system is not None):
+        if asked.chunks and asked.role == "user" and len(before) == (system is not None):
             try:
-                return self._prompts.build(asked.text, asked.passages, system)
+                return self._prompts.build(asked.text, asked.chunks, system)
             except PromptError:
                 if system is None:
                     raise  # else the template may take no system message, and it is folded below
-        pieces = _Pieces(rest=[] if self._template else list(self._prompts.leading_special_tokens()), system=system)
+        ids = _ChatIds([] if self._template else self._prompts.leading_special_tokens(), system)
         for template, turn in self._rendered(turns):
-            pieces.rest += self._prompts.encode(template, trusted=True)
+            ids.add(self._prompts.encode(template, trusted=True))
             if turn is not None:
-                if turn.role == "assistant" and pieces.opening is None and not pieces.chunks:
-                    pieces.opening = len(pieces.rest)
-                self._add(pieces, turn)
-        return self._prompt(pieces)
+                if turn.role == "assistant" and ids.opening is None and not ids.spans:
+                    ids.opening = len(ids.ids)
+                self._add(ids, turn)
+        return self._prompt(ids)
 
-    def _prompt(self, pieces: _Pieces) -> Prompt:
+    def _prompt(self, ids: _ChatIds) -> Prompt:
         """Divide what stands before the first chunk into what is likely to stand there again, and the rest."""
-        before = pieces.gaps[0] if pieces.chunks else tuple(pieces.rest)
-        prefix = before[: self._beginnings.common(before[: pieces.opening])]
-        if not pieces.chunks:
-            prefix = prefix if len(prefix) < len(before) else ()
-            return Prompt(prefix, (), before[len(prefix) :])
-        gaps = (before[len(prefix) :], *pieces.gaps[1:])
-        behind = self._behind(pieces.system)
-        chunks = tuple(pieces.chunks)
-        return Prompt(prefix, chunks, tuple(pieces.rest), behind=behind, gaps=gaps, parts=tuple(pieces.parts))
-
-    def _behind(self, system: str | None) -> TokenIds:
+        before = tuple(ids.ids[: ids.spans[0].start] if ids.spans else ids.ids)
+        prefix = self._beginnings.common(before[: ids.opening])
+        if not ids.spans:
+            return ids.build(prefix if prefix < len(before) else 0)
         try:
-            return self._prompts.prefix(system)
-        except PromptError:  # the template takes no system message: chunks cannot have been computed behind one
-            return self._prompts.prefix(None)
+            context = self._prompts.prefix(ids.system)
+        except PromptError:  # the template takes no system message: chunks cannot have been computed after one
+            context = self._prompts.prefix(None)
+        return ids.build(prefix, context)
 
-    def _add(self, pieces: _Pieces, turn: _Turn) -> None:
-        if turn.passages:
+    def _add(self, ids: _ChatIds, turn: _Turn) -> None:
+        if turn.chunks:
             if not turn.text.strip():
-                raise PromptError(f"a message has {len(turn.passages)} passages and no question; pass text with them")
+                raise PromptError(f"a message has {len(turn.chunks)} chunks and no question; pass text with them")
             frame, label = self._prompts.frame_texts()
-            pieces.rest += self._prompts.encode(turn.before + frame)
-            for passage in turn.passages:
-                pieces.add_chunk(*self._prompts.part(passage))
-            pieces.rest += self._prompts.encode(label + turn.text.strip())
+            ids.add(self._prompts.encode(turn.before + frame))
+            self._prompts.add_chunks(ids, turn.chunks)
+            ids.add(self._prompts.encode(label + turn.text.strip()))
             return
         end = 0
-        for found in self._known.find(turn.text):
-            pieces.rest += self._prompts.encode(turn.text[end : found.start])
-            if not pieces.chunks:
-                pieces.system = found.system
-            separated = turn.text.startswith(SEPARATOR, found.end)
-            pieces.add_chunk(*self._prompts.part(PromptChunk(found.text, joins_next=not separated)))
-            end = found.end + (len(SEPARATOR) if separated else 0)
-        pieces.rest += self._prompts.encode(turn.text[end:])
+        for known in self._known.find_text(turn.text):
+            ids.add(self._prompts.encode(turn.text[end : known.start]))
+            if not ids.spans:
+                ids.system = known.system
+            separated = turn.text.startswith(SEPARATOR, known.end)
+            self._prompts.add_chunks(ids, [PromptChunk(known.text, joins_next=not separated)])
+            end = known.end + (len(SEPARATOR) if separated else 0)
+        ids.add(self._prompts.encode(turn.text[end:]))
 
     def _rendered(self, turns: Sequence[_Turn]) -> list[tuple[str, _Turn | None]]:
         """Return the template's own text and the turn behind it, in order; after the last there is none."""
@@ -188,7 +176,7 @@ class _Turn:
 
     role: str
     text: str
-    passages: tuple[PromptChunk, ...] = ()
+    chunks: tuple[PromptChunk, ...] = ()
     before: str = ""
 
     @classmethod
@@ -220,9 +208,9 @@ def _folded(turns: Sequence[_Turn]) -> list[_Turn]:
     folded: list[_Turn] = []
     for turn in (replace(t, role="user") if t.role == "system" else t for t in turns):
         last = folded[-1] if folded else None
-        if last is not None and last.role == turn.role and not last.passages:
+        if last is not None and last.role == turn.role and not last.chunks:
             said = f"{last.text.strip()}{SEPARATOR}"
-            folded[-1] = replace(turn, before=said) if turn.passages else replace(turn, text=said + turn.text.strip())
+            folded[-1] = replace(turn, before=said) if turn.chunks else replace(turn, text=said + turn.text.strip())
         else:
             folded.append(turn)
     return folded

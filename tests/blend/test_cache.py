@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import blend as h
 from support import zoo
+from support.blend import span
 from transformers import DynamicCache
 
-from chunkcache.blend import Decoder, FusedCache, Plan, Segment, SelectivePrefill, layer_kv
+from chunkcache.blend import Decoder, FusedCache, Plan, SelectivePrefill, layer_kv
 from chunkcache.blend.cache import Probed
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.link import Link
@@ -38,9 +39,17 @@ IDS = range(20, 32)
 LIKE = torch.empty(1, HEADS, 1, DIM)
 
 
+def test_what_is_in_memory_needs_no_loader(monkeypatch):
+    monkeypatch.setattr("chunkcache.blend.cache.Loader", lambda *_: pytest.fail("a loader was started"))
+    cache = fused(Plan.of(IDS, [span(0, stored(IDS[:4]))]))
+    assert cache.assemble(0, LIKE).shape == (2, HEADS, len(IDS), DIM)
+    cache.stop_loading()
+    assert cache.load_s == 0.0
+
+
 def test_segments_stand_in_their_places_and_parts_of_chunks_are_the_right_parts():
     a, b = stored(IDS[0:3]), stored(range(22, 30))
-    plan = Plan.of(IDS, [Segment(0, a, 0, 3), Segment(4, b, 2, 5)])
+    plan = Plan.of(IDS, [span(0, a, 0, 3), span(4, b, 2, 5)])
     cache = fused(plan, without_rope=True)
     for index in range(zoo.LAYERS):
         both = cache.assemble(index, LIKE)
@@ -51,7 +60,7 @@ def test_segments_stand_in_their_places_and_parts_of_chunks_are_the_right_parts(
 
 def test_keys_are_rotated_to_their_positions_and_values_are_not():
     kv = stored(IDS[5:9], position=2)
-    cache = fused(Plan.of(IDS, [Segment(5, kv, 0, 4)]))
+    cache = fused(Plan.of(IDS, [span(5, kv, 0, 4)]))
     keys, values = cache.assemble(1, LIKE)[:, :, 5:9]
     expected = torch.empty(HEADS, 4, DIM)
     Decoder(zoo.build("llama")).rotaries[1].shift(kv.layers[1][0], 3, expected)
@@ -62,7 +71,7 @@ def test_keys_are_rotated_to_their_positions_and_values_are_not():
 @pytest.mark.parametrize("without_rope", [True, False])
 def test_stored_kv_of_another_dtype_are_converted(without_rope):
     kv = stored(IDS[5:9], position=2, dtype=torch.bfloat16)
-    cache = fused(Plan.of(IDS, [Segment(5, kv, 0, 4)]), without_rope=without_rope)
+    cache = fused(Plan.of(IDS, [span(5, kv, 0, 4)]), without_rope=without_rope)
     both = cache.assemble(0, LIKE)
     assert both.dtype == torch.float32
     assert torch.equal(both[1, :, 5:9], kv.layers[0][1].float())
@@ -70,7 +79,7 @@ def test_stored_kv_of_another_dtype_are_converted(without_rope):
 
 def test_stored_kv_are_never_written_to():
     kv = stored(IDS[0:4], fill=1.0)
-    cache = fused(Plan.of(IDS, [Segment(0, kv, 0, 4)]), without_rope=True)
+    cache = fused(Plan.of(IDS, [span(0, kv, 0, 4)]), without_rope=True)
     cache.go_on_with(torch.arange(12))
     cache.update(fresh(12, 9.0), fresh(12, 9.0), 0)
     assert (kv.layers[0] == 1.0).all()
@@ -79,7 +88,7 @@ def test_stored_kv_are_never_written_to():
 @pytest.mark.parametrize("rows", [[0, 1, 2, 7, 8, 9, 10, 11], [3, 4, 5, 6, 7, 8, 9, 10, 11]])
 def test_update_puts_fresh_rows_over_stored_ones_and_returns_the_whole_prompt(rows):
     kv = stored(IDS[0:8], fill=1.0)
-    cache = fused(Plan.of(IDS, [Segment(0, kv, 0, 8)]), without_rope=True)
+    cache = fused(Plan.of(IDS, [span(0, kv, 0, 8)]), without_rope=True)
     cache.go_on_with(torch.tensor(rows))
     keys, values = cache.update(fresh(len(rows), 5.0), fresh(len(rows), 6.0), 2)
     for tensor, new in ((keys, 5.0), (values, 6.0)):
@@ -90,7 +99,7 @@ def test_update_puts_fresh_rows_over_stored_ones_and_returns_the_whole_prompt(ro
 
 
 def test_it_is_empty_to_the_outside_until_it_is_prefilled():
-    plan = Plan.of(IDS, [Segment(0, stored(IDS[:4]), 0, 4)])
+    plan = Plan.of(IDS, [span(0, stored(IDS[:4]), 0, 4)])
     cache = fused(plan)
     assert cache.get_seq_length() == 0
     assert not cache.prefilled
@@ -139,7 +148,7 @@ def test_computed_counts_every_row_of_every_layer():
 
 
 def test_time_spent_assembling_is_counted():
-    plan = Plan.of(IDS, [Segment(0, stored(IDS[:4], position=3), 0, 4)])
+    plan = Plan.of(IDS, [span(0, stored(IDS[:4], position=3), 0, 4)])
     cache = fused(plan)
     assert cache.assemble_s == 0
     cache.assemble(0, LIKE)
@@ -158,13 +167,13 @@ def test_a_layer_is_loaded_once_per_prefill():
     decoder, ids = h.decoder("llama"), h.random_ids(30)
     kv = h.alone(decoder.model, ids[:20])
     streamed = ChunkKV(kv.token_ids, kv.position, Streamed(kv.layers), kv.nbytes)
-    h.Selective(decoder, Plan.of(ids, [Segment(0, streamed, 0, 20)]), CacheBlend())
+    h.Selective(decoder, Plan.of(ids, [span(0, streamed, 0, 20)]), CacheBlend())
     assert loaded == [0, 1, 2, 3]
 
 
 def test_probe_gives_fresh_and_stored_kv_of_the_rows_and_keeps_the_fresh():
     kv = stored(IDS[0:8], fill=1.0)
-    cache = fused(Plan.of(IDS, [Segment(0, kv, 0, 8)]), without_rope=True)
+    cache = fused(Plan.of(IDS, [span(0, kv, 0, 8)]), without_rope=True)
     rows = torch.tensor([1, 4, 6, 11])
     cache.go_on_with(rows)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from support.blend import span
 
-from chunkcache.blend import Plan, Segment
+from chunkcache.blend import Plan
 from chunkcache.blend.cachecraft import (
     CacheCraft,
     context_impact,
@@ -77,10 +79,9 @@ IDS = tuple(range(50, 62))
 def plan(b=None, exact=False):
     def segment(start, end, one=None, exact=False):
         layers = [torch.zeros(2, 1, end - start, 2)]
-        return Segment(start, ChunkKV.of(IDS[start:end], 0, layers, one), 0, end - start, exact)
+        return span(start, ChunkKV.of(IDS[start:end], 0, layers, one), 0, end - start, exact)
 
-    segments = [segment(0, 2, exact=True), segment(2, 6, exact=True), segment(6, 10, b, exact)]
-    return Plan.of(IDS, segments, [(2, 6), (6, 10)])
+    return Plan.of(IDS, [segment(2, 6, exact=True), segment(6, 10, b, exact)], segment(0, 2, exact=True))
 
 
 OUTSIDE = [0.1, 0.4, 0.2, 0.3]
@@ -108,7 +109,8 @@ def test_exact_chunks_are_left():
 
 def narrowed(attention, layer=8, **options):
     rows = torch.tensor([2, 3, 7, 9, 10, 11])  # chunk a is exact, but computed for the sake of the test
-    one = Plan.of(IDS, [plan().segments[0], plan().segments[2]], [(2, 6), (6, 10)])
+    prefix, first, second = plan().reused
+    one = Plan.of(IDS, [replace(first, kv=None, exact=False), second], prefix)
     kept = CacheCraft(**options).filter_rows(Check(one, layer, 32, rows, attention, fail))
     return None if kept is None else rows[kept].tolist()
 

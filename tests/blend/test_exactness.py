@@ -15,8 +15,9 @@ import pytest
 import torch
 from support import blend as h
 from support import zoo
+from support.blend import span
 
-from chunkcache.blend import POLICIES, FusedCache, Plan, Segment, SelectivePrefill
+from chunkcache.blend import POLICIES, FusedCache, Plan, SelectivePrefill
 from chunkcache.blend.link import Link
 from chunkcache.blend.reuse import Reuse
 
@@ -104,7 +105,7 @@ def test_a_chunk_moved_to_another_position_equals_the_chunk_prefilled_there(name
     chunk = h.random_ids(30)
     prompt = (*h.random_ids(new, seed=2), *chunk, 5)
     stored = h.alone(decoder.model, chunk, old)
-    fused = FusedCache(decoder.config, Plan.of(prompt, [Segment(new, stored, 0, 30)]), decoder.rotaries)
+    fused = FusedCache(decoder.config, Plan.of(prompt, [span(new, stored, 0, 30)]), decoder.rotaries)
     moved = [fused.assemble(i, layer[:1])[:, :, new : new + 30] for i, layer in enumerate(stored.layers)]
     assert_same_layers(moved, h.alone(decoder.model, chunk, new).layers)
 

@@ -12,7 +12,7 @@ from support import blend as h
 from support import zoo
 
 from chunkcache.blend import FusedCache, SelectivePrefill
-from chunkcache.blend.guard import GuardModel, Signals, guard_steps
+from chunkcache.blend.guard import GuardedSelection, GuardModel, Signals, guard_steps
 from chunkcache.blend.query import Query
 from chunkcache.errors import CalibrationError
 
@@ -75,7 +75,7 @@ def test_between_two_bounds_the_larger_margin_holds():
 def test_an_accepted_pass_is_the_policy_without_a_guard(name, attention):
     decoder = h.decoder(name, attention)
     plan = h.chunk_plan(decoder.model, IDS)
-    guarded = SelectivePrefill(decoder, plan, POLICY, guard=ALWAYS)
+    guarded = SelectivePrefill(decoder, plan, POLICY, select=GuardedSelection(ALWAYS, POLICY.guard))
     logits = guarded.run()
     assert guarded.guarded.passes == 1
     assert not guarded.guarded.full
@@ -88,7 +88,9 @@ def test_an_accepted_pass_is_the_policy_without_a_guard(name, attention):
 @models
 def test_where_no_pass_is_good_enough_it_is_full_prefill(name, attention):
     decoder = h.decoder(name, attention)
-    guarded = SelectivePrefill(decoder, h.chunk_plan(decoder.model, IDS), POLICY, guard=NEVER)
+    guarded = SelectivePrefill(
+        decoder, h.chunk_plan(decoder.model, IDS), POLICY, select=GuardedSelection(NEVER, POLICY.guard)
+    )
     expected, own = h.own_prefill(decoder.model, IDS)
     torch.testing.assert_close(guarded.run(), expected[-1], atol=1e-4, rtol=0)
     assert (guarded.guarded.passes, guarded.guarded.full) == (3, True)
@@ -96,10 +98,12 @@ def test_where_no_pass_is_good_enough_it_is_full_prefill(name, attention):
         torch.testing.assert_close(layer, wanted[:, :, -layer.shape[2] :], atol=1e-4, rtol=0)
 
 
-def test_it_stops_at_the_first_rung_that_is_good_enough():
+def test_it_stops_at_the_first_step_that_is_good_enough():
     second = GuardModel((NEVER.weights[0], ALWAYS.weights[1], ALWAYS.weights[2]), NEVER.margins)
     decoder = h.decoder("llama")
-    prefill = SelectivePrefill(decoder, h.chunk_plan(decoder.model, IDS), POLICY, guard=second)
+    prefill = SelectivePrefill(
+        decoder, h.chunk_plan(decoder.model, IDS), POLICY, select=GuardedSelection(second, POLICY.guard)
+    )
     prefill.run()
     assert prefill.guarded.passes == 2
     assert prefill.guarded.predicted < 0.05
@@ -130,7 +134,7 @@ def test_a_guard_without_a_calibration_is_refused():
 def test_tokens_to_verify_may_stand_behind_the_prompt(model):
     decoder, candidates = h.decoder("llama"), (7, 8, 9)
     plan = h.right_plan(IDS, h.own_prefill(decoder.model, IDS)[1])
-    prefill = SelectivePrefill(decoder, plan, POLICY, guard=model)
+    prefill = SelectivePrefill(decoder, plan, POLICY, select=GuardedSelection(model, POLICY.guard))
     ids = torch.tensor([(*IDS, *candidates)])
     with torch.no_grad():
         logits = prefill.model(input_ids=ids, past_key_values=prefill.cache).logits[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from chunkcache.blend.loader import LEAST_DEPTH, Loader, preload_depth
+from chunkcache.blend.loader import Loader
 from chunkcache.errors import EntryLostError
 
 CPU = torch.device("cpu")
@@ -32,30 +32,6 @@ class Slow(Sequence):
             raise EntryLostError("abc", "it was only for the test")
         self.read.append(index)
         return torch.full((2, 1, 1, 2), float(index))
-
-
-@pytest.mark.parametrize(
-    ("prefill_s", "load_s", "depth"),
-    [
-        (1.0, 0.0, LEAST_DEPTH),
-        (1.0, 0.5, LEAST_DEPTH),
-        (1.0, 1.0, LEAST_DEPTH),
-        (1.0, 2.0, 16),
-        (0.0, 1.0, 30),
-        (1, 1e9, 30),
-    ],
-)
-def test_the_depth_is_what_keeps_the_model_from_waiting(prefill_s, load_s, depth):
-    assert preload_depth(30, prefill_s, load_s) == depth
-
-
-def test_what_is_in_memory_needs_no_thread():
-    layers = tuple(torch.randn(2, 1, 3, 4) for _ in range(3))
-    before = threading.active_count()
-    loader = Loader([layers, layers], CPU, 2)
-    assert threading.active_count() == before
-    assert loader.take(1)[0] is layers[1]
-    loader.close()
 
 
 def test_layers_come_in_order_and_no_more_than_the_depth_ahead():

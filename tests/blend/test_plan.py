@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.blend import span
 
-from chunkcache.blend import Plan, Segment
+from chunkcache.blend import Plan
 from chunkcache.kv import ChunkKV
 
 
@@ -16,16 +17,16 @@ def kv(token_ids, position=0):
 
 
 def segment(start, token_ids, position=0, first=0, length=None, exact=False):
-    return Segment(start, kv(token_ids, position), first, length or len(token_ids) - first, exact)
+    return span(start, kv(token_ids, position), first, length or len(token_ids) - first, exact)
 
 
 def spans(plan):
-    return [(s.start, s.end) for s in plan.segments]
+    return [(span.start, span.stop) for span in plan.reused]
 
 
-def test_a_segment_knows_its_end_and_how_far_its_keys_move():
+def test_a_span_knows_how_long_it_is_and_how_far_its_keys_move():
     moved = segment(10, range(8), position=3, first=2, length=4)
-    assert (moved.end, moved.delta) == (14, 5)
+    assert (len(moved), moved.delta) == (4, 5)
     assert segment(0, range(8), position=3).delta == -3
     assert segment(5, range(8), position=3, first=2).delta == 0
 
@@ -61,12 +62,12 @@ def test_the_last_token_is_never_reused():
 def test_part_of_a_chunk_can_be_reused():
     plan = Plan.of([9, 5, 6, 9, 9], [segment(1, [4, 5, 6, 7], first=1, length=2)])
     assert spans(plan) == [(1, 3)]
-    assert plan.segments[0].delta == 0
+    assert plan.reused[0].delta == 0
 
 
 def test_the_same_chunk_can_stand_twice():
     chunk = kv([5, 6])
-    plan = Plan.of([5, 6, 5, 6, 7], [Segment(0, chunk, 0, 2, exact=True), Segment(2, chunk, 0, 2)])
+    plan = Plan.of([5, 6, 5, 6, 7], [span(0, chunk, 0, 2, exact=True), span(2, chunk, 0, 2)])
     assert plan.inexact.tolist() == [2, 3]
 
 
@@ -81,7 +82,7 @@ def test_the_same_chunk_can_stand_twice():
     ],
 )
 def test_a_segment_that_does_not_fit_is_refused(segments, position):
-    with pytest.raises(ValueError, match=f"segment at position {position} does not fit"):
+    with pytest.raises(ValueError, match=f"span at position {position} does not fit"):
         Plan.of(range(8), segments)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.blend import span
 
-from chunkcache.blend import POLICIES, Plan, Segment
+from chunkcache.blend import POLICIES, Plan
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
@@ -26,7 +27,7 @@ EVERY = [kind() for kind in POLICIES.values()]
 
 def segment(start, end, exact=False):
     ids = IDS[start:end]
-    return Segment(start, ChunkKV.of(ids, 0, [torch.zeros(2, 1, len(ids), 2)]), 0, len(ids), exact)
+    return span(start, ChunkKV.of(ids, 0, [torch.zeros(2, 1, len(ids), 2)]), 0, len(ids), exact)
 
 
 PLAN = Plan.of(IDS, [segment(0, 3, exact=True), segment(3, 7), segment(8, 10)])
@@ -169,7 +170,7 @@ def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
 
 
 def test_query_need_not_look_where_it_selects_nothing():
-    short, long = (Plan.of(range(n), [Segment(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
+    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
     assert not Query(ratio=0.0).wants_attention(long)
     assert Query(ratio=0.01).wants_attention(short)
     assert [Query(ratio="auto").wants_attention(plan) for plan in (short, long)] == [False, True]
@@ -234,7 +235,7 @@ def test_query_refuses_options_out_of_range(options):
     ("attention", "count"), [([1.0] * 100, 3), ([35.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
 )
 def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, count):
-    plan = Plan.of(range(103), [Segment(0, wide(), 0, 1, exact=True), Segment(1, wide(), 1, 100)])
+    plan = Plan.of(range(103), [span(0, wide(), 0, 1, exact=True), span(1, wide(), 1, 100)])
     seen = torch.tensor([[9.0, *attention, 9.0, 9.0]])
     selected = Query(ratio="auto").select_by_attention(plan, seen)
     assert len(selected) == count
@@ -244,3 +245,12 @@ def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, 
 
 def wide(n=103):
     return ChunkKV.of(range(n), 0, [torch.zeros(2, 1, n, 2)])
+
+
+def test_an_explicit_ratio_must_agree_with_the_schedule_also_where_it_is_the_default():
+    assert CacheBlend(gradual=(0.4, 0.2)).ratio == pytest.approx(0.3)
+    assert CacheBlend(ratio=0.3, gradual=(0.4, 0.2)).ratio == 0.3
+    with pytest.raises(PolicyError, match=r"averages to 0\.3, not to ratio=0\.15"):
+        CacheBlend(ratio=0.15, gradual=(0.4, 0.2))
+    with pytest.raises(PolicyError, match="not to ratio=0"):
+        CacheBlend(ratio=0.0, gradual=(0.4, 0.2))

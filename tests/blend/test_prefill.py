@@ -11,8 +11,9 @@ import pytest
 import torch
 from support import blend as h
 from support import zoo
+from support.blend import span
 
-from chunkcache.blend import POLICIES, Decoder, Plan, Segment, SelectivePrefill, layer_kv
+from chunkcache.blend import POLICIES, Decoder, Plan, SelectivePrefill, layer_kv
 from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Policy
@@ -54,8 +55,8 @@ def borrowed(request):
     assert state(decoder.model) == before
 
 
-def run(decoder, plan, policy, on_prefilled=None):
-    return SelectivePrefill(decoder, plan, policy, on_prefilled).run()
+def run(decoder, plan, policy, **options):
+    return SelectivePrefill(decoder, plan, policy, **options).run()
 
 
 def generate(decoder, plan, policy, **options):
@@ -93,21 +94,21 @@ def test_the_model_is_as_it_was_after_a_failure_while_decoding(borrowed, policy)
         generate(*borrowed, policy, stopping_criteria=[fail])
 
 
-@pytest.mark.parametrize("method", ["select", "narrow"])
+@pytest.mark.parametrize("method", ["select", "filter_rows"])
 def test_the_model_is_as_it_was_after_a_failing_policy(borrowed, method):
     failing = type("Failing", (CacheBlend,), {method: fail})
     with pytest.raises(ZeroDivisionError):
         run(*borrowed, failing())
 
 
-def test_a_check_layer_beyond_the_model_is_refused_and_not_a_full_prefill_in_silence(borrowed):
+def test_a_filter_layer_beyond_the_model_is_refused_and_not_a_full_prefill_in_silence(borrowed):
     with pytest.raises(PolicyError, match=rf"layer.*99.*{zoo.LAYERS} layers"):
         run(*borrowed, CacheBlend(layer=99))
 
 
-def test_the_model_is_as_it_was_after_a_failing_callback(borrowed):
+def test_the_model_is_as_it_was_after_a_failure_at_the_end(borrowed):
     with pytest.raises(ZeroDivisionError):
-        run(*borrowed, Link(), fail)
+        run(*borrowed, Link(), keep=fail)
 
 
 def test_the_model_is_as_it_was_when_nothing_is_run(borrowed):
@@ -156,15 +157,18 @@ def test_a_hook_of_the_users_own_on_the_model_still_runs(borrowed):
 
 
 @every_policy
-def test_the_callback_sees_the_whole_prompt_before_windows_are_trimmed(policy):
-    decoder, seen = h.decoder("gemma3"), []
-
-    def keep(cache, contexts):
-        assert cache.prefilled
-        seen.extend(layer_kv(cache, index)[0].shape[2] for index in range(zoo.LAYERS))
-
-    run(decoder, h.chunk_plan(decoder.model, IDS), policy, keep)
-    assert seen == [len(IDS)] * zoo.LAYERS
+def test_what_is_kept_of_a_chunk_is_whole_though_windows_are_trimmed(policy):
+    decoder = h.decoder("gemma3")
+    plan = h.chunk_plan(decoder.model, IDS)
+    prefill = SelectivePrefill(decoder, plan, policy, keep=lambda span: span.start == 6)
+    prefill.run()
+    whole = SelectivePrefill(decoder, plan, policy, trim=False)
+    whole.run()
+    assert [layer_kv(whole.cache, index)[0].shape[2] for index in range(zoo.LAYERS)] == [len(IDS)] * zoo.LAYERS
+    assert list(prefill.computed) == [6]
+    assert prefill.computed[6].token_ids == IDS[6:36]
+    for layer, wanted in zip(prefill.computed[6].layers, h.layers_of(whole.cache, 6, 36), strict=True):
+        assert_same(layer, wanted)
 
 
 @every_policy
@@ -187,7 +191,7 @@ def test_stored_kv_are_let_go_of_once_the_prompt_is_prefilled():
     decoder = h.decoder("llama")
     plan = h.chunk_plan(decoder.model, IDS)
     prefill = SelectivePrefill(decoder, plan, Link())
-    stored = weakref.ref(plan.segments[1].kv)
+    stored = weakref.ref(plan.reused[1].kv)
     prefill.run()
     del plan
     assert stored() is None
@@ -295,7 +299,7 @@ def test_two_check_layers_cut_the_rows_twice():
     seen = []
     decoder = h.decoder("gemma3")
     frozen = h.alone(decoder.model, IDS)
-    prefill = h.Selective(decoder, Plan.of(IDS, [Segment(0, frozen, 0, h.TOKENS)]), Twice())
+    prefill = h.Selective(decoder, Plan.of(IDS, [span(0, frozen, 0, h.TOKENS)]), Twice())
     assert seen == [list(range(90)), list(range(1, 90, 2))]
     assert prefill.rows.tolist() == list(range(45, 90, 2))
     logits, reference = h.own_prefill(decoder.model, IDS, cache=h.FrozenCache(frozen.layers, prefill.rows_at))
@@ -308,7 +312,7 @@ def test_two_check_layers_cut_the_rows_twice():
 def test_the_shortest_prompts(length):
     decoder = Decoder(zoo.build("llama"))
     ids = IDS[:length]
-    plan = Plan.of(ids, [Segment(0, h.alone(decoder.model, ids), 0, length)])
+    plan = Plan.of(ids, [span(0, h.alone(decoder.model, ids), 0, length)])
     expected, _ = h.own_prefill(decoder.model, ids)
     for policy in EVERY:
         assert_same(run(decoder, plan, policy), expected[-1])

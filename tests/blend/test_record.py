@@ -6,20 +6,21 @@ import pytest
 import torch
 from support import blend as h
 from support import zoo
+from support.blend import span
 
-from chunkcache.blend import Plan, Segment, SelectivePrefill
+from chunkcache.blend import Plan, SelectivePrefill
 from chunkcache.blend.reuse import Reuse
-from chunkcache.kv import chunk_name
+from chunkcache.kv import Span, chunk_name
 
 IDS = h.random_ids(200)  # more rows than one block
 SPANS = [(6, 50), (50, 130), (130, 190)]
+CHUNKS = [Span(start, stop, IDS[start:stop]) for start, stop in SPANS]
 
 
-def recorded(decoder, segments=()):
-    seen = {}
-    plan = Plan.of(IDS, segments, SPANS)
-    SelectivePrefill(decoder, plan, Reuse(), lambda cache, contexts: seen.update(contexts), record=True).run()
-    return seen
+def recorded(decoder, chunks=CHUNKS):
+    prefill = SelectivePrefill(decoder, Plan.of(IDS, chunks), Reuse(), record=True, keep=lambda span: not span.kv)
+    prefill.run()
+    return {start: kv.context for start, kv in prefill.computed.items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_only_chunks_that_are_computed_are_recorded(weights):
     decoder = h.decoder("llama")
     _, cache = h.own_prefill(decoder.model, IDS)
     middle = h.ChunkKV.of(IDS[50:130], 50, h.layers_of(cache, 50, 130))
-    contexts = recorded(decoder, [Segment(50, middle, 0, 80)])
+    contexts = recorded(decoder, [CHUNKS[0], span(50, middle), CHUNKS[2]])
     assert list(contexts) == [6, 130]
     inter = [float(weights[130:190, a:b].sum()) for a, b in SPANS[:2]]
     assert contexts[130].inter == pytest.approx(inter, rel=1e-4)
@@ -62,6 +63,6 @@ def test_only_chunks_that_are_computed_are_recorded(weights):
 @pytest.mark.parametrize("name", ["gemma3", "mistral-sliding", "gpt-neox", "phi"])
 def test_recording_changes_nothing(name):
     decoder = h.decoder(name)
-    plan = Plan.of(IDS, [], SPANS)
+    plan = Plan.of(IDS, CHUNKS)
     logits = SelectivePrefill(decoder, plan, Reuse(), record=True).run()
     torch.testing.assert_close(logits, h.own_prefill(decoder.model, IDS)[0][-1], atol=1e-4, rtol=0)

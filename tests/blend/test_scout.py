@@ -8,8 +8,9 @@ import pytest
 import torch
 from support import blend as h
 from support import zoo
+from support.blend import span
 
-from chunkcache.blend import FusedCache, Plan, Segment, SelectivePrefill
+from chunkcache.blend import FusedCache, Plan, SelectivePrefill
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.reuse import Reuse
 from chunkcache.blend.scout import scout
@@ -122,6 +123,6 @@ def test_a_failure_while_scouting_is_passed_on():
 
 def test_a_chunk_that_ends_the_prompt_leaves_its_last_token_as_the_question():
     decoder = h.decoder("llama")
-    plan = Plan.of(IDS, [Segment(0, h.alone(decoder.model, IDS), 0, h.TOKENS)])
+    plan = Plan.of(IDS, [span(0, h.alone(decoder.model, IDS), 0, h.TOKENS)])
     seen, _ = scouted(decoder, plan, [0])
     torch.testing.assert_close(seen.sum(), torch.tensor(1.0))

@@ -12,6 +12,7 @@ from support.llm import QUESTION, TEXTS, chat_tokenizer, own_model, plain, promp
 from transformers import DynamicCache, GenerationConfig
 
 import chunkcache
+from chunkcache.blend import parse_policy
 from chunkcache.store import MemoryStore
 
 FAMILIES = ["llama", "mistral-sliding", "gemma3"]
@@ -55,7 +56,7 @@ def test_chunks_are_found_anywhere(name, parts):
     llm = ready(model)
     prompt = prompt_of(llm, *parts)
     expected = plain(model, prompt, do_sample=False, max_new_tokens=6)
-    with llm:
+    with llm.attached():
         assert new_ids(model.generate(prompt, **GREEDY), prompt) == expected
     wanted = [part for part in parts if isinstance(part, int)]
     assert llm.last_stats.hits == llm.last_stats.chunks == len(wanted)
@@ -70,7 +71,7 @@ def test_edges_that_tokenise_differently_are_left_out():
     text = f"({TEXTS[2]})"  # its first and last tokens merge with the brackets or lack the separator
     prompt = torch.tensor([ids_of(f"Read {text} and say: who?")])
     expected = plain(model, prompt, do_sample=False, max_new_tokens=6)
-    with llm:
+    with llm.attached():
         assert new_ids(model.generate(prompt, **GREEDY), prompt) == expected
     assert 16 <= llm.last_stats.reused_tokens < len(llm.prompts.chunk(TEXTS[2]))
 
@@ -82,7 +83,7 @@ def test_the_first_chunk_behind_the_prefix_is_exact(name, policy):
     llm = ready(model, policy)
     prompt = prompt_ids(llm, chunks=TEXTS[:1])
     expected = plain(model, prompt, do_sample=False, max_new_tokens=6)
-    with llm:
+    with llm.attached():
         assert new_ids(model.generate(prompt, **GREEDY), prompt) == expected
     assert llm.last_stats.exact_tokens == llm.last_stats.reused_tokens
     assert llm.last_stats.recomputed_share < 0.5
@@ -94,7 +95,7 @@ def test_the_policy_decides_how_much_is_computed():
     for policy in ("reuse", "link:k=4", "cacheblend:ratio=0.5", "prefix"):
         llm = ready(model, policy)
         prompt = prompt_of(llm, "Read. ", 0, 1, 2, "Well?")
-        with llm:
+        with llm.attached():
             model.generate(prompt, **GREEDY)
         assert llm.last_stats.policy.startswith(policy)
         shares.append(llm.last_stats.recomputed_share)
@@ -107,7 +108,7 @@ def test_reuse_gives_what_the_same_reuse_gives_through_the_wrapper():
     model = tiny_model()
     llm = ready(model, "link:k=4")
     prompt = prompt_ids(llm)
-    with llm:
+    with llm.attached():
         attached = new_ids(model.generate(prompt, **GREEDY), prompt)
     assert attached == llm.generate(QUESTION, TEXTS, do_sample=False, max_new_tokens=6).token_ids
     assert attached != plain(model, prompt, do_sample=False, max_new_tokens=6)  # so it did reuse
@@ -130,7 +131,7 @@ def test_every_way_to_call_it(call):
     llm = ready(model)
     prompt = prompt_of(llm, "Read. ", 2, 0, "Well?")
     expected = call(model, prompt).tolist()
-    with llm:
+    with llm.attached():
         assert call(model, prompt).tolist() == expected
     assert llm.last_stats.hits == 2
 
@@ -141,7 +142,7 @@ def test_sampling_is_the_same_with_the_same_seed():
     prompt = prompt_of(llm, "Read. ", 2, 0, "Well?")
     expected = plain(model, prompt, seed=3, do_sample=True, top_k=40)
     torch.manual_seed(3)
-    with llm:
+    with llm.attached():
         output = model.generate(prompt, do_sample=True, top_k=40, max_new_tokens=8, pad_token_id=3)
     assert new_ids(output, prompt) == expected
 
@@ -168,7 +169,7 @@ def test_what_it_cannot_help_goes_straight_through(case):
     torch.manual_seed(0)
     expected = model.generate(prompt, **options).tolist()
     torch.manual_seed(0)
-    with llm:
+    with llm.attached():
         assert model.generate(prompt, **options).tolist() == expected
     assert (llm.last_stats.fallbacks, llm.last_stats.hits) == (1, 0)
 
@@ -180,7 +181,7 @@ def test_a_batch_goes_straight_through():
     prompt[1, 0] = 77
     options = {**GREEDY, "attention_mask": torch.ones_like(prompt)}
     expected = model.generate(prompt, **options).tolist()
-    with llm:
+    with llm.attached():
         assert model.generate(prompt, **options).tolist() == expected
     assert llm.last_stats.fallbacks == 1
 
@@ -191,7 +192,7 @@ def test_a_padded_prompt_goes_straight_through():
     prompt = torch.cat((torch.tensor([[3, 3]]), prompt_of(llm, "Read. ", 2, "Well?")), dim=1)
     options = {**GREEDY, "attention_mask": (prompt != 3).long()}
     expected = model.generate(prompt, **options).tolist()
-    with llm:
+    with llm.attached():
         assert model.generate(prompt, **options).tolist() == expected
     assert llm.last_stats.fallbacks == 1
 
@@ -202,7 +203,7 @@ def test_a_cache_of_the_callers_goes_straight_through():
     prompt = prompt_of(llm, "Read. ", 2, 0, "Well?")
     expected = model.generate(prompt, **GREEDY).tolist()
     cache = DynamicCache()
-    with llm:
+    with llm.attached():
         assert model.generate(prompt, past_key_values=cache, **GREEDY).tolist() == expected
     assert llm.last_stats.fallbacks == 1
     assert cache.get_seq_length() == len(expected[0]) - 1
@@ -213,7 +214,7 @@ def test_policy_full_reuses_nothing():
     llm = ready(model, "full")
     prompt = prompt_of(llm, "Read. ", 2, "Well?")
     expected = model.generate(prompt, **GREEDY).tolist()
-    with llm:
+    with llm.attached():
         assert model.generate(prompt, **GREEDY).tolist() == expected
     assert llm.last_stats.fallbacks == 1
 
@@ -224,7 +225,7 @@ def test_a_chunk_that_has_gone_is_a_miss():
     prompt = prompt_of(llm, "Read. ", 2, "Well?")
     expected = model.generate(prompt, **GREEDY).tolist()
     llm.store.clear()
-    with llm:
+    with llm.attached():
         assert model.generate(prompt, **GREEDY).tolist() == expected
     assert (llm.last_stats.misses, llm.last_stats.fallbacks) == (1, 1)
 
@@ -234,7 +235,7 @@ def test_chunks_in_a_shared_store_are_found():
     ready(model, store=store)
     second = ready(model, store=store)  # nothing left to compute, but as findable
     prompt = prompt_of(second, "Read. ", 2, "Well?")
-    with second:
+    with second.attached():
         model.generate(prompt, **GREEDY)
     assert second.last_stats.hits == 1
 
@@ -243,7 +244,7 @@ def test_the_wrapper_works_while_attached():
     model = tiny_model()
     llm = ready(model, "link:k=4")
     expected = llm.generate(QUESTION, TEXTS, do_sample=False, max_new_tokens=6).token_ids
-    with llm:
+    with llm.attached():
         assert llm.generate(QUESTION, TEXTS, do_sample=False, max_new_tokens=6).token_ids == expected
 
 
@@ -251,7 +252,7 @@ def test_leaving_gives_the_model_its_own_generate_back():
     model = own_model()
     llm = ready(model)
     before, own = snapshot(model), model.generate
-    with llm as same:
+    with llm.attached() as same:
         assert same is llm
         assert "generate" in model.__dict__
         model.generate(prompt_of(llm, "Read. ", 2, "Well?"), **GREEDY)
@@ -263,7 +264,7 @@ def test_an_error_inside_leaves_nothing_behind():
     model = own_model()
     llm = ready(model)
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), llm:
+    with pytest.raises(ZeroDivisionError), llm.attached():
         raise ZeroDivisionError
     assert snapshot(model) == before
 
@@ -278,7 +279,7 @@ def test_an_error_in_generate_leaves_nothing_behind():
     def fail(ids, scores):
         raise ZeroDivisionError
 
-    with llm:
+    with llm.attached():
         with pytest.raises(ZeroDivisionError):
             model.generate(prompt, logits_processor=[fail], **GREEDY)
         assert model.generate(prompt, **GREEDY).tolist() == expected
@@ -295,7 +296,7 @@ def test_attach_and_detach_may_be_repeated():
     assert snapshot(model) == before
     llm.detach()
     assert snapshot(model) == before
-    with llm:
+    with llm.attached():
         model.generate(prompt_of(llm, "Read. ", 2, "Well?"), **GREEDY)
     assert llm.last_stats.hits == 1
 
@@ -310,7 +311,7 @@ def test_another_generate_on_the_instance_is_given_back():
         return type(model).generate(model, *args, **kwargs)
 
     model.generate = theirs
-    with llm:
+    with llm.attached():
         model.generate(prompt_of(llm, "Read. ", 2, "Well?"), **GREEDY)
         assert llm.last_stats.hits == 1
         model.generate(prompt_of(llm, "no chunk in here"), **GREEDY)
@@ -332,3 +333,23 @@ def test_two_wrappers_may_leave_in_any_order():
 def test_there_are_no_stats_before_the_first_call():
     llm = ready()
     assert llm.last_stats is None
+
+
+def test_the_attached_model_goes_by_the_wrappers_policy_of_the_moment():
+    model = own_model()
+    llm = ready(model, "reuse")
+    with llm.attached():
+        llm.policy = "link:k=1"
+        model.generate(prompt_of(llm, "Read. ", 2, "Well?"), **GREEDY)
+    assert llm.last_stats.policy == "link:k=1"
+    assert llm.policy == parse_policy("link:k=1")
+
+
+def test_attached_may_be_nested():
+    model = own_model()
+    llm = ready(model)
+    with llm.attached():
+        with llm.attached():
+            pass
+        assert "generate" in model.__dict__
+    assert "generate" not in model.__dict__

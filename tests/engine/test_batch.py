@@ -14,7 +14,7 @@ from chunkcache.blend.guard import GuardModel
 from chunkcache.blend.query import Query
 from chunkcache.engine.calibration import Calibration
 from chunkcache.engine.stats import warn_once
-from chunkcache.errors import ContextLengthError, InputError, PolicyError, PromptError
+from chunkcache.errors import ContextLengthError, InputError, PolicyError
 from chunkcache.store import MemoryStore
 
 QUESTIONS = (
@@ -44,6 +44,11 @@ class CountingStore(MemoryStore):
         return super().get(key, token_ids, heads)
 
 
+def ask(llm, request, **options):
+    question, chunks, system = (*request, (), None)[:3] if len(request) > 1 else (*request, (), None)
+    return llm.generate(question, chunks, system=system, **options)
+
+
 def ids(generations):
     return [each.token_ids for each in generations]
 
@@ -63,7 +68,7 @@ def test_full_prefill_gives_what_the_model_alone_gives(name):
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
 def test_a_policy_that_looks_at_no_question_gives_what_it_gives_one_by_one(policy, max_batch):
     one = wrapped(policy=policy)
-    wanted = [one.generate(*request, **OPTIONS) for request in MIXED]
+    wanted = [ask(one, request, **OPTIONS) for request in MIXED]
     got = wrapped(policy=policy).generate_batch(MIXED, max_batch=max_batch, **OPTIONS)
     assert ids(got) == ids(wanted)
     assert [each.text for each in got] == [each.text for each in wanted]
@@ -73,7 +78,7 @@ def test_a_policy_that_looks_at_no_question_gives_what_it_gives_one_by_one(polic
 def test_a_question_that_shares_with_no_other_is_looked_at_alone():
     requests = [(QUESTIONS[0], TEXTS), (QUESTIONS[1], TEXTS[1:]), (QUESTIONS[2], TEXTS[::-1])]
     one, many = wrapped(policy="query:ratio=0.3"), wrapped(policy="query:ratio=0.3")
-    assert ids(many.generate_batch(requests, **OPTIONS)) == ids([one.generate(*each, **OPTIONS) for each in requests])
+    assert ids(many.generate_batch(requests, **OPTIONS)) == ids([ask(one, each, **OPTIONS) for each in requests])
 
 
 def test_questions_of_a_batch_are_looked_at_together(monkeypatch):
@@ -86,7 +91,7 @@ def test_questions_of_a_batch_are_looked_at_together(monkeypatch):
         seen.append(len(plan) - plan.end)
         return select(self, plan, attention)
 
-    monkeypatch.setattr(Query, "select_seen", counting)
+    monkeypatch.setattr(Query, "select_by_attention", counting)
     llm.generate_batch(requests, **OPTIONS)
     assert seen == [sum(len(llm.prompts.build(*each).question) for each in requests)]
     everything = llm.generate_batch(requests, policy="query:ratio=1", **OPTIONS)
@@ -98,7 +103,7 @@ def test_each_sequence_ends_at_its_own_end():
     requests = [(question, TEXTS) for question in QUESTIONS]
     whole = ids(llm.generate_batch(requests, **OPTIONS))
     eos = [whole[0][2], whole[1][5]]
-    wanted = [llm.generate(*each, eos_token_id=eos, **OPTIONS).token_ids for each in requests]
+    wanted = [ask(llm, each, eos_token_id=eos, **OPTIONS).token_ids for each in requests]
     assert len({len(each) for each in wanted}) > 1
     config = GenerationConfig(eos_token_id=eos)
     for given in ({"eos_token_id": each} for each in (eos, tuple(eos), torch.tensor(eos))):
@@ -111,7 +116,7 @@ def test_stop_strings_end_each_sequence_by_itself():
     requests = [(question, TEXTS) for question in QUESTIONS]
     first = llm.generate_batch(requests, **OPTIONS)[0].token_ids
     stop = next(text for token in first[1:] if (text := llm.tokenizer.decode(token)).isascii())
-    wanted = [llm.generate(*each, stop_strings=[stop], **OPTIONS).token_ids for each in requests]
+    wanted = [ask(llm, each, stop_strings=[stop], **OPTIONS).token_ids for each in requests]
     assert len(wanted[0]) < 10
     assert ids(llm.generate_batch(requests, stop_strings=[stop], **OPTIONS)) == wanted
     for asked in (requests, requests[:1]):  # together, and alone
@@ -164,10 +169,10 @@ def test_reordered_prompts_share_more():
 
 def test_a_model_that_cannot_is_served_one_by_one_and_says_so_once(monkeypatch, caplog):
     tried = []
-    monkeypatch.setattr("chunkcache.llm.can_share", lambda decoder: tried.append(decoder))
+    monkeypatch.setattr("chunkcache.blend.hydragen.can_share", lambda decoder: tried.append(decoder))
     warn_once.cache_clear()
     llm, seen = wrapped(policy="full"), []
-    wanted = ids(llm.generate(*each, **OPTIONS) for each in MIXED)
+    wanted = ids(ask(llm, each, **OPTIONS) for each in MIXED)
     with caplog.at_level(logging.WARNING, "chunkcache"):
         for _ in range(2):
             got = llm.generate_batch(MIXED, on_batch=seen.append, **OPTIONS)
@@ -189,7 +194,7 @@ def test_a_guarded_policy_answers_each_question_by_itself():
     one, many = (wrapped(policy="query:ratio=0.1,guard=0.05", calibration=given) for _ in range(2))
     requests = [(question, TEXTS) for question in QUESTIONS]
     got = many.generate_batch(requests, **OPTIONS)
-    assert ids(got) == ids(one.generate(*each, **OPTIONS) for each in requests)
+    assert ids(got) == ids(ask(one, each, **OPTIONS) for each in requests)
     assert [(each.stats.guard_passes, each.stats.batched) for each in got] == [(1, 1)] * len(QUESTIONS)
 
 
@@ -261,8 +266,8 @@ def test_wrong_requests_are_named_before_any_work():
     llm = wrapped(store=store)
     long = ["word " * 2000]
     for request, error in (
-        (("", TEXTS), PromptError),
-        (("Why?", [" "]), PromptError),
+        (("", TEXTS), InputError),
+        (("Why?", [" "]), InputError),
         (("Why?", long), ContextLengthError),
     ):
         with pytest.raises(error, match="request 2"):
@@ -289,7 +294,7 @@ def test_wrong_requests_are_named_before_any_work():
     ],
 )
 def test_what_a_batch_cannot_do_is_refused(options):
-    with pytest.raises(PromptError):
+    with pytest.raises(InputError):
         wrapped().generate_batch(MIXED, **options)
 
 
@@ -309,6 +314,4 @@ def test_processors_and_penalties_see_no_padding():
         {"bad_words_ids": [[first]]},
     ):
         options = {**OPTIONS, **more}
-        assert ids(llm.generate_batch(requests, **options)) == ids(
-            llm.generate(*each, **options) for each in requests
-        )
+        assert ids(llm.generate_batch(requests, **options)) == ids(ask(llm, each, **options) for each in requests)

@@ -10,7 +10,7 @@ from support.llm import QUESTION, TEXTS, chat_tokenizer, own_model, plain, tiny_
 
 import chunkcache
 from chunkcache import blend
-from chunkcache.errors import ContextLengthError, PromptError
+from chunkcache.errors import ContextLengthError, InputError, PromptError
 
 MORE = ("The new bridge is of steel, and was opened by the mayor.", "Every second year it is painted green.")
 THEN = "And of what is the new one?"
@@ -87,7 +87,7 @@ def test_a_turn_that_fails_leaves_it_where_it_is():
     before = conversation.token_ids
     for call, error in (
         (lambda: conversation.generate("", MORE), PromptError),
-        (lambda: conversation.generate(THEN, MORE, num_beams=2), PromptError),
+        (lambda: conversation.generate(THEN, MORE, num_beams=2), InputError),
         (lambda: conversation.generate(THEN, TEXTS * 9), ContextLengthError),
     ):
         with pytest.raises(error):

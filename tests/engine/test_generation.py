@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.llm import chat_tokenizer, own_model
+from support.llm import QUESTION, TEXTS, chat_tokenizer, own_model, wrapped
 from transformers import GenerationConfig
 
 from chunkcache.engine.generation import (
     FirstTokenClock,
     Generation,
-    StopWhenSet,
-    TextStream,
     check_options,
     needs_finished_cache,
+    pad_token_id,
     setting,
 )
 from chunkcache.engine.stats import RequestStats
-from chunkcache.errors import PromptError
+from chunkcache.engine.streaming import StopWhenSet, TextStream
+from chunkcache.errors import InputError
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -75,6 +77,28 @@ def test_a_stream_gives_pieces_and_then_the_result():
     assert not stream_threads()
 
 
+def test_a_stream_that_is_read_again_says_so():
+    llm = wrapped()
+    stream = llm.stream(QUESTION, TEXTS, max_new_tokens=4)
+    text = "".join(stream)
+    with pytest.raises(InputError, match=r"has been read; .* \.result\.text"):
+        iter(stream)
+    assert stream.result.text == text.strip()
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(0, 0), (3, 3), (None, 2)])
+def test_the_pad_id_is_the_tokenizers_though_it_be_0(pad, expected):
+    assert pad_token_id(SimpleNamespace(pad_token_id=pad, eos_token_id=2)) == expected
+
+
+def test_a_pad_id_of_0_reaches_generate():
+    llm = wrapped(own_model())
+    llm.model.generation_config.pad_token_id = None
+    llm.tokenizer = llm.engine.tokenizer = copy.deepcopy(llm.tokenizer)
+    llm.tokenizer.pad_token_id = 0
+    assert llm.engine.generate_options({}, FirstTokenClock())["pad_token_id"] == 0
+
+
 def test_leaving_early_ends_the_thread():
     stream = TextStream(chat_tokenizer(), speak(["on and "] * 20_000))
     for _ in stream:
@@ -109,7 +133,7 @@ def test_an_error_is_raised_in_the_loop_after_the_pieces():
     "name", ["input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "cache_implementation"]
 )
 def test_what_chunkcache_sets_itself_is_refused(name):
-    with pytest.raises(PromptError, match=rf"{name}= is set by chunkcache; .*llm\.inputs"):
+    with pytest.raises(InputError, match=rf"{name}= is set by chunkcache; .*llm\.prepare_inputs"):
         check_options({name: None})
 
 
@@ -117,7 +141,7 @@ def test_what_chunkcache_sets_itself_is_refused(name):
     "options", [{"use_cache": False}, {"prefill_chunk_size": 64}, {"num_return_sequences": 3}], ids=str
 )
 def test_what_makes_no_sense_is_refused(options):
-    with pytest.raises(PromptError, match=next(iter(options))):
+    with pytest.raises(InputError, match=next(iter(options))):
         check_options(options)
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import pytest
 
 from chunkcache.engine import grouping
-from chunkcache.engine.grouping import Request, checked, grouped, ordered, reordered, shared_tokens
+from chunkcache.engine.grouping import Request, checked, grouped, ordered, reordered
 from chunkcache.errors import PromptError
-from chunkcache.prompt.builder import Prompt, PromptChunk
+from chunkcache.prompt import Prompt, PromptChunk
+from chunkcache.prompt.prompt import PromptIds
 
 
-def prompt(*chunks: int, question: int = 9) -> Prompt:
-    return Prompt((1, 2), tuple((chunk,) * 5 for chunk in chunks), (question,))
+def prompt(*chunks: int, question: int = 9, prefix: tuple[int, ...] = (1, 2)) -> Prompt:
+    ids = PromptIds(prefix)
+    for chunk in chunks:
+        ids.add_chunk((chunk,) * 5)
+    ids.add([question])
+    return ids.build(len(prefix))
 
 
 def test_only_the_question_may_differ_in_a_group():
-    prompts = [prompt(3, 4), prompt(4, 3), prompt(3, 4, question=8), prompt(3), Prompt((1,), ((3,) * 5,), (9,))]
+    prompts = [prompt(3, 4), prompt(4, 3), prompt(3, 4, question=8), prompt(3), prompt(3, prefix=(1,))]
     assert grouped(prompts) == [[0, 2], [1], [3], [4]]
-    assert shared_tokens(prompts[0]) == 12
+    assert prompts[0].end == 12
 
 
 def test_prompts_without_a_beginning_share_nothing():
-    assert grouped([Prompt((), (), (5,)), Prompt((), (), (5,))]) == [[0], [1]]
+    assert grouped([prompt(prefix=()), prompt(prefix=())]) == [[0], [1]]
 
 
 def test_neighbours_have_most_chunks_in_common():

@@ -25,11 +25,12 @@ def computed_behind(llm, before, ids):
 def test_a_chunk_is_stored_as_the_model_computes_it_behind_the_lead_in(name):
     llm = wrapped(own_model(name), lead_in=LEAD)
     llm.precompute(TEXTS, policy=POLICY)
-    prefix, lead = llm.prompts.prefix(), llm.prompts.lead_in(1024)
+    prefix, lead = llm.prompts.prefix(), llm.prompts.lead_in
     assert lead == llm.prompts.chunk(LEAD)
     for text in TEXTS:
         ids = llm.prompts.chunk(text)
-        kv = llm._library.get((*prefix, *lead), ids)
+        [key] = llm.keys([text], policy=POLICY)
+        kv = llm.store.get(key, ids)
         assert kv.position == len(prefix) + len(lead)
         for layer, expected in zip(kv.layers, computed_behind(llm, (*prefix, *lead), ids), strict=True):
             torch.testing.assert_close(layer, expected, atol=1e-4, rtol=0)
@@ -39,7 +40,7 @@ def test_the_lead_in_is_in_no_prompt():
     llm = wrapped(lead_in=LEAD)
     prefilled = llm.prefill(QUESTION, TEXTS, policy=POLICY)
     assert tuple(prefilled.input_ids[0].tolist()) == llm.prompts.build(QUESTION, TEXTS).token_ids
-    assert prefilled.cache.get_seq_length() == prefilled.stats.tokens
+    assert prefilled.past_key_values.get_seq_length() == prefilled.stats.tokens
 
 
 def test_only_policies_that_want_it_get_it():
@@ -79,12 +80,13 @@ def test_an_answer_does_not_depend_on_whether_chunks_were_computed_ahead():
 
 def test_its_last_tokens_are_taken_and_it_may_be_empty():
     llm = wrapped(lead_in=LEAD)
-    assert llm.prompts.lead_in(3) == llm.prompts.chunk(LEAD)[-3:]
-    assert llm.prompts.lead_in(0) == ()
-    assert PromptBuilder(llm.tokenizer, lead_in=" ").lead_in(99) == ()
+    assert llm.prompts.lead_in == llm.prompts.chunk(LEAD)
+    llm.precompute(TEXTS[:1], policy="query:lead=3")
+    [kv] = [llm.store.get(key, None) for key in llm.keys(TEXTS[:1], policy="query:lead=3")]
+    expected = computed_behind(llm, (*llm.prompts.prefix(), *llm.prompts.lead_in[-3:]), llm.prompts.chunk(TEXTS[0]))
+    torch.testing.assert_close(kv.layers[-1], expected[-1], atol=1e-4, rtol=0)
+    assert PromptBuilder(llm.tokenizer, lead_in=" ").lead_in == ()
 
 
 def test_one_is_packaged():
-    llm = wrapped()
-    assert len(llm.prompts.lead_in(10**6)) > 500
-    assert len(llm.prompts.lead_in(100)) == 100
+    assert len(wrapped().prompts.lead_in) > 500

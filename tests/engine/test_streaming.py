@@ -98,9 +98,9 @@ def test_an_answer_goes_on_where_a_chunk_is_lost_on_its_way(policy, tmp_path):
     stream = llm.stream(QUESTION, TEXTS, **GREEDY)
     assert "".join(stream).strip() == stream.result.text
     assert stream.result.stats.lost <= 1
-    with llm:
+    with llm.attached():
         flip(file_of(llm, TEXTS[0]), -1)
-        inputs = llm.inputs(QUESTION, TEXTS)["input_ids"]
+        inputs = llm.prepare_inputs(QUESTION, TEXTS)["input_ids"]
         assert llm.model.generate(inputs, pad_token_id=3, **GREEDY).shape[1] > inputs.shape[1]
 
 
@@ -183,7 +183,7 @@ def test_a_forgotten_document_takes_along_what_was_computed_behind_it(tmp_path):
     llm.precompute(TEXTS[:1], policy="reuse", documents=["secret"])
     llm.prefill(QUESTION, TEXTS)  # stores the others behind it
     held = len(list(llm.store.entries()))
-    gone = llm.forget(document="secret")
+    gone = llm.delete(document="secret")
     assert gone >= len(TEXTS)
     assert len(list(llm.store.entries())) == held - gone
     assert llm.prefill(QUESTION, TEXTS[:1], policy="reuse").stats.misses == 1
@@ -197,7 +197,7 @@ def test_what_was_computed_behind_a_document_goes_with_it_also_after_an_edit(tmp
     llm.update_document("first", [TEXTS[0], "One more."], policy="reuse")
     behind = [entry for entry in llm.store.entries() if len(entry.chunks) == 2]
     assert [len(entry.documents) for entry in behind] == [2]
-    llm.forget(document="first")
+    llm.delete(document="first")
     assert not [entry for entry in llm.store.entries() if len(entry.chunks) == 2]
 
 
@@ -207,7 +207,7 @@ def test_a_document_id_is_in_no_entry_and_other_tenants_are_left_alone(tmp_path)
     for llm in (mine, theirs):
         llm.precompute(TEXTS, documents=["guide-of-acme"] * 3)
     held = len(list(mine.store.entries()))
-    assert mine.forget() == held / 2
+    assert mine.delete(tenant=True) == held / 2
     assert len(list(mine.store.entries())) == held / 2
     assert not mine.prefill(QUESTION, TEXTS).stats.hits
     assert theirs.prefill(QUESTION, TEXTS).stats.hits == 3
@@ -218,14 +218,14 @@ def test_a_document_id_is_in_no_entry_and_other_tenants_are_left_alone(tmp_path)
 def test_a_chunk_warmed_without_a_document_learns_of_it(tmp_path):
     llm = from_disk(tmp_path)
     assert llm.precompute(TEXTS, documents=["a", "a", "b"]).computed == 0
-    assert llm.forget(document="b") == 1
+    assert llm.delete(document="b") == 1
     assert llm.prefill(QUESTION, TEXTS).stats.misses == 1
 
 
 def test_forgetting_texts_makes_them_unfindable_too(tmp_path):
     llm = from_disk(tmp_path)
-    prompt = llm.inputs(QUESTION, TEXTS)["input_ids"]
-    assert llm.forget(texts=TEXTS[:2]) == 2
-    with llm:
+    prompt = llm.prepare_inputs(QUESTION, TEXTS)["input_ids"]
+    assert llm.delete(texts=TEXTS[:2]) == 2
+    with llm.attached():
         llm.model.generate(prompt, pad_token_id=3, **GREEDY)
         assert (llm.last_stats.hits, llm.last_stats.misses) == (2, 0)  # the prefix is found as well

@@ -8,6 +8,7 @@ from support.llm import QUESTION, TEXTS, own_model, wrapped
 
 from chunkcache import blend
 from chunkcache.blend.cachecraft import CacheCraft
+from chunkcache.engine.stats import RequestStats
 
 WHOLE = CacheCraft(alpha=2.0, focus=1.0)  # of a chunk in another context, everything is computed again
 
@@ -32,12 +33,13 @@ def test_a_chunk_computed_alone_is_the_fallback_and_has_no_overlap():
     llm = wrapped(policy=CacheCraft(alpha=0.5, focus=1.0))
     llm.precompute(TEXTS)
     prompt = llm.prompts.build(QUESTION, TEXTS)
-    plan, stats = llm._planner.plan(prompt, llm.policy, 0.0)
+    stats = RequestStats("cachecraft")
+    plan = llm.engine.planner.plan(prompt, llm.policy, stats)
     assert (stats.hits, stats.misses) == (3, 0)
-    for segment in plan.segments[2:]:
-        assert segment.kv.context.chunks == ()
-        assert llm.policy.overhead(segment.kv.context, ["anything"]) == 0.25
-    assert len(llm.policy.select(plan)) == sum(-(-segment.length // 4) for segment in plan.segments[2:])
+    for span in plan.reused[2:]:
+        assert span.kv.context.chunks == ()
+        assert llm.policy.overhead(span.kv.context, ["anything"]) == 0.25
+    assert len(llm.policy.select(plan)) == sum(-(-len(span) // 4) for span in plan.reused[2:])
 
 
 def test_of_several_versions_the_one_whose_context_is_there_again_is_used():
@@ -83,5 +85,9 @@ def test_a_store_warmed_for_another_policy_is_computed_again_to_be_recorded():
     assert llm.precompute(TEXTS, policy="reuse").computed == 0
 
 
-def test_only_cachecraft_is_contextual():
-    assert [name for name, policy in blend.POLICIES.items() if policy.versioned] == ["cachecraft"]
+def test_other_policies_store_no_versions():
+    for name, policy in blend.POLICIES.items():
+        llm = wrapped(policy=name)
+        llm.prefill(QUESTION, TEXTS)
+        recorded = [entry for entry in llm.store.entries() if llm.store.get(entry.key, None).context is not None]
+        assert bool(recorded) == policy.versioned

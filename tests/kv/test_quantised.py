@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import zoo
+from support.blend import span
 
-from chunkcache.blend import Decoder, Segment
+from chunkcache.blend import Decoder
 from chunkcache.blend.cache import place
 from chunkcache.kv import ChunkKV
 from chunkcache.kv.quantised import GROUP, QuantisedLayer, dense
@@ -143,11 +144,11 @@ def placed(rotary, layer, first, length, start):
     heads, tokens, dim = layer.shape[1:]
     kv = ChunkKV.of(range(tokens), 3, [layer])
     whole = torch.full((2, heads, 400, dim), torch.nan)
-    segment = Segment(start, kv, first, length)
-    place(segment, layer, rotary, whole[:, :, segment.start : segment.end])
+    segment = span(start, kv, first, length)
+    place(segment, layer, rotary, whole[:, :, segment.start : segment.stop])
     assert whole[:, :, : segment.start].isnan().all()
-    assert whole[:, :, segment.end :].isnan().all()
-    return whole[:, :, segment.start : segment.end]
+    assert whole[:, :, segment.stop :].isnan().all()
+    return whole[:, :, segment.start : segment.stop]
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)
@@ -180,7 +181,7 @@ def test_into_half_precision_too(first):
     kept = QuantisedLayer.of(layer_of(70, dtype=torch.bfloat16), 8)
     kv = ChunkKV.of(range(70), 3, [kept])
     target = torch.empty(2, 2, 60, 16, dtype=torch.bfloat16)
-    place(Segment(40, kv, first, 60), kept, rotaries("llama")[0], target)
+    place(span(40, kv, first, 60), kept, rotaries("llama")[0], target)
     expected = placed(rotaries("llama")[0], kept.dense().float(), first, 60, 40)
     torch.testing.assert_close(target.float(), expected, atol=0.02, rtol=0.02)
 

@@ -10,8 +10,9 @@ from support.llm import tiny_model
 from transformers import DynamicCache
 
 from chunkcache.blend import Decoder
+from chunkcache.blend.query import Query
 from chunkcache.errors import ContextLengthError
-from chunkcache.kv import ChunkKV
+from chunkcache.kv import ChunkKV, ChunkRef
 from chunkcache.library.library import ChunkLibrary
 from chunkcache.store import MemoryStore
 
@@ -22,6 +23,17 @@ CHUNKS = [tuple(range(start, start + size)) for start, size in ((30, 5), (60, 31
 
 def new_library(name: str = "llama", tenant: str = "") -> ChunkLibrary:
     return ChunkLibrary(Decoder(tiny_model(name)), MemoryStore(), "fingerprint", tenant)
+
+
+def refs(library: ChunkLibrary, context: tuple[int, ...] = PREFIX, chunks=CHUNKS) -> list[ChunkRef]:
+    return [library.ref(chunk, context) for chunk in chunks]
+
+
+def compute(
+    library: ChunkLibrary, context: tuple[int, ...] = PREFIX, chunks=CHUNKS
+) -> dict[tuple[int, ...], ChunkKV]:
+    """Compute chunks; return their KV by token ids."""
+    return {ref.token_ids: kv for ref, kv in library.compute(refs(library, context, chunks)).items()}
 
 
 def own_kv(name: str, ids: tuple[int, ...], start: int) -> list[torch.Tensor]:
@@ -39,7 +51,7 @@ def assert_same(kv: ChunkKV, layers) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chunks_in_one_batch_are_what_the_model_computes(name):
-    computed = new_library(name).compute(dict.fromkeys(CHUNKS, PREFIX))
+    computed = compute(new_library(name))
     for chunk in CHUNKS:
         assert computed[chunk].position == len(PREFIX)
         assert_same(computed[chunk], own_kv(name, (*PREFIX, *chunk), len(PREFIX)))
@@ -47,29 +59,29 @@ def test_chunks_in_one_batch_are_what_the_model_computes(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_by_one_is_the_same(name):
-    together, alone = new_library(name).compute(dict.fromkeys(CHUNKS, PREFIX)), new_library(name)
+    together, alone = compute(new_library(name)), new_library(name)
     for chunk in CHUNKS:
-        assert_same(alone.compute(dict.fromkeys([chunk], PREFIX))[chunk], together[chunk].layers)
+        assert_same(compute(alone, chunks=[chunk])[chunk], together[chunk].layers)
 
 
 def test_without_a_prefix():
-    computed = new_library().compute(dict.fromkeys(CHUNKS, ()))
+    computed = compute(new_library(), ())
     assert computed[CHUNKS[1]].position == 0
     assert_same(computed[CHUNKS[1]], own_kv("llama", CHUNKS[1], 0))
 
 
 def test_what_is_stored_is_no_view_of_the_batch():
     library = new_library()
-    for kv in library.compute(dict.fromkeys(CHUNKS, PREFIX)).values():
+    for kv in compute(library).values():
         assert all(layer.numel() == layer.untyped_storage().nbytes() / 4 for layer in kv.layers)
 
 
 def test_computed_chunks_are_stored():
     library = new_library()
-    assert library.get(PREFIX, CHUNKS[0]) is None
-    computed = library.compute(dict.fromkeys(CHUNKS, PREFIX))
-    assert all(library.holds(PREFIX, chunk) for chunk in CHUNKS)
-    assert_same(library.get(PREFIX, CHUNKS[0]), computed[CHUNKS[0]].layers)
+    assert library.get(library.ref(CHUNKS[0], PREFIX)) is None
+    computed = compute(library)
+    assert all(map(library.holds, refs(library)))
+    assert_same(library.get(library.ref(CHUNKS[0], PREFIX)), computed[CHUNKS[0]].layers)
 
 
 def test_the_prefix_is_stored_once():
@@ -80,49 +92,82 @@ def test_the_prefix_is_stored_once():
     assert library.prefix(PREFIX) is library.prefix(PREFIX)
 
 
-def test_context_and_salt_are_part_of_the_key():
+def test_context_and_tenant_are_part_of_the_key():
     decoder, store = Decoder(tiny_model()), MemoryStore()
     ours, theirs = (ChunkLibrary(decoder, store, "fingerprint", tenant) for tenant in ("a", "b"))
-    ours.compute(dict.fromkeys(CHUNKS, PREFIX))
-    assert not ours.holds(PREFIX[:-1], CHUNKS[0])
-    assert not theirs.holds(PREFIX, CHUNKS[0])
-    assert not ChunkLibrary(decoder, store, "other model", "a").holds(PREFIX, CHUNKS[0])
+    compute(ours)
+    assert ours.holds(ours.ref(CHUNKS[0], PREFIX))
+    assert not ours.holds(ours.ref(CHUNKS[0], PREFIX[:-1]))
+    assert not theirs.holds(theirs.ref(CHUNKS[0], PREFIX))
+    other = ChunkLibrary(decoder, store, "other model", "a")
+    assert not other.holds(other.ref(CHUNKS[0], PREFIX))
 
 
 def test_progress_counts_every_chunk():
-    seen = []
-    new_library().compute(dict.fromkeys(CHUNKS, PREFIX), on_progress=lambda *counts: seen.append(counts))
+    seen, library = [], new_library()
+    library.compute(refs(library), on_progress=lambda *counts: seen.append(counts))
     assert seen == [(done, len(CHUNKS)) for done in range(1, len(CHUNKS) + 1)]
 
 
 def test_nothing_to_compute():
-    assert new_library().compute(dict.fromkeys([], PREFIX)) == {}
+    assert new_library().compute([]) == {}
 
 
 def test_a_chunk_that_cannot_fit_is_refused_before_any_work():
     library = new_library()
     with pytest.raises(ContextLengthError, match=r"500 tokens behind a prefix of 12 .* context of 512"):
-        library.compute({CHUNKS[0]: PREFIX, (7,) * 500: PREFIX})
-    assert not library.holds(PREFIX, CHUNKS[0])
+        compute(library, chunks=[CHUNKS[0], (7,) * 500])
+    assert not library.holds(library.ref(CHUNKS[0], PREFIX))
 
 
 def test_computed_chunks_can_be_found_in_a_prompt():
     library = new_library()
-    library.compute(dict.fromkeys(CHUNKS, PREFIX))
-    (match,) = library.finder.find((1, 2, *CHUNKS[1], 3))
-    assert (match.start, match.length, match.known.context) == (2, 31, PREFIX)
-    assert library.find(match.known).token_ids == CHUNKS[1]
+    compute(library)
+    [span] = library.find((1, 2, *CHUNKS[1], 3))
+    assert (span.start, span.stop, span.offset, span.exact) == (2, 33, 0, False)
+    assert span.chunk_ids == span.kv.token_ids == CHUNKS[1]
+
+
+def test_a_found_chunk_is_exact_behind_the_very_tokens_it_was_computed_after():
+    library, other, long = new_library(), tuple(range(300, 312)), tuple(range(400, 450))
+    compute(library, PREFIX, [*CHUNKS, long])
+    compute(library, other)  # as many tokens, but not the same
+    for context in (PREFIX, other):
+        [span] = library.find((*context, *CHUNKS[1], 3))
+        assert span.exact
+        assert_same(span.kv, own_kv("llama", (*context, *CHUNKS[1]), len(context)))
+    assert [span.exact for span in library.find((*PREFIX[:-1], 9, *CHUNKS[1]))] == [False]
+    assert [span.exact for span in library.find((*PREFIX, *long[:20]))] == [True]
+    assert [(span.offset, span.exact) for span in library.find((*PREFIX, *long[7:]))] == [(7, False)]
 
 
 def test_a_found_chunk_may_have_gone():
     library = new_library()
-    library.compute(dict.fromkeys(CHUNKS, PREFIX))
-    (match,) = library.finder.find(CHUNKS[1])
-    library._store.clear()
-    assert library.find(match.known) is None
+    compute(library)
+    library.delete()
+    compute(library, chunks=CHUNKS[:1])
+    assert library.find(CHUNKS[1]) == []
+    store = MemoryStore()
+    library = ChunkLibrary(Decoder(tiny_model()), store, "fingerprint")
+    compute(library)
+    store.clear()
+    [span] = library.find(CHUNKS[1])
+    assert span.kv is None
+    assert library.find(CHUNKS[1]) == []
 
 
-def test_a_key_shows_no_token_and_no_salt():
-    key = new_library(tenant="tenant-7").key(PREFIX, CHUNKS[0])
+def test_a_chunk_is_computed_after_prefix_and_lead_in_where_these_leave_room():
+    lead_in = tuple(range(200, 240))
+    library = ChunkLibrary(Decoder(tiny_model()), MemoryStore(), "fingerprint", lead_in=lead_in)
+    policy = Query(lead=8)
+    assert library.ref_for(CHUNKS[0], PREFIX, policy).context_ids == (*PREFIX, *lead_in[-8:])
+    assert library.ref_for(CHUNKS[0], PREFIX, Query(lead=0)).context_ids == PREFIX
+    assert library.ref_for((7,) * 495, PREFIX, policy).context_ids == PREFIX
+    first, second = (library.ref_for(chunk, PREFIX, policy) for chunk in CHUNKS[:2])
+    assert first.context_ids is second.context_ids  # not a copy for each chunk
+
+
+def test_a_key_shows_no_token_and_no_tenant():
+    key = new_library(tenant="tenant-7").ref(CHUNKS[0], PREFIX).key
     assert re.fullmatch("[0-9a-f]{64}", key.digest)
     assert key.digest.startswith(str(key))

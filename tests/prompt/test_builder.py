@@ -197,5 +197,5 @@ def test_passages_that_go_on_read_like_one_text(last):
 
 def test_a_passage_of_which_nothing_is_left_takes_no_place():
     prompt = PromptBuilder(chat_tokenizer()).build(QUESTION, [PromptChunk(TEXTS[0], skip_chars=len(TEXTS[0]))])
-    assert SEPARATOR in chat_tokenizer().decode(prompt.placed[0].standing) or prompt.placed[0].standing == ()
+    assert SEPARATOR in chat_tokenizer().decode(prompt.spans[0].token_ids) or prompt.spans[0].token_ids == ()
     assert TEXTS[0][-8:] not in chat_tokenizer().decode(prompt.token_ids)

@@ -1,4 +1,4 @@
-"""Known texts: found wherever they stand, the longest first, forgotten with their documents, bounded."""
+"""Known texts: found wherever they stand, the longest first."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.llm import TEXTS
 
-from chunkcache.prompt.known_texts import ANCHOR, KnownTexts
+from chunkcache.prompt.known_texts import ANCHOR, TextIndex
 
 
-def knowing(*texts: str, **options) -> KnownTexts:
-    known = KnownTexts()
+def knowing(*texts: str, **options) -> TextIndex:
+    known = TextIndex()
     for text in texts:
-        known.add(text, **options)
+        known.add(text, name=text[:8], **options)
     return known
 
 
-def found(known: KnownTexts, content: str) -> list[str]:
+def found(known: TextIndex, content: str) -> list[str]:
     return [each.text for each in known.find(content)]
 
 
@@ -52,10 +52,6 @@ def test_repeats_are_found_each_time():
     assert found(knowing(TEXTS[0]), f"{TEXTS[0]}\n\n{TEXTS[0]}") == [TEXTS[0]] * 2
 
 
-def test_space_round_a_text_does_not_count():
-    assert found(knowing(f"\n {TEXTS[0]}\n"), f"a: {TEXTS[0]}") == [TEXTS[0]]
-
-
 def test_a_short_text_is_left_out():
     short = "x" * (ANCHOR - 1)
     assert len(knowing(short)) == 0
@@ -64,40 +60,15 @@ def test_a_short_text_is_left_out():
 
 def test_the_system_prompt_is_the_last_one_given():
     known = knowing(TEXTS[0], system="one")
-    known.add(TEXTS[0], system="two")
-    assert [each.system for each in known.find(TEXTS[0])] == ["two"]
+    known.add(TEXTS[0], "name", system="two")
+    assert [(each.name, each.system) for each in known.find(TEXTS[0])] == [("name", "two")]
 
 
-def test_a_dropped_text_is_not_found():
+def test_a_removed_text_is_not_found():
     known = knowing(*TEXTS)
-    known.drop([TEXTS[0] + "\n", "never known"])
+    known.remove(TEXTS[0])
+    known.remove("never known")
     assert found(known, "\n\n".join(TEXTS)) == list(TEXTS[1:])
-
-
-def test_a_text_goes_with_the_last_of_its_documents():
-    known = knowing(TEXTS[0], document="a")
-    known.add(TEXTS[0], document="b")
-    known.add(TEXTS[1], document="a")
-    known.add(TEXTS[2], document="a")
-    known.drop_document("a", but=[TEXTS[2]])
-    assert found(known, "\n\n".join(TEXTS)) == [TEXTS[0], TEXTS[2]]
-    known.drop_document("b")
-    assert found(known, "\n\n".join(TEXTS)) == [TEXTS[2]]
-
-
-def test_those_asked_for_longest_ago_go_first():
-    known = KnownTexts(limit=2)
-    known.add(TEXTS[0])
-    known.add(TEXTS[1])
-    known.find(TEXTS[0])
-    known.add(TEXTS[2])
-    assert found(known, "\n\n".join(TEXTS)) == [TEXTS[0], TEXTS[2]]
-
-
-def test_cleared_it_knows_nothing():
-    known = knowing(*TEXTS)
-    known.clear()
-    assert (len(known), found(known, TEXTS[0])) == (0, [])
 
 
 words = st.text(st.sampled_from("ab .\n"), min_size=1, max_size=120)
@@ -110,5 +81,5 @@ def test_what_is_found_stands_there(texts, content):
     for each in known.find(content):
         assert each.start >= end
         assert content[each.start : each.end] == each.text
-        assert each.text in {text.strip() for text in texts}
+        assert each.text in texts
         end = each.end

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 from support.llm import CHAT_TEMPLATE, QUESTION, TEXTS, VOCAB
 from support.tokenizer import tiny_tokenizer
 
 from chunkcache.errors import PromptError
+from chunkcache.kv import ChunkKey, ChunkRef
+from chunkcache.library.registry import ChunkRegistry
 from chunkcache.prompt.builder import INSTRUCTION, SEPARATOR, PromptBuilder
-from chunkcache.prompt.known_texts import KnownTexts
 from chunkcache.prompt.messages import MessageBuilder, PromptChunk
 
 STRICT = (
@@ -29,10 +31,10 @@ def builder(template: str | None = CHAT_TEMPLATE, known=TEXTS, system: str | Non
     """Return a builder that knows `known`, its prompts, and its tokenizer."""
     tokenizer = copy.deepcopy(tiny_tokenizer(VOCAB))
     tokenizer.chat_template = template
-    prompts, texts = PromptBuilder(tokenizer), KnownTexts()
+    prompts, registry = PromptBuilder(tokenizer), ChunkRegistry()
     for text in known:
-        texts.add(text, system)
-    return MessageBuilder(prompts, texts, template), prompts, tokenizer
+        registry.add(ChunkRef(ChunkKey(text), prompts.chunk(text), ()), text, system)
+    return MessageBuilder(prompts, registry, template), prompts, tokenizer
 
 
 def message(role: str, content) -> dict:
@@ -71,17 +73,17 @@ def test_chunks_have_the_ids_they_are_stored_with(name):
     build, prompts, _ = builder()
     prompt = build.build(CONVERSATIONS[name])
     assert prompt.chunks == tuple(map(prompts.chunk, TEXTS))
-    for each, text in zip(prompt.placed, TEXTS, strict=True):
-        assert prompt.token_ids[each.start : each.end] == each.standing
-        assert each.first == 0
-        assert each.last >= len(prompts.encode(text)) - 1
+    for each, text in zip(prompt.spans, TEXTS, strict=True):
+        assert prompt.token_ids[each.start : each.stop] == each.token_ids
+        assert each.offset == 0
+        assert each.offset + len(each) >= len(prompts.encode(text)) - 1
 
 
 def test_a_chunk_that_a_separator_follows_stands_whole():
     build, _, _ = builder()
-    first, *others = build.build(CONVERSATIONS["question"]).placed
-    assert all(each.last == len(each.chunk) for each in (first, *others))
-    assert all(each.gap == () for each in others)
+    spans = build.build(CONVERSATIONS["question"]).spans
+    assert all(span.token_ids == span.chunk_ids for span in spans)
+    assert all(one.stop == other.start for one, other in pairwise(spans))
 
 
 def test_a_template_of_our_own_words_gives_the_prompt_of_the_question():
@@ -109,7 +111,7 @@ def test_passages_later_in_a_conversation_read_alike():
 
 def test_chunks_are_computed_behind_the_prefix_they_are_known_with():
     build, prompts, _ = builder(system="Be brief.")
-    assert build.build(CONVERSATIONS["question"]).behind == prompts.prefix("Be brief.")
+    assert build.build(CONVERSATIONS["question"]).context_ids == prompts.prefix("Be brief.")
 
 
 def test_special_tokens_in_texts_are_only_text():
@@ -130,7 +132,7 @@ def test_what_several_prompts_begin_with_is_the_prefix():
     first, other, again = (build.build(asked(more)) for more in ("one", "two", "one"))
     assert first.prefix == ()
     assert len(again.prefix) > len(other.prefix) > 0
-    assert again.prefix == first.gaps[0]
+    assert again.prefix == first.token_ids[: first.spans[0].start]
     assert again.prefix[: len(other.prefix)] == other.prefix
     assert len(other.prefix) % 16 == 0
     assert start.startswith(tokenizer.decode(other.prefix).partition("user\n")[2])
@@ -140,7 +142,7 @@ def test_what_an_assistant_said_is_no_part_of_a_prefix():
     build, _, tokenizer = builder()
     prompt = build.build([message("user", "Hello."), message("assistant", "Yes?"), message("user", TEXTS[0])])
     assert "Yes?" not in tokenizer.decode(prompt.prefix)
-    assert "Yes?" in tokenizer.decode(prompt.gaps[0])
+    assert "Yes?" in tokenizer.decode(prompt.token_ids[prompt.prefix_tokens : prompt.spans[0].start])
 
 
 def test_a_strict_template_gets_system_messages_folded_and_roles_in_turn():
@@ -196,7 +198,7 @@ def test_passages_are_computed_behind_the_conversations_system_prompt():
     build, prompts, _ = builder()
     asked = message("user", [PromptChunk(TEXTS[0]), QUESTION])
     later = [message("system", "Be brief."), asked, message("assistant", "In 1931."), message("user", "Sure?")]
-    assert build.build(later).opening == build.build(later[:2]).opening == prompts.prefix("Be brief.")
+    assert build.build(later).context_ids == build.build(later[:2]).context_ids == prompts.prefix("Be brief.")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_passages_are_computed_behind_the_conversations_system_prompt():
         ([{"content": "x"}], "message 0 has no role"),
         (["x"], "message 0 has no role"),
         ([message("user</s>", "x")], "message 0 has the role 'user</s>'"),
-        ([message("user", [PromptChunk("x"), " "]), message("user", "x")], "1 passages and no question"),
+        ([message("user", [PromptChunk("x"), " "]), message("user", "x")], "1 chunks and no question"),
         ([message("user", 3)], "the content of message 0 is int"),
         ([message("user", "x"), message("user", ["x", {"type": "image"}])], "message 1 is \\['str', 'dict'\\]"),
     ],

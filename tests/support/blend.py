@@ -11,8 +11,8 @@ from support import zoo
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from chunkcache.blend import Decoder, FusedCache, Plan, Policy, Segment, SelectivePrefill, self_check
-from chunkcache.kv import ChunkKV, ContextAttention
+from chunkcache.blend import Decoder, Plan, Policy, SelectivePrefill, self_check
+from chunkcache.kv import ChunkKV, Span
 
 PREFIX = 6  # tokens of the prompt below: prefix, chunk, a gap, chunk, question
 CHUNKS = ((6, 36), (40, 70))
@@ -51,6 +51,12 @@ def layers_of(cache: Cache, start: int = 0, end: int | None = None) -> list[Tens
     return [torch.cat((layer.keys, layer.values))[:, :, start:end].clone() for layer in cache.layers]
 
 
+def span(start: int, kv: ChunkKV, first: int = 0, length: int | None = None, exact: bool = False) -> Span:
+    """Return a span at `start` that reuses `length` tokens of `kv`, all by default, from its index `first` on."""
+    stop = start + (len(kv) - first if length is None else length)
+    return Span(start, stop, kv.token_ids, first, kv, exact)
+
+
 def alone(model: PreTrainedModel, ids: Sequence[int], position: int = 0) -> ChunkKV:
     """Return the chunk KV of `ids`, prefilled at `position` with nothing else in view."""
     return ChunkKV.of(ids, position, layers_of(own_prefill(model, ids, position)[1]))
@@ -80,8 +86,7 @@ def chunk_plan(model: PreTrainedModel, ids: Sequence[int]) -> Plan:
 
 def _plan(ids: Sequence[int], kv: Sequence[ChunkKV], exact: bool = False) -> Plan:
     starts = (0, *(start for start, _ in CHUNKS))
-    segments = [Segment(start, one, 0, len(one), exact or start == 0) for start, one in zip(starts, kv, strict=True)]
-    return Plan.of(ids, segments)
+    return Plan.of(ids, [span(start, one, exact=exact or start == 0) for start, one in zip(starts, kv, strict=True)])
 
 
 class Selective:
@@ -97,7 +102,7 @@ class Selective:
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, plan: Plan, policy: Policy) -> None:
-        prefill = SelectivePrefill(decoder, plan, policy, self._keep_layers)
+        prefill = SelectivePrefill(decoder, plan, policy, trim=False)
         self.cache = prefill.cache
         self.rows_at: dict[int, Tensor] = {}
         self._update, prefill.cache.update = prefill.cache.update, self._note_rows
@@ -107,9 +112,8 @@ class Selective:
         del prefill.cache.update
         self.logits = output.logits[0]
         self.rows = self.cache.rows
-
-    def _keep_layers(self, cache: FusedCache, contexts: dict[int, ContextAttention]) -> None:
-        self.layers = layers_of(cache)
+        self.layers = layers_of(self.cache)
+        self.cache.trim()
 
     def _note_rows(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if not self.cache.scouting:

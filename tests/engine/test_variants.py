@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from chunkcache.engine.versions import LEAST_OVERHEAD, Variants
 from chunkcache.kv import ChunkKey, ContextAttention
-from chunkcache.library.versions import LEAST_OVERHEAD, Variants
 
 A, B, C = (1, 2), (3, 4), (5, 6)
 

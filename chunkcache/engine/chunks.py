@@ -1,0 +1,197 @@
+"""Precompute, register, prefetch, update and delete chunk KV: the methods of `CachedLLM` that need no request."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chunkcache.blend import Policy
+from chunkcache.errors import InputError, PromptError
+from chunkcache.kv import ChunkKey, ChunkRef, hashed_label
+from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.prompt import PromptBuilder
+from chunkcache.prompt.prompt import text_of
+from chunkcache.store import Store
+
+
+@dataclass(frozen=True)
+class PrecomputeResult:
+    """How many chunks were asked for, how many of them were computed, and their tokens."""
+
+    chunks: int
+    computed: int
+    computed_tokens: int
+
+
+class ChunkMethods(ABC):
+    """The part of `CachedLLM` that needs no request.
+
+    Attributes:
+        store: the store that holds chunk KV.
+        prompts: builds prompts from texts.
+    """
+
+    store: Store
+    prompts: PromptBuilder
+    _library: ChunkLibrary
+
+    @abstractmethod
+    def resolve_policy(self, policy: str | Policy | None) -> Policy:
+        """Return the policy of a call, the wrapper's if it names none, with nothing left open."""
+
+    def precompute(
+        self,
+        texts: Sequence[Any],
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        documents: Sequence[str | None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> PrecomputeResult:
+        """Compute and store the KV of `texts` after the prefix of `system`; what is stored already is left.
+
+        Args:
+            texts: the chunks: strings, or documents with `.page_content` or `.text`.
+            system: the system prompt that requests will use.
+            policy: the policy that requests will use; None for the wrapper's. It says which lead-in stands before
+                a chunk while it is computed, and whether what its tokens look at is recorded.
+            documents: for each text the id of the document that it is from, by which it can be deleted, or None;
+                by default the `.id` of a document, where it has one.
+            on_progress: called with (chunks done, chunks to do) after every chunk.
+
+        Raises:
+            PolicyError: the policy is unknown.
+            PromptError: a text is empty, or there are more or fewer documents than texts.
+            ContextLengthError: a text is longer than the model's context.
+        """
+        chosen = self.resolve_policy(policy)
+        owners = _owners(texts, documents)
+        refs = dict(zip(self._register(texts, system, chosen, owners), owners, strict=True))
+        missing = [ref for ref in refs if not self._library.holds(ref, recorded=chosen.versioned)]
+        for ref in refs.keys() - missing:
+            if refs[ref] is not None:
+                self._library.add_document(ref)
+        self._library.precompute(missing, on_progress, record=chosen.versioned)
+        return PrecomputeResult(len(refs), len(missing), sum(len(ref.token_ids) for ref in missing))
+
+    def register(
+        self,
+        texts: Sequence[Any],
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        documents: Sequence[str | None] | None = None,
+    ) -> list[ChunkKey]:
+        """Make texts findable in messages and, while attached, in prompts; computes nothing.
+
+        The arguments are those of `precompute`.
+
+        Returns:
+            the keys under which their KV are stored.
+        """
+        refs = self._register(texts, system, self.resolve_policy(policy), _owners(texts, documents))
+        return [ref.key for ref in refs]
+
+    def keys(
+        self, texts: Sequence[Any], *, system: str | None = None, policy: str | Policy | None = None
+    ) -> list[ChunkKey]:
+        """Return the key under which the chunk KV of each text are stored. See `precompute`."""
+        return [ref.key for ref in self._refs(texts, system, self.resolve_policy(policy))]
+
+    def prefetch(
+        self,
+        texts: Sequence[Any],
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        documents: Sequence[str | None] | None = None,
+    ) -> list[Any]:
+        """Register texts, start bringing their chunk KV to the store's nearest tier, and return at once.
+
+        Returns:
+            the texts, each once, that are not stored. See `precompute` for the rest.
+        """
+        keys = self.register(texts, system=system, policy=policy, documents=documents)
+        held = {key for key in dict.fromkeys(keys) if key in self.store}
+        self.store.prefetch(held)
+        missing = {key: text for text, key in zip(texts, keys, strict=True) if key not in held}
+        return list(missing.values())
+
+    def update_document(
+        self,
+        document: str,
+        texts: Sequence[Any],
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        on_progress: Progress | None = None,
+        compute: bool = True,
+    ) -> PrecomputeResult:
+        """Precompute the chunks of a document that was edited, and delete those that are no longer in it.
+
+        Chunks that are as they were, also those that only moved, keep their KV. With `compute=False` what is new is
+        left to the requests that ask for it. See `precompute`. Nothing is deleted where the arguments are refused;
+        where computing fails, what is stale is deleted all the same.
+        """
+        chosen, owners = self.resolve_policy(policy), [document] * len(texts)
+        chunks = [ref.token_ids for ref in self._refs(texts, system, chosen)]
+        try:
+            if not compute:
+                self.register(texts, system=system, policy=chosen, documents=owners)
+                return PrecomputeResult(len(texts), 0, 0)
+            return self.precompute(texts, system=system, policy=chosen, documents=owners, on_progress=on_progress)
+        finally:
+            self._library.delete_stale(hashed_label("document", document), chunks)
+
+    def delete(
+        self, *, document: str | None = None, texts: Collection[Any] | None = None, tenant: bool = False
+    ) -> int:
+        """Delete from every tier all KV of this model and tenant that were computed from a document or from texts.
+
+        KV of chunks that were computed after these in a prompt go as well. What is being computed meanwhile, or
+        waits to be written, is not stored any more.
+
+        Args:
+            document: id of the document.
+            texts: the texts.
+            tenant: delete everything of this model and tenant.
+
+        Returns:
+            how many entries there were.
+
+        Raises:
+            InputError: not exactly one of the three is given.
+        """
+        if (document is not None) + (texts is not None) + tenant != 1:
+            raise InputError("name what to delete: one of document=, texts= and tenant=True")
+        if document is not None:
+            return self._library.delete(document=hashed_label("document", document))
+        if texts is not None:
+            return self._library.delete(chunks=[self.prompts.chunk(text) for text in texts]) if texts else 0
+        return self._library.delete()
+
+    def _refs(self, texts: Sequence[Any], system: str | None, policy: Policy) -> list[ChunkRef]:
+        if isinstance(texts, str):
+            raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
+        prefix = self.prompts.prefix(system)
+        return [self._library.ref_for(self.prompts.chunk(text), prefix, policy) for text in texts]
+
+    def _register(
+        self, texts: Sequence[Any], system: str | None, policy: Policy, owners: Sequence[str | None]
+    ) -> list[ChunkRef]:
+        refs = self._refs(texts, system, policy)
+        for ref, text, owner in zip(refs, texts, owners, strict=True):
+            label = None if owner is None else hashed_label("document", owner)
+            self._library.registry.add(ref, text_of(text), system, label)
+        return refs
+
+
+def _owners(texts: Sequence[Any], documents: Sequence[str | None] | None) -> list[str | None]:
+    """Return the document id of each text: as given, or its own."""
+    if documents is None:
+        return [getattr(text, "id", None) for text in texts]
+    if len(documents) != len(texts):
+        raise PromptError(f"{len(documents)} documents for {len(texts)} texts; pass one document id per text")
+    return list(documents)

@@ -1,0 +1,265 @@
+"""From a prompt to its first token and to an answer: plan, selective prefill, decoding by the model's `generate()`.
+
+The model is never modified; after every call it is as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from chunkcache.blend import Decoder, Plan, Policy, SelectivePrefill, parse_policy
+from chunkcache.deprecated import warn_renamed
+from chunkcache.engine.generation import (
+    FirstTokenClock,
+    Generation,
+    check_options,
+    needs_finished_cache,
+    pad_token_id,
+    setting,
+    with_length,
+)
+from chunkcache.engine.planner import Planner
+from chunkcache.engine.stats import RequestStats
+from chunkcache.engine.streaming import TextStream
+from chunkcache.engine.tuning import Tuning
+from chunkcache.kv import ChunkKV
+from chunkcache.library import ChunkLibrary
+from chunkcache.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class PrefillOutput:
+    """A prompt whose prefill is done.
+
+    Attributes:
+        logits: of the next token, `[vocab]`.
+        past_key_values: keys and values of the whole prompt, an ordinary transformers cache.
+        input_ids: the prompt, `[1, tokens]`.
+        stats: what the request did.
+    """
+
+    logits: Tensor
+    past_key_values: Cache
+    input_ids: Tensor
+    stats: RequestStats
+
+    @property
+    def cache(self) -> Cache:
+        """Deprecated: `past_key_values`."""
+        warn_renamed("PrefillOutput.cache", "PrefillOutput.past_key_values")
+        return self.past_key_values
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A prompt that is to be served: under which policy, with which keywords of `generate()`, and when it came.
+
+    Attributes:
+        prompt: the prompt.
+        policy: what is recomputed, with nothing left open.
+        options: keywords for `generate()`.
+        started: when the request came, by `time.perf_counter`.
+    """
+
+    prompt: Prompt
+    policy: Policy
+    options: dict[str, Any]
+    started: float
+
+
+class Engine:
+    """Serves prompts on one model.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        library: where chunk KV come from.
+        tuning: what was measured for the model.
+        policy: the policy of requests that name none.
+
+    Attributes:
+        policy: as given; may be changed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        library: ChunkLibrary,
+        tuning: Tuning,
+        policy: Policy,
+    ) -> None:
+        self.decoder, self.tokenizer, self.library, self.tuning = decoder, tokenizer, library, tuning
+        self.planner = Planner(decoder, library)
+        self.policy = policy
+        self.model: Any = decoder.model
+
+    @cached_property
+    def can_batch(self) -> bool:
+        """Whether this model can decode sequences together over one copy of shared KV; tried out once."""
+        from chunkcache.blend.hydragen import can_share
+
+        return can_share(self.decoder)
+
+    def resolve_policy(self, policy: str | Policy | None) -> Policy:
+        """Return the policy of a call, the engine's if it names none, with nothing left open.
+
+        Raises:
+            PolicyError: the policy is unknown.
+            CalibrationError: it needs a calibration that there is none of.
+        """
+        return self.tuning.resolve(self.policy if policy is None else parse_policy(policy))
+
+    def prepare(
+        self,
+        build: Callable[[], Prompt],
+        policy: str | Policy | None = None,
+        max_new_tokens: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> PreparedRequest:
+        """Check what is asked for and build the prompt; the request's time counts from here.
+
+        Raises:
+            InputError: an option makes no sense for one sequence.
+            PromptError, PolicyError, CalibrationError: prompt or policy cannot be used.
+        """
+        started = time.perf_counter()
+        options = dict(options or {})
+        check_options(options)
+        resolved = self.resolve_policy(policy)
+        return PreparedRequest(build(), resolved, with_length(options, max_new_tokens), started)
+
+    def prefill(self, request: PreparedRequest, drop_last: bool = False) -> PrefillOutput:
+        """Prefill a prompt.
+
+        Args:
+            request: the prompt and its policy.
+            drop_last: leave the last token's KV out of the cache, for a `generate()` that starts with that token.
+        """
+        plan, stats = self._plan(request)
+        return self._prefill(request, plan, stats, drop_last)
+
+    def generate(self, request: PreparedRequest) -> Generation:
+        """Prefill a prompt and decode with the model's own `generate()`."""
+        return self.answer(request)[0]
+
+    def stream(
+        self, request: PreparedRequest, answer: Callable[[PreparedRequest], Generation] | None = None
+    ) -> TextStream:
+        """Answer in another thread, piece by piece.
+
+        Args:
+            request: the prompt, its policy and options.
+            answer: what runs there, for a caller that goes on with the answer; None for `generate`.
+        """
+        answer = answer or self.generate
+
+        def run(streamer: Any, stop: Any) -> Generation:
+            criteria = [*(request.options.get("stopping_criteria") or []), stop]
+            options = {**request.options, "streamer": streamer, "stopping_criteria": criteria}
+            return answer(replace(request, options=options))
+
+        return TextStream(self.tokenizer, run)
+
+    def answer(self, request: PreparedRequest) -> tuple[Generation, Cache]:
+        """Answer as `generate` does; return the cache of prompt and answer, too."""
+        room = setting(self.model, request.options, "max_new_tokens") or 1
+        plan, stats = self._plan(request, room)
+        clock = FirstTokenClock()
+        options = self.generate_options(request.options, clock)
+        before = time.perf_counter()
+        finished = needs_finished_cache(self.model, options)
+        if finished:
+            output, cache = self._decode_finished(request, plan, stats, options)
+        else:
+            input_ids = self._input_ids(plan)
+            prefill = self._selective(request, plan)
+            output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+            cache = prefill.cache
+            stats.take(plan, prefill)
+            self._store(request, prefill.computed)
+        first_token_at = clock.first_token_at or time.perf_counter()
+        stats.prefill_s, stats.ttft_s = first_token_at - before, first_token_at - request.started
+        if not finished:
+            self.tuning.observe(stats)
+        sequence = output if isinstance(output, Tensor) else output.sequences
+        token_ids = sequence[0, len(plan) :].tolist()
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return Generation(text.strip(), token_ids, stats.ttft_s, stats, output), cache
+
+    def generate_options(self, options: dict[str, Any], clock: FirstTokenClock) -> dict[str, Any]:
+        """Return the keywords for `generate()` with what every answer needs."""
+        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
+        if setting(self.model, options, "pad_token_id") is None:
+            options["pad_token_id"] = pad_token_id(self.tokenizer)
+        if setting(self.model, options, "stop_strings"):
+            options.setdefault("tokenizer", self.tokenizer)
+        return options
+
+    # --- the steps
+
+    def _plan(self, request: PreparedRequest, room: int = 1) -> tuple[Plan, RequestStats]:
+        stats = RequestStats(str(request.policy), tokenize_s=time.perf_counter() - request.started)
+        return self.planner.plan(request.prompt, request.policy, stats, room), stats
+
+    def _prefill(
+        self, request: PreparedRequest, plan: Plan, stats: RequestStats, drop_last: bool = False
+    ) -> PrefillOutput:
+        before = time.perf_counter()
+        prefill = self._selective(request, plan)
+        logits = prefill.run(drop_last)
+        now = time.perf_counter()
+        stats.prefill_s, stats.ttft_s = now - before, now - request.started
+        stats.take(plan, prefill)
+        self.tuning.observe(stats)
+        self._store(request, prefill.computed)
+        return PrefillOutput(logits, prefill.cache, self._input_ids(plan), stats)
+
+    def _decode_finished(
+        self, request: PreparedRequest, plan: Plan, stats: RequestStats, options: dict[str, Any]
+    ) -> tuple[Any, Cache]:
+        """Prefill all but the last token, and decode several copies of the prompt side by side."""
+        prefilled = self._prefill(request, plan, stats, drop_last=True)
+        cache: Any = prefilled.past_key_values
+        cache.batch_repeat_interleave(setting(self.model, options, "num_beams") or 1)
+        return self.model.generate(**model_inputs(prefilled), **options), cache
+
+    def _selective(self, request: PreparedRequest, plan: Plan) -> SelectivePrefill:
+        policy = request.policy
+        keep = None
+        if (policy.stores_in_context or policy.versioned) and request.prompt.head is None:
+            from chunkcache.engine.contextual import kept
+
+            keep = partial(kept, policy=policy)
+        return SelectivePrefill(
+            self.decoder,
+            plan,
+            policy,
+            select=self.tuning.selection(policy),
+            depth=self.tuning.depth(plan),
+            record=policy.versioned,
+            keep=keep,
+        )
+
+    def _store(self, request: PreparedRequest, computed: dict[int, ChunkKV]) -> None:
+        if computed:
+            self.planner.contextual.store(request.prompt, request.policy, computed)
+
+    def _input_ids(self, plan: Plan) -> Tensor:
+        return torch.tensor([plan.token_ids], device=self.decoder.device)
+
+
+def model_inputs(prefilled: PrefillOutput) -> dict[str, Any]:
+    """Return the keywords for a plain `generate()` that goes on from a prefill whose last token was dropped."""
+    input_ids = prefilled.input_ids
+    mask = torch.ones_like(input_ids)
+    return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": prefilled.past_key_values}
