@@ -655,17 +655,17 @@ def test_a_forward_may_outlast_the_request_it_began_in():
     model = own_model()
     llm = wrapped(model)
     expected = own_logits(model, prompt_ids(llm))
-    started, ended, other = threading.Event(), threading.Event(), []
+    started, ended, waited, other = threading.Event(), threading.Event(), [], []
 
     def wait(*_):
         if threading.current_thread() is thread:
             started.set()
-            ended.wait(10)
+            waited.append(ended.wait(20))
 
     def start(input_ids, scores, **_):
         if not started.is_set():
             thread.start()
-            started.wait(10)
+            assert started.wait(20)
         return torch.tensor([False])
 
     thread = threading.Thread(target=lambda: other.append(own_logits(model, prompt_ids(llm))))
@@ -673,4 +673,5 @@ def test_a_forward_may_outlast_the_request_it_began_in():
         llm.generate(QUESTION, TEXTS, stopping_criteria=[start], **GREEDY)
         ended.set()
         thread.join()
+    assert waited == [True]  # it did begin in the request, and go on after it
     assert_close(other[0], expected)

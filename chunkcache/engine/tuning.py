@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +113,24 @@ def free_ratio(prefill_s: float, load_s: float, least: float = RATIO) -> float:
         least: ratio below which the quality suffers.
     """
     return min(1.0, max(least, load_s / prefill_s if prefill_s > 0 else 1.0))
+
+
+def choose_tier(prefill_s: float, tiers: Mapping[str, float], least: float = RATIO) -> tuple[str, float]:
+    """Return the slowest tier whose loading is hidden behind recomputing `least`, else the fastest, and its ratio.
+
+    Args:
+        prefill_s: seconds to prefill one layer of the reused tokens in full.
+        tiers: seconds to load one layer of them, by tier. The slowest is taken to be the cheapest.
+        least: ratio below which the quality suffers.
+
+    Raises:
+        ValueError: there are no tiers.
+    """
+    if not tiers:
+        raise ValueError("no tiers to choose from")
+    hidden = {tier: load_s for tier, load_s in tiers.items() if load_s <= least * prefill_s}
+    tier = max(hidden, key=hidden.__getitem__) if hidden else min(tiers, key=tiers.__getitem__)
+    return tier, free_ratio(prefill_s, tiers[tier], least)
 
 
 class LoadingController:

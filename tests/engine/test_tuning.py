@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chunkcache.blend.loader import LEAST_DEPTH
-from chunkcache.engine.tuning import LoadingController, free_ratio, preload_depth
+from chunkcache.engine.tuning import LoadingController, choose_tier, free_ratio, preload_depth
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,13 @@ from chunkcache.engine.tuning import LoadingController, free_ratio, preload_dept
 )
 def test_the_ratio_recomputes_as_long_as_loading_takes(load_s, ratio):
     assert free_ratio(prefill_s=0.01, load_s=load_s) == pytest.approx(ratio)
+
+
+def test_the_slowest_tier_that_is_hidden_is_chosen_else_the_fastest():
+    assert choose_tier(0.01, {"memory": 0.0001, "disk": 0.0014, "redis": 0.004}) == ("disk", 0.15)
+    assert choose_tier(0.01, {"disk": 0.003, "redis": 0.02}) == ("disk", pytest.approx(0.3))
+    with pytest.raises(ValueError, match="no tiers"):
+        choose_tier(0.01, {})
 
 
 def test_it_goes_by_what_requests_took():
