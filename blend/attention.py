@@ -8,14 +8,12 @@ through SDPA in blocks that skip the keys no row of the block can see, with grou
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from chunkcache.errors import UnsupportedModelError
 
@@ -63,7 +61,7 @@ def rows_attention(
         `[1, rows, heads, head_dim]` and None: weights are materialised only for a `Watch`, and only its rows'.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        output, _ = _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return output, None
     extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if extras:
@@ -79,7 +77,7 @@ def rows_attention(
             parts.append(_in_blocks(rows, key, value, intervals, scaling))
         else:
             mask = dense_mask(intervals, key.shape[2])
-            parts.append(sdpa_attention_forward(module, rows, key, value, mask, dropout, scaling, **kwargs)[0])
+            parts.append(_sdpa(module, rows, key, value, mask, dropout, scaling, **kwargs)[0])
     if watch is not None:
         for start in range(unseen, query.shape[2], watch.block):
             block = slice(start, start + watch.block)
@@ -154,5 +152,27 @@ class Watch:
             self.see(output[1][0, :, -self.last :], 0)
 
 
-AttentionInterface.register(NAME, rows_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # takes seconds, with all it imports
+
+    output: tuple[Tensor, None] = sdpa_attention_forward(*args, **kwargs)
+    return output
+
+
+@cache
+def register(name: str, attend: Callable[..., tuple[Tensor, Tensor | None]], sdpa_masks: bool = False) -> None:
+    """Make an attention function known to transformers under `name`.
+
+    Called when there is a model, since transformers' modelling code takes seconds to import.
+
+    Args:
+        name: what is set as `attn_implementation`.
+        attend: the function.
+        sdpa_masks: whether transformers makes it the masks that it makes for SDPA.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, attend)
+    if sdpa_masks:
+        AttentionMaskInterface.register(name, sdpa_mask)

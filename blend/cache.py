@@ -10,18 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
 from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkcache.blend.attention import NAME as ROWS_ATTENTION
-from chunkcache.blend.attention import additive_mask, visible_intervals
+from chunkcache.blend.attention import additive_mask, register, rows_attention, visible_intervals
 from chunkcache.blend.rotary import Rotary
 from chunkcache.blend.shadow import shadow_of
 from chunkcache.errors import InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Decoder:
@@ -41,6 +43,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        register(ROWS_ATTENTION, rows_attention, sdpa_masks=True)
         self.model = model
         self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         self._refuse_unsupported()

@@ -14,16 +14,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicCache
 
+from chunkcache.blend.attention import register
 from chunkcache.blend.cache import layer_kv
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.selfcheck import HALF_TOLERANCE, TOLERANCE
 from chunkcache.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NAME = "chunkcache_shared"
 BLOCK_ROWS = 256  # stacked queries whose scores over the shared keys exist at once; more measured no faster on a CPU
@@ -164,6 +168,7 @@ def _merged(one: Part, other: Part, sinks: Tensor | None) -> Tensor:
 
 def over_shared(decoder: Decoder, cache: SharedCache) -> Any:
     """Return a shadow of the model whose attention is over `cache`, to be passed to it as `past_key_values`."""
+    register(NAME, _shared_attention)
     twin = decoder.shadow(NAME)
     for index, module in enumerate(twin.attentions):
         vars(module)["chunkcache_shared"] = partial(cache.attend, index)
@@ -231,6 +236,3 @@ def _shared_attention(  # noqa: PLR0913 - the signature of transformers' attenti
     attend: Any = vars(module)["chunkcache_shared"]
     output: Tensor = attend(query, (key, value), scaling, softcap, s_aux)
     return output, None
-
-
-AttentionInterface.register(NAME, _shared_attention)

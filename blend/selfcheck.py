@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from chunkcache.blend.cache import layer_kv
 from chunkcache.blend.cacheblend import CacheBlend

@@ -11,10 +11,9 @@ import copy
 import functools
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,6 +22,9 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def shadow_of(model: PreTrainedModel, modules: Iterable[str], attention: str | None) -> Any:

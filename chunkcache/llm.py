@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from chunkcache.blend import Decoder, Policy, parse_policy, self_check
 from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.chunks import ChunkMethods
@@ -25,6 +23,8 @@ from chunkcache.prompt.messages import Message, MessageBuilder
 from chunkcache.store import Store, open_store
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from chunkcache.engine.attach import Attachment
     from chunkcache.engine.batch import Batch
     from chunkcache.engine.calibration import Calibration

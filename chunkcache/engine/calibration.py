@@ -14,7 +14,6 @@ from typing import Any
 
 from chunkcache.blend.guard import GuardModel
 from chunkcache.errors import CalibrationError
-from chunkcache.models import cache_dir
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Calibration:
 
 def default_path(fingerprint: str) -> Path:
     """Return where the calibration of a model is looked for."""
+    from chunkcache.models import cache_dir  # with transformers' modelling code, which takes seconds
+
     return cache_dir() / "calibrations" / f"{fingerprint[:16]}.json"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers.cache_utils import Cache
 
 from chunkcache.blend import Policy, layer_kv
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest

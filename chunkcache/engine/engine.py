@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from chunkcache.blend import Decoder, Plan, Policy, SelectivePrefill, parse_policy
 from chunkcache.deprecated import warn_renamed
@@ -33,6 +34,9 @@ from chunkcache.engine.tuning import Tuning
 from chunkcache.kv import ChunkKV
 from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

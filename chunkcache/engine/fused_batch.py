@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from chunkcache.blend import Plan, Policy, SelectivePrefill, layer_kv
 from chunkcache.blend.hydragen import KV, SharedCache, over_shared, padded

@@ -6,14 +6,18 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import TextIteratorStreamer
 
 from chunkcache.engine.generation import Generation
 from chunkcache.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class StopWhenSet(StoppingCriteria):

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill
-from chunkcache.blend.attention import rows_attention
+from chunkcache.blend.attention import register, rows_attention
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 
@@ -37,6 +36,7 @@ class Encoder:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        register(NAME, _attention)
 
     def encode(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
@@ -174,6 +174,3 @@ def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, No
     attend: Any = vars(module)["chunkcache_attend"]
     output: tuple[Tensor, None] = attend(module, *args, **kwargs)
     return output
-
-
-AttentionInterface.register(NAME, _attention)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkcache.errors import TokenizerMismatchError
 
 SAMPLES = (
     256  # values hashed of each weight tensor, evenly spread: a full hash would read every byte of a large model
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NOT_IDENTITY = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype")
 

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
 from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 INSTRUCTION = "Answer the question from the passages below."
 SEPARATOR = "\n\n"
