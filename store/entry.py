@@ -1,4 +1,4 @@
-"""What an entry looks like as bytes: a header, then one block per layer.
+"""The format of an entry as bytes: a header, then one block per layer.
 
     magic and format version    8 bytes
     length of the description   4 bytes, little-endian
@@ -8,7 +8,7 @@
     blocks                     one per layer, in order, the numbers as they lie in memory
 
 Checksums of blocks are XXH3, which finds what broke; with a secret they are SHA-256, so that the seal vouches for
-every byte. Nothing here is executed or unpickled, and nothing is believed before it is checked.
+every byte. Nothing here is executed or unpickled, and every field is validated before use.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from chunkcache.kv import ChunkKey, ChunkKV, ContextAttention, Layer, Origin
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
-from chunkcache.store.base import Entry
 from chunkcache.store.codec import Zstd
+from chunkcache.store.records import Entry
 
 MAGIC = b"CHUNKKV\x01"
 PREAMBLE = len(MAGIC) + 4 + 32  # bytes before the description
@@ -128,19 +128,8 @@ class Header:
 
     def entry(self) -> Entry:
         """Return what a listing says of it."""
-        o = self.origin
-        return Entry(
-            self.key,
-            nbytes=sum(self.sizes),
-            tokens=len(self.token_ids),
-            model=o.model,
-            tenant=o.tenant,
-            documents=o.documents,
-            chunks=o.chunks,
-            created=o.created,
-            expires=self.expires,
-            compute_s=o.compute_s,
-        )
+        size, tokens = sum(self.sizes), len(self.token_ids)
+        return Entry(**vars(self.origin), key=self.key, nbytes=size, tokens=tokens, expires=self.expires)
 
     @classmethod
     def parse(cls, data: bytes | memoryview, key: ChunkKey | None, secret: bytes | None) -> Header:

@@ -1,5 +1,7 @@
 """The Redis tier: chunk KV on Redis or Valkey servers, which any number of processes share."""
 
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
+
 from __future__ import annotations
 
 import json
@@ -9,7 +11,7 @@ import secrets
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -17,11 +19,13 @@ import redis
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats, logger
+from chunkcache.store.base import logger
 from chunkcache.store.breaker import Breaker
-from chunkcache.store.bytestore import ByteStore
+from chunkcache.store.budget import Budget
+from chunkcache.store.bytestore import RAW, ByteStore, Encoding
 from chunkcache.store.entry import MAX_DESCRIPTION, PREAMBLE, DamagedError
-from chunkcache.store.redis_servers import NodeError, NotNowError, Server, Tls, open_servers
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter
+from chunkcache.store.redis_servers import NO_TLS, NodeError, NotNowError, Server, Tls, open_servers
 
 AHEAD = 3 * 2**20  # bytes asked for at once: the server sends a layer while the one before is being received
 UPLOAD_S = 60  # what is not committed after this is gone
@@ -53,15 +57,12 @@ class RedisStore(ByteStore):
     Args:
         url: see `open_servers`. The user name and password may also come from CHUNKCACHE_REDIS_USERNAME and
             CHUNKCACHE_REDIS_PASSWORD, that of the Sentinels from CHUNKCACHE_REDIS_SENTINEL_PASSWORD.
+        encoding: how entries are kept.
+        ttl: seconds that an entry is kept after it was computed; None for ever.
         timeout: seconds that a server may take to connect or answer, and again for each MiB that it sends. A name
             that DNS does not resolve may take longer.
         namespace: what the names of all values start with.
-        ca: file with the certificates that the server's is checked against; '' for those of the system.
-        cert: file with the client's certificate.
-        key: file with its private key.
-        verify: `yes`, or `no`, where anybody can pretend to be the server.
-
-    The others are those of `ByteStore`.
+        tls: where the scheme starts with `rediss`.
 
     Raises:
         StoreURLError: a value is none of these.
@@ -72,41 +73,19 @@ class RedisStore(ByteStore):
     def __init__(
         self,
         url: str = "redis://",
-        codec: str = "raw",
-        compress: str = "none",
+        encoding: Encoding = RAW,
         ttl: float | None = None,
-        secret: str = "",
         timeout: float = 0.05,
         namespace: str = "chunkcache",
-        ca: str = "",
-        cert: str = "",
-        key: str = "",
-        verify: str = "yes",
+        tls: Tls = NO_TLS,
     ) -> None:
-        super().__init__(None, codec, compress, ttl, secret)
+        super().__init__(Budget(ttl=ttl), encoding)
         if not timeout > 0:
             raise StoreURLError(f"timeout={timeout} is no time to wait; pass seconds, such as 0.05")
         if not re.fullmatch(r"[\w.:-]+", namespace, re.ASCII):
             raise StoreURLError(f"namespace={namespace!r} has other characters than letters, digits, and any of _.:-")
-        if verify not in ("yes", "no"):
-            raise StoreURLError(f"verify={verify!r} is neither 'yes' nor 'no'")
         self._namespace = namespace
-        self._servers = open_servers(url, timeout, Tls(ca, cert, key, verify == "yes"))
-
-    def delete(self, key: ChunkKey) -> bool:
-        at = repr(time.time())
-        name = self._name(key, "t")
-        self._attempt(lambda: self._servers.run(name, lambda s: s.client.set(name, at, ex=TOMB_S)), None)
-        return super().delete(key)
-
-    def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        self._attempt(lambda: self._bury(where), None)
-        return super().purge(where)
-
-    def stats(self) -> StoreStats:
-        held: list[int] = self._attempt(lambda: [mark.nbytes for _, mark, _ in self._listed(_MARK.size)], [])
-        with self._stats_lock:
-            return replace(self._stats, entries=len(held), nbytes=sum(held))
+        self._servers = open_servers(url, timeout, tls)
 
     def close(self) -> None:
         self._servers.close()
@@ -120,7 +99,7 @@ class RedisStore(ByteStore):
                 logger.warning("RedisStore: a node is in trouble (%s): requests go on without its entries", fault)
         elif isinstance(fault, redis.ResponseError):
             super().trouble(fault, breaker)
-        else:  # it does not answer: reading and writing alike would wait
+        else:  # no answer: reading and writing alike would wait
             super().trouble(fault)
 
     def __contains__(self, key: ChunkKey) -> bool:
@@ -141,7 +120,7 @@ class RedisStore(ByteStore):
 
         return self._servers.run(names[0], read)
 
-    def _open(self, key: ChunkKey) -> _Stored | None:
+    def _open(self, key: ChunkKey) -> RedisBlob | None:
         name = self._name(key, "h")
 
         def read(server: Server) -> memoryview | None:
@@ -155,13 +134,13 @@ class RedisStore(ByteStore):
             raise EntryLostError(key, str(damage)) from None
         if value is None:
             return None
-        mark = _Mark.found(value)
+        mark = _Mark.parse(value)
         if mark is None:
             raise EntryLostError(key, _FOREIGN)
-        return _Stored(self, self._parts(key, mark), bytes(value[_MARK.size :]))
+        return RedisBlob(self, self._parts(key, mark), bytes(value[_MARK.size :]))
 
     def _save(self, entry: Entry, header: bytes, blocks: Sequence[memoryview]) -> bool:
-        if self._is_buried(entry):
+        if self._is_deleted_anywhere(entry):
             return False
         mark = _Mark(secrets.token_bytes(8), len(blocks), entry.nbytes)
         parts = self._parts(entry.key, mark)
@@ -176,7 +155,7 @@ class RedisStore(ByteStore):
             self._commit(server, entry, bytes(mark) + header, parts)
 
         self._servers.run(parts[0], upload)
-        if self._is_buried(entry):  # deleted while it was being written
+        if self._is_deleted_anywhere(entry):  # deleted while it was being written
             self._remove(entry.key)
             return False
         return True
@@ -191,7 +170,7 @@ class RedisStore(ByteStore):
                 else:
                     pipe.pexpire(part, left)
             replaced = pipe.execute()[0]
-        if replaced is not None and (old := _Mark.found(replaced)) is not None:
+        if replaced is not None and (old := _Mark.parse(replaced)) is not None:
             with server.client.pipeline(transaction=False) as pipe:
                 for part in self._parts(entry.key, old):
                     pipe.expire(part, GRACE_S)
@@ -202,15 +181,15 @@ class RedisStore(ByteStore):
 
         def remove(server: Server) -> bool:
             try:
-                mark = _Mark.found(server.client.getrange(name, 0, _MARK.size - 1))
+                mark = _Mark.parse(server.client.getrange(name, 0, _MARK.size - 1))
             except redis.ResponseError as error:
                 if not _is_foreign(error):
                     raise
                 mark = None
-            there: int = server.client.unlink(name)
+            removed: int = server.client.unlink(name)
             if mark is not None:
                 server.client.unlink(*self._parts(key, mark))
-            return there > 0
+            return removed > 0
 
         return self._servers.run(name, remove)
 
@@ -223,8 +202,8 @@ class RedisStore(ByteStore):
         names = re.compile(re.escape(self._namespace).encode() + rb":\{([0-9a-f]{64})\}:h")
 
         def read(server: Server) -> list[tuple[bytes, Any]]:
-            found = set(server.client.scan_iter(match=f"{self._namespace}:{{*}}:h", count=1000))
-            ours = [name for name in found if names.fullmatch(name)]
+            scanned = set(server.client.scan_iter(match=f"{self._namespace}:{{*}}:h", count=1000))
+            ours = [name for name in scanned if names.fullmatch(name)]
             values: list[Any] = []
             for start in range(0, len(ours), _LISTED):
                 with server.client.pipeline(transaction=False) as pipe:
@@ -235,32 +214,42 @@ class RedisStore(ByteStore):
 
         for name, value in chain.from_iterable(self._servers.each(read, self.trouble)):
             key = ChunkKey(name[-67:-3].decode())
-            if _is_foreign(value) or (isinstance(value, bytes) and value and _Mark.found(value) is None):
-                self.lose(key, _FOREIGN)
-            elif isinstance(value, bytes) and (mark := _Mark.found(value)) is not None:
+            if _is_foreign(value) or (isinstance(value, bytes) and value and _Mark.parse(value) is None):
+                self.drop_damaged(key, _FOREIGN)
+            elif isinstance(value, bytes) and (mark := _Mark.parse(value)) is not None:
                 yield key, mark, value[_MARK.size :]
 
-    def _bury(self, where: EntryFilter) -> None:
-        """Let every process know that what agrees with `where` is deleted."""
-        name, now = self._name(None, "tombs"), time.time()
+    def _totals(self) -> tuple[int, int]:
+        held = [mark.nbytes for _, mark, _ in self._listed(_MARK.size)]
+        return len(held), sum(held)
 
-        def bury(server: Server) -> None:
+    def _record_deletion(self, what: ChunkKey | EntryFilter) -> None:
+        """Record a deletion here and, for every process, on the servers."""
+        super()._record_deletion(what)
+        now = time.time()
+        name = self._name(what, "t") if isinstance(what, ChunkKey) else self._name(None, "tombs")
+
+        def record(server: Server) -> None:
+            if isinstance(what, ChunkKey):
+                server.client.set(name, repr(now), ex=TOMB_S)
+                return
             with server.client.pipeline(transaction=True) as pipe:
                 pipe.zremrangebyscore(name, "-inf", now - TOMB_S)
-                pipe.zadd(name, {json.dumps(asdict(where)): now})
+                if tombs := {json.dumps(part.fields_of_tombstone()): now for part in what.of_single_chunks()}:
+                    pipe.zadd(name, tombs)
                 pipe.expire(name, TOMB_S)
                 pipe.execute()
 
-        self._servers.run(name, bury)
+        self._attempt(lambda: self._servers.run(name, record), None)
 
-    def _is_buried(self, entry: Entry) -> bool:
+    def _is_deleted_anywhere(self, entry: Entry) -> bool:
         """Return whether `entry` was deleted, by any process, after its KV were computed."""
         name, tombs = self._name(entry.key, "t"), self._name(None, "tombs")
         at = self._servers.run(name, lambda server: server.client.get(name))
         if at is not None and entry.created <= _time(at):
             return True
         since = self._servers.run(tombs, lambda server: server.client.zrangebyscore(tombs, entry.created, "+inf"))
-        return any(_where(text).matches(entry) for text in since)
+        return any(_filter(text).matches(entry) for text in since)
 
     def _name(self, key: ChunkKey | None, part: str) -> bytes:
         tag = "" if key is None else f"{{{key.digest}}}:"
@@ -272,7 +261,7 @@ class RedisStore(ByteStore):
 
 @dataclass(frozen=True)
 class _Mark:
-    """What the value of a header starts with: which values hold the layers."""
+    """The start of the value of a header: which values hold the layers."""
 
     id: bytes
     layers: int
@@ -282,7 +271,7 @@ class _Mark:
         return _MARK.pack(_MAGIC, self.id, self.layers, self.nbytes)
 
     @classmethod
-    def found(cls, value: bytes | memoryview) -> _Mark | None:
+    def parse(cls, value: bytes | memoryview) -> _Mark | None:
         if len(value) < _MARK.size:
             return None
         magic, *fields = _MARK.unpack_from(value)
@@ -290,7 +279,7 @@ class _Mark:
         return mark if magic == _MAGIC and 0 < mark.layers <= _MAX_PARTS else None
 
 
-class _Stored:
+class RedisBlob:
     """An entry whose header is read."""
 
     def __init__(self, store: RedisStore, parts: Sequence[bytes], header: bytes) -> None:
@@ -322,15 +311,15 @@ def _is_foreign(reply: object) -> bool:
 
 
 def _time(text: bytes) -> float:
-    """Return the time that `text` stands for; what cannot be read stands for the end of time."""
+    """Return the time that a tombstone says; one that cannot be read is later than all."""
     try:
         return float(text)
     except ValueError:
         return math.inf
 
 
-def _where(text: bytes) -> EntryFilter:
-    """Return the condition that `text` stands for; what cannot be read stands for everything."""
+def _filter(text: bytes) -> EntryFilter:
+    """Return the filter that a tombstone names; one that cannot be read stands for everything."""
     try:
         return EntryFilter(**json.loads(text))
     except (ValueError, TypeError):

@@ -99,7 +99,7 @@ class Link:
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             done += received
-            if done < len(value) and time.monotonic() > deadline:  # it trickles
+            if done < len(value) and time.monotonic() > deadline:  # slower than the allowed rate
                 raise redis.TimeoutError("a value does not come in time")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,9 +16,10 @@ from typing import BinaryIO
 
 from chunkcache.errors import EntryLostError, InputError
 from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Store, Tier
+from chunkcache.store.base import Store, Tier
 from chunkcache.store.bytestore import ByteStore, own_secret
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length, encode
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, has_expired
 
 MAX_ENTRY = 4 * 2**30  # bytes; 8,000 tokens of a model of 70B parameters are 2.7 GB
 _NAME = re.compile(r"([0-9a-f]{64})\.ckv")
@@ -175,7 +175,7 @@ def _take(store: Store, member: _Member, key: ChunkKey, secret: bytes | None, do
     except (DamagedError, EOFError):
         done.damaged += 1
         return
-    if header.expires is not None and header.expires < time.time():
+    if has_expired(header.expires):
         done.expired += 1
         return
     stored = store.put(key, kv)

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.store import key, kv, random_kv, same
+from support.store import key, kv, random_kv, same, with_options
 
 from chunkcache.errors import EntryLostError
 from chunkcache.kv import hashed_label
 from chunkcache.store import EntryFilter, LMCacheStore, open_store
-from chunkcache.store.lmcache import HEAD
-from chunkcache.store.lmcache_manager import import_lmcache
+from chunkcache.store.lmcache.manager import import_lmcache
+from chunkcache.store.lmcache.tier import HEAD
 
 if importlib.util.find_spec("lmcache") is None:
     pytest.skip("LMCache is not installed; make test-lmcache installs it", allow_module_level=True)
@@ -79,7 +79,7 @@ def store(request, tmp_path):
 
 @contextmanager
 def opened(url, **options):
-    with LMCacheStore(url, **{"max_bytes": RAM, "timeout": 5.0, **options}) as store:
+    with with_options(LMCacheStore, url=url, **{"max_bytes": RAM, "timeout": 5.0, **options}) as store:
         yield store
 
 

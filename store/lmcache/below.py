@@ -1,5 +1,7 @@
 """What lies below the RAM of LMCache, its L2, as far as LMCache itself cannot be asked about it."""
 
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
+
 from __future__ import annotations
 
 import os

@@ -21,7 +21,8 @@ import torch
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.lmcache_below import MODEL, Unsaved, find_below
+from chunkcache.store.lmcache.below import MODEL, Unsaved, find_below
+from chunkcache.store.lmcache.gate import Gate
 
 PATIENCE_S = 0.5  # how long a deletion waits for LMCache to let go of an object
 RENEW_S = 10.0  # the least time between two renewals
@@ -44,46 +45,6 @@ class Part(NamedTuple):
     group: int
     nbytes: int
     version: bytes = b""
-
-
-class Gate:
-    """Lets threads in until it is shut; whoever shuts it can wait until all have left. A thread may enter twice."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside: dict[int, int] = {}
-        self._open = True
-
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        with self._changed:
-            if not self._open and me not in self._inside:
-                raise ConnectionError("LMCache is being opened anew, or is closed")
-            self._inside[me] = self._inside.get(me, 0) + 1
-
-    def __exit__(self, *error: object) -> None:
-        me = threading.get_ident()
-        with self._changed:
-            self._inside[me] -= 1
-            if not self._inside[me]:
-                del self._inside[me]
-            self._changed.notify_all()
-
-    def shut(self) -> bool:
-        """Let nobody in any more; return whether it was open."""
-        with self._changed:
-            was, self._open = self._open, False
-            return was
-
-    def open(self) -> None:
-        """Let threads in again."""
-        with self._changed:
-            self._open = True
-
-    def wait_until_empty(self) -> None:
-        """Wait until no thread is inside."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._inside)
 
 
 class Manager:
@@ -304,7 +265,7 @@ class Manager:
             self._gate.open()
 
     def _hangs(self) -> bool:
-        """Return whether LMCache owes an answer for too long. (It keeps each until it is asked for, be it late.)"""
+        """Return whether LMCache owes an answer for too long; it keeps answers until they are asked for."""
         for _ in range(len(self._late)):
             with suppress(IndexError):  # another thread was faster
                 late = self._late.popleft()
