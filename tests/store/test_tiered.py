@@ -327,8 +327,9 @@ def test_prefetches_do_not_take_the_places_of_writes(make):
     store, memory, _ = make(MemoryStore(), far, queue=2)
     for token in range(10):
         far.put(key(token), kv(token))
-    store.prefetch(key(token) for token in range(10))
+    store.prefetch([key(0)])
     assert far.begun.wait(20)
+    store.prefetch(key(token) for token in range(1, 10))
     assert [store.put(key(token), kv(token)) for token in (20, 21)] == [True, True]
     eventually(lambda: key(20) in far and key(21) in far)  # while the prefetch still waits for its entry
     assert far.stats().refused == 0
