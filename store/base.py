@@ -180,7 +180,7 @@ class Tier(Store):
         yield from entries
 
     def stats(self) -> StoreStats:
-        entries, nbytes = self._attempt(self._totals, (0, 0))
+        entries, nbytes = self._totals()
         with self._stats_lock:
             return replace(self._stats, entries=entries, nbytes=nbytes)
 
@@ -276,8 +276,8 @@ class Tier(Store):
         return self._tombstones.is_deleted(key, origin)
 
     def _totals(self) -> tuple[int, int]:
-        """Return how many entries there are, and their bytes."""
-        held = [entry.nbytes for entry in self._entries(EVERYTHING)]
+        """Return how many entries there are, and their bytes; raises nothing."""
+        held = [entry.nbytes for entry in self.entries()]
         return len(held), sum(held)
 
     def _note(self, key: ChunkKey, hit: bool) -> None:

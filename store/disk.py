@@ -136,6 +136,9 @@ class DiskStore(BudgetedTier, ByteStore):
             return False
         return True
 
+    def _totals(self) -> tuple[int, int]:
+        return self._attempt(super()._totals, (0, 0))
+
     def _drop_row(self, key: ChunkKey) -> None:
         with suppress(sqlite3.OperationalError):  # a full disk, on which reading and deleting must go on
             self._ledger.drop(key)

@@ -220,7 +220,7 @@ class RedisStore(ByteStore):
                 yield key, mark, value[_MARK.size :]
 
     def _totals(self) -> tuple[int, int]:
-        held = [mark.nbytes for _, mark, _ in self._listed(_MARK.size)]
+        held: list[int] = self._attempt(lambda: [mark.nbytes for _, mark, _ in self._listed(_MARK.size)], [])
         return len(held), sum(held)
 
     def _record_deletion(self, what: ChunkKey | EntryFilter) -> None:

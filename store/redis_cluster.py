@@ -16,14 +16,14 @@ import redis
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, TryAgainError
 
-from chunkcache.store.redis_servers import NodeError, NotNowError, Server
+from chunkcache.store.redis_servers import NodeError, NotNowError, Server, Servers
 from chunkcache.store.redis_url import Address
 
 T = TypeVar("T")
 _FAULTS = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 
-class Cluster:
+class Cluster(Servers):
     """The nodes of a Cluster, of which some may be down.
 
     A node that fails is left alone for a while, and so are its entries; those of the others stay in reach. After a

@@ -3,15 +3,13 @@
 redis-py makes the connections.
 """
 
-# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
-
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -60,32 +58,22 @@ class Server:
         self._pool.disconnect()
 
 
-class Servers(Protocol):
-    """The servers of one store."""
-
-    def run(self, name: bytes, operation: Callable[[Server], T]) -> T:
-        """Return what `operation` returns on the server that keeps the value `name`."""
-
-    def each(self, operation: Callable[[Server], T], on_fault: Callable[[Exception], None]) -> Iterator[T]:
-        """Yield what `operation` returns on every server that keeps entries; `on_fault` is told of nodes left out."""
-
-    def close(self) -> None:
-        """Close all connections."""
-
-
-class Single:
-    """One server, or the master that Sentinels name."""
+class Servers:
+    """The servers of one store; here a single one, or the master that Sentinels name."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
     def run(self, name: bytes, operation: Callable[[Server], T]) -> T:
+        """Return what `operation` returns on the server that keeps the value `name`."""
         return operation(self._server)
 
     def each(self, operation: Callable[[Server], T], on_fault: Callable[[Exception], None]) -> Iterator[T]:
+        """Yield what `operation` returns on every server that keeps entries; call `on_fault` for nodes left out."""
         yield operation(self._server)
 
     def close(self) -> None:
+        """Close all connections."""
         self._server.close()
 
 
@@ -158,7 +146,7 @@ def open_servers(url: str, timeout: float, tls: Tls) -> Servers:
         **(tls.options() if address.secured else {}),
     }
     if address.kind == "sentinel":
-        return Single(Server(_sentinel_pool(address, common), timeout))
+        return Servers(Server(_sentinel_pool(address, common), timeout))
 
     def connect(node: Address) -> Server:
         connection = redis.SSLConnection if address.secured else redis.Connection
@@ -171,11 +159,10 @@ def open_servers(url: str, timeout: float, tls: Tls) -> Servers:
 
         return Cluster(address.hosts, connect, timeout)
     if address.kind == "unix":
-        unix: Any = redis.UnixDomainSocketConnection
-        return Single(
-            Server(redis.ConnectionPool(connection_class=unix, path=address.path, db=address.db, **common), timeout)
-        )
-    return Single(connect(address.hosts[0]))
+        unix = redis.UnixDomainSocketConnection
+        pool = redis.ConnectionPool(connection_class=unix, path=address.path, db=address.db, **common)
+        return Servers(Server(pool, timeout))
+    return Servers(connect(address.hosts[0]))
 
 
 def _sentinel_pool(address: RedisAddress, common: dict[str, Any]) -> redis.ConnectionPool:

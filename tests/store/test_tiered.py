@@ -106,10 +106,6 @@ class Broken(MemoryStore):
         self._works()
         return super()._entries(where)
 
-    def _totals(self):
-        self._works()
-        return super()._totals()
-
 
 # Looking up, and promotion
 
