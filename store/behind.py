@@ -57,7 +57,7 @@ class WriteBehind:
             self._closed = True
         if self._thread is not None and self._thread.is_alive():
             self._tasks.put(None)
-            if self._thread is not threading.current_thread():  # there the garbage collector may call it
+            if self._thread is not threading.current_thread():  # as when the garbage collector calls it there
                 self._thread.join()
 
     def _queue(self, task: Task) -> bool:

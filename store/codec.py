@@ -1,7 +1,7 @@
 """Codecs: how many bits a tier keeps of each number, and lossless compression of the bytes on top.
 
-A codec turns a layer into the form that is kept. Reading leaves it in that form: whoever puts the KV in place
-converts or dequantises them in the same pass that re-rotates the keys.
+A codec turns a layer into the form that is kept. Reading leaves it in that form; it is converted or dequantised in
+the pass that re-rotates the keys.
 """
 
 from __future__ import annotations

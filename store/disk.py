@@ -30,15 +30,15 @@ from chunkcache.store.records import EVERYTHING, Entry, EntryFilter
 logger = logging.getLogger("chunkcache.store")
 _SUFFIX = ".ckv"
 _DIGEST = re.compile("[0-9a-f]{64}")
-_STALE_S = 3600.0  # age of a temporary file that nobody is still writing
+_STALE_S = 3600.0  # age of a temporary file whose writer was killed
 
 
 class DiskStore(BudgetedTier, ByteStore):
     """Chunk KV in files `<folder>/<first two digits>/<key>.ckv`, within a byte budget.
 
-    A file is written under a temporary name, synced and renamed, so that a reader sees all of it or nothing, whatever
-    kills the writer. Layers are read, not mapped: what is mapped can still change after it was verified, and a file
-    that is cut short under the map kills the process.
+    A file is written under a temporary name, synced and renamed, so that a reader sees all of it or nothing, also if
+    the writer is killed. Layers are read, not mapped: mapped bytes can change after they were verified, and a file
+    that is truncated under the map kills the process.
 
     `index.sqlite` beside them is the ledger, which also holds the tombstones. No entry is read through it. It is
     brought into line with the files when the store is opened, and written again if it is lost.
@@ -81,7 +81,7 @@ class DiskStore(BudgetedTier, ByteStore):
         return self.folder / key.digest[:2] / f"{key.digest}{_SUFFIX}"
 
     def _is_current(self, key: ChunkKey) -> bool:
-        if not self.path(key).exists():
+        if not os.path.exists(self.path(key)):
             return False
         current = None
         with suppress(sqlite3.Error):  # the header says it, too
@@ -156,7 +156,7 @@ class DiskStore(BudgetedTier, ByteStore):
     def _reconcile(self) -> None:
         """Bring the index into line with the files: a writer that was killed can have left one without the other."""
         for key in self._ledger.known_keys():
-            if not self.path(key).exists():
+            if not os.path.exists(self.path(key)):
                 self._ledger.drop(key)
         unknown = list(ByteStore._entries(self, EVERYTHING))
         self._ledger.add_all(unknown)
@@ -215,12 +215,12 @@ class DiskBlob:
 
     def block(self, index: int, sizes: Sequence[int]) -> Any:
         buffer = torch.empty(sizes[index], dtype=torch.uint8).numpy().data
-        start, done = len(self.header) + sum(sizes[:index]), 0
-        while done < len(buffer):
-            read = os.preadv(self._fd, [buffer[done:]], start + done)
-            if not read:
-                raise DamagedError(f"the file ends {len(buffer) - done} bytes too early")
-            done += read
+        start, filled = len(self.header) + sum(sizes[:index]), 0
+        while filled < len(buffer):
+            nbytes = os.preadv(self._fd, [buffer[filled:]], start + filled)
+            if not nbytes:
+                raise DamagedError(f"the file ends {len(buffer) - filled} bytes too early")
+            filled += nbytes
         return buffer
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a store says of itself and its entries without their KV: counters, entries, and which entries are meant."""
+"""Counters of a store, entries without their KV, and filters that select entries."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ class StoreStats:
         entries: chunk KV held now.
         nbytes: bytes held now.
         max_bytes: the byte budget, or None without one.
-        hits: verified reads that found their entry; those of which a layer then proved damaged or out of reach are
-            misses.
-        misses: reads that did not, for whichever reason.
-        mismatches: entries found under the right key but with other token ids or shapes, and deleted; or sealed with
-            another secret.
-        damaged: entries that failed verification, and were deleted.
-        expired: entries found past their time to live, and deleted.
+        hits: verified reads. If a layer then proves damaged or out of reach, the read becomes a miss.
+        misses: all other reads.
+        mismatches: entries with other token ids or shapes than asked for, deleted; or sealed with another secret.
+        damaged: entries that failed verification, deleted.
+        expired: entries past their time to live, deleted.
         writes: entries stored.
         refused: entries not stored: too large, not admitted, deleted meanwhile, or the queue to the tier was full.
         evictions: entries dropped to make room.

@@ -28,8 +28,8 @@ from chunkcache.store.records import EVERYTHING, Entry, EntryFilter
 from chunkcache.store.redis_servers import NO_TLS, NodeError, NotNowError, Server, Tls, open_servers
 
 AHEAD = 3 * 2**20  # bytes asked for at once: the server sends a layer while the one before is being received
-UPLOAD_S = 60  # what is not committed after this is gone
-GRACE_S = 10  # how long what was replaced can still be read by who has begun
+UPLOAD_S = 60  # how long a layer is kept that is not committed
+GRACE_S = 10  # how long a replaced entry can still be read by readers that have its header
 TOMB_S = 3600  # how long a deletion stands against what was computed before it
 _MARK = struct.Struct("<8s8sIQ")  # magic, id, number of layers, their bytes
 _MAGIC = b"CKVPARTS"
@@ -42,9 +42,9 @@ class RedisStore(ByteStore):
     """Chunk KV on one server, behind Sentinels, or on a Cluster.
 
     An entry is a header under `<namespace>:{<key>}:h` and a value per layer under `<namespace>:{<key>}:<id>:<layer>`,
-    where `id` is drawn for each writing; the braces keep them on one node of a Cluster. The header is written last
-    and commits: until then the others are there for a minute only, whatever becomes of the writer. What is replaced
-    stays for some seconds, so that nobody reads a mixture.
+    where `id` is drawn for each write; the braces keep them on one node of a Cluster. Writing the header last commits
+    the entry: without it the layers expire within a minute. The layers of a replaced entry stay for some seconds, so
+    that no reader mixes the two.
 
     The server's own `maxmemory` is the budget, and its eviction policy says what goes; `allkeys-lru` or
     `allkeys-lfu` is right for a cache. An entry of which a layer was evicted is deleted when that is noticed.
@@ -149,7 +149,7 @@ class RedisStore(ByteStore):
             with server.link() as link:
                 for index, (part, block) in enumerate(zip(parts, blocks, strict=True)):
                     link.send([(b"SET", part, block, b"EX", b"%d" % UPLOAD_S)])
-                    if index:  # one on its way while the server takes the one before
+                    if index:  # send one while the server stores the one before
                         link.done()
                 link.done()
             self._commit(server, entry, bytes(mark) + header, parts)

@@ -91,15 +91,15 @@ class Link:
 
     def _fill(self, value: memoryview) -> None:
         deadline = time.monotonic() + self._timeout * (1 + len(value) / MIB)
-        done = min(len(self._ahead), len(value))
-        value[:done] = self._ahead[:done]
-        del self._ahead[:done]
-        while done < len(value):
-            received = self._socket.recv_into(value[done:])
+        filled = min(len(self._ahead), len(value))
+        value[:filled] = self._ahead[:filled]
+        del self._ahead[:filled]
+        while filled < len(value):
+            received = self._socket.recv_into(value[filled:])
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
-            done += received
-            if done < len(value) and time.monotonic() > deadline:  # slower than the allowed rate
+            filled += received
+            if filled < len(value) and time.monotonic() > deadline:  # slower than the allowed rate
                 raise redis.TimeoutError("a value does not come in time")
 
 

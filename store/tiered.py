@@ -62,7 +62,7 @@ class TieredStore(Store):
         self._finalizer = weakref.finalize(self, _close_all, self._fetches, self._writes_behind)
         for tier, below in zip(self._tiers, self._tiers[1:], strict=False):
             if isinstance(tier, MemoryStore):
-                tier.on_evict = _Demotion(self._writes_behind, below)
+                tier.on_evict = partial(_demote, self._writes_behind, below)
 
     def get(self, key: ChunkKey, token_ids: Sequence[int] | None, heads: Heads | None = None) -> ChunkKV | None:
         for index, tier in enumerate(self._tiers):
@@ -205,15 +205,10 @@ def _close_all(*queues: WriteBehind) -> None:
         tasks.close()
 
 
-class _Demotion:
-    """Writes what one tier evicts to the one below, unless it is there."""
-
-    def __init__(self, behind: WriteBehind, below: Tier) -> None:
-        self._behind, self._below = behind, below
-
-    def __call__(self, key: ChunkKey, kv: ChunkKV) -> None:
-        if not self._behind.put(lambda: key in self._below or self._below.put(key, kv), wait=False):
-            self._below.count(refused=1)
+def _demote(writes: WriteBehind, below: Tier, key: ChunkKey, kv: ChunkKV) -> None:
+    """Write an evicted entry to the tier below, unless it is there."""
+    if not writes.put(lambda: key in below or below.put(key, kv), wait=False):
+        below.count(refused=1)
 
 
 class PromotingLayers(LazyLayers):

@@ -1,4 +1,4 @@
-"""What lies below the RAM of LMCache, its L2, as far as LMCache itself cannot be asked about it."""
+"""The L2 of LMCache, a folder or server below its RAM: answers to questions that LMCache itself cannot answer."""
 
 # ruff: noqa: D102 - what a method does that is inherited is said where it is declared
 
@@ -149,7 +149,7 @@ class Unsaved:
         return len(self._since)
 
     def add(self, names: Iterable[Any]) -> None:
-        """Take note that they are to be written from now on."""
+        """Record that they are to be written from now on."""
         with self._lock:
             self._since.update(dict.fromkeys(names, time.monotonic()))
 

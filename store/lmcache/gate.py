@@ -6,7 +6,7 @@ import threading
 
 
 class Gate:
-    """Lets threads in until it is shut; whoever shuts it can wait until all have left. A thread may enter twice."""
+    """Lets threads in until it is shut, when one can wait until all have left. A thread may enter twice."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -29,7 +29,7 @@ class Gate:
             self._changed.notify_all()
 
     def shut(self) -> bool:
-        """Let nobody in any more; return whether it was open."""
+        """Let no thread in any more; return whether it was open."""
         with self._changed:
             was, self._open = self._open, False
             return was

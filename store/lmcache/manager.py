@@ -1,9 +1,8 @@
 """LMCache's storage manager, as the LMCache tier needs it: named bytes go in, come out and are deleted.
 
-LMCache 0.5.6 leaves some things to its caller, which are done here. It never overwrites. It cannot be asked whether
-what was put has been written below. Its Redis client never connects again, and one of the client's eight threads
-hangs for ever whenever a value goes between being looked up and being loaded; against these two only a new storage
-manager helps.
+LMCache 0.5.6 leaves some things to its caller. It never overwrites. It does not say whether an object has been
+written below. Its Redis client never connects again, and one of the client's eight threads hangs for ever whenever a
+value goes between being looked up and being loaded; against these two only a new storage manager helps.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from chunkcache.store.lmcache.gate import Gate
 
 PATIENCE_S = 0.5  # how long a deletion waits for LMCache to let go of an object
 RENEW_S = 10.0  # the least time between two renewals
-STUCK_S = 1.0  # after this, what LMCache has not written below and is not writing is lost
-HANGING_S = 3.0  # after this, what LMCache has not answered it never will
+STUCK_S = 1.0  # an object that LMCache has not written below by then, and is not writing, is lost
+HANGING_S = 3.0  # a question that LMCache has not answered by then is never answered
 FLUSH_S = 5.0
 FULL = 0.6  # of RAM; above it LMCache evicts
 
@@ -38,8 +37,7 @@ class Part(NamedTuple):
     Attributes:
         group: LMCache's object group, which tells the objects of an entry apart.
         nbytes: its size.
-        version: start of the seal of the header that it belongs to, so that no reader takes a layer of what replaced
-            an entry for one of the entry.
+        version: start of the seal of its header, which tells it from the object of an entry that replaced this one.
     """
 
     group: int
@@ -69,7 +67,7 @@ class Manager:
         self._max_bytes = max_bytes
         self._unsaved = Unsaved()
         self._asked: dict[Any, tuple[ChunkKey, float]] = {}  # what is not answered yet: for which entry, since when
-        self._late: deque[Any] = deque()  # of these what nobody waits for any more
+        self._late: deque[Any] = deque()  # of these, the ones that no thread waits for any more
         self._wiping: Counter[ChunkKey] = Counter()
         self._asking = threading.Lock()
         self._attaching = threading.Lock()

@@ -14,7 +14,7 @@ from support.store import key
 
 from chunkcache.errors import StoreURLError
 from chunkcache.store import EVERYTHING, Budget, Entry, EntryFilter
-from chunkcache.store import ledger as module
+from chunkcache.store import frequency as module
 from chunkcache.store import tombstones as tombstones
 from chunkcache.store.ledger import Ledger
 
@@ -292,7 +292,7 @@ def uses(ledger):
 
 
 def ghosts(ledger):
-    ledger._write_uses()
+    ledger._counts.write()
     known = dict(ledger._db.execute("SELECT key, uses FROM ghosts").fetchall())
     return {token: known[key(token).digest] for token in range(100) if key(token).digest in known}
 
