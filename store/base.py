@@ -14,7 +14,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import ClassVar, TypeVar
 
 from chunkcache.errors import EntryLostError
@@ -92,10 +91,10 @@ class Store(ABC):
         """Keep the entry under `key` from being evicted, until it is unpinned by `pinned=False`."""
 
     def flush(self) -> None:  # noqa: B027
-        """Wait until everything that was put is where it belongs; what was refused a place is written now."""
+        """Wait until every entry that was put is in all its tiers; those of `near_only` are written now."""
 
     def near_only(self) -> frozenset[ChunkKey]:
-        """Return the keys that were put and held near, but not yet written to a tier below; `flush` writes them."""
+        """Return keys of entries in near tiers whose write to the tiers below was refused; `flush` writes them."""
         return frozenset()
 
     def close(self) -> None:  # noqa: B027
@@ -108,20 +107,19 @@ class Store(ABC):
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 class Tier(Store):
-    """One tier: counts, verifies what is read, and stands faults.
+    """One tier: counts, verifies entries that are read, and survives faults.
 
     Attributes:
-        faults: exceptions by which the tier says that it is in trouble.
-        waits: whether who reads from it waits for others more than they copy, and had better do it in a thread.
+        faults: exceptions that mean that the tier is in trouble.
+        waits: whether reading is mostly waiting, and is better done in a thread.
+        budget: what is kept.
         breaker: open for a while after a fault.
-        write_breaker: the same for writing alone: from a tier that is full one can still read.
+        write_breaker: the same for writes alone, since a full tier can still be read.
     """
 
     faults: ClassVar[tuple[type[Exception], ...]] = ()
@@ -213,7 +211,7 @@ class Tier(Store):
         self._attempt(lambda: self._remove(key), False)
 
     def _attempt(self, operation: Callable[[], T], otherwise: T, breaker: Breaker | None = None) -> T:
-        """Run `operation` unless the breaker is open; a fault opens it, is counted, and logged if it is the first."""
+        """Run `operation` unless the breaker is open; a fault is counted, and opens it."""
         breakers = [self.breaker] if breaker is None else [breaker, self.breaker]
         if not all(b.allows() for b in breakers):
             self.count(skipped=1)

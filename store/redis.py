@@ -11,9 +11,8 @@ import secrets
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import redis
 
@@ -152,7 +151,7 @@ class RedisStore(ByteStore):
                     if index:  # send one while the server stores the one before
                         link.done()
                 link.done()
-            self._commit(server, entry, bytes(mark) + header, parts)
+            self._commit(server, entry, _MARK.pack(_MAGIC, *mark) + header, parts)
 
         self._servers.run(parts[0], upload)
         if self._is_deleted_anywhere(entry):  # deleted while it was being written
@@ -259,16 +258,12 @@ class RedisStore(ByteStore):
         return [self._name(key, f"{mark.id.hex()}:{layer}") for layer in range(mark.layers)]
 
 
-@dataclass(frozen=True)
-class _Mark:
+class _Mark(NamedTuple):
     """The start of the value of a header: which values hold the layers."""
 
     id: bytes
     layers: int
     nbytes: int
-
-    def __bytes__(self) -> bytes:
-        return _MARK.pack(_MAGIC, self.id, self.layers, self.nbytes)
 
     @classmethod
     def parse(cls, value: bytes | memoryview) -> _Mark | None:

@@ -41,7 +41,8 @@ def call_with_options(target: Callable[..., T], options: Mapping[str, Any]) -> T
     for name, kind in _parameters(target).items():
         if _is_group(kind) and name not in options:
             fields = [field for field in option_types(kind) if field in arguments]
-            arguments[name] = call_with_options(kind, {field: arguments.pop(field) for field in fields})
+            if fields:
+                arguments[name] = call_with_options(kind, {field: arguments.pop(field) for field in fields})
     return target(**arguments)
 
 
