@@ -29,18 +29,12 @@ def own_secret() -> bytes | None:
 
 
 class Blob(Protocol):
-    """The bytes of one entry, as far as they have been read.
-
-    Attributes:
-        header: the header, whole.
-    """
+    """An entry of which the header has been read."""
 
     header: bytes
 
     def block(self, index: int, sizes: Sequence[int]) -> Any:
-        """Return block `index` as a buffer that is the caller's to keep and may be written to.
-
-        Called for every layer in order, as a rule, but any order must work, and any number of times.
+        """Return the block of a layer as a new writable buffer; layers are read in any order, any number of times.
 
         Args:
             index: number of the layer.
@@ -58,9 +52,9 @@ class Encoding:
     Attributes:
         codec: `raw`, `bf16`, `fp16`, `int8` or `int4`; see `chunkcache.store.codec`.
         compress: `none` or `zstd`.
-        secret: what entries are sealed with, by HMAC-SHA-256; '' takes it from the environment variable
-            CHUNKCACHE_SECRET, and if there is none entries are protected against accidents only. Entries that are
-            sealed otherwise are not used, and are replaced when they are computed again.
+        secret: key of the HMAC-SHA-256 that seals entries; '' takes that of the environment variable
+            CHUNKCACHE_SECRET. Without one, entries are protected against accidents only. Entries with another seal
+            are not used, and are replaced when they are computed again.
 
     Raises:
         StoreURLError: `compress` is none of these.
@@ -81,15 +75,8 @@ RAW = Encoding()
 class ByteStore(Tier):
     """A tier outside the process.
 
-    Args:
-        budget: what is kept.
-        encoding: how.
-
     Attributes:
         secret: what entries are sealed with, None for nothing.
-
-    Raises:
-        StoreURLError: there is no such codec.
     """
 
     waits: ClassVar[bool] = True

@@ -42,23 +42,20 @@ _BITS = {"int8": 8, "int4": 4}
 
 
 class DamagedError(ValueError):
-    """Bytes that are not the entry they should be. The message names no content."""
+    """Bytes that are not a valid entry; the message names no content."""
 
 
 class ForeignSealError(DamagedError):
-    """An entry that may well be whole, but is sealed with another secret, or is not sealed where it should be."""
+    """An entry that may be intact, but is sealed with another secret, or with none."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """How one layer is kept.
+    """The block of one layer: its size, its checksum in hex, and the layer's shape.
 
     Attributes:
         kind: a dtype, or `int8` or `int4` for quantised.
         dtype: of the layer when it was put.
-        shape: of the layer.
-        nbytes: size of the block.
-        checksum: of the block, in hex.
     """
 
     kind: str
@@ -127,18 +124,13 @@ class Header:
         return tuple(block.nbytes for block in self.blocks)
 
     def entry(self) -> Entry:
-        """Return what a listing says of it."""
+        """Return the entry, as it is listed."""
         size, tokens = sum(self.sizes), len(self.token_ids)
         return Entry(**vars(self.origin), key=self.key, nbytes=size, tokens=tokens, expires=self.expires)
 
     @classmethod
     def parse(cls, data: bytes | memoryview, key: ChunkKey | None, secret: bytes | None) -> Header:
-        """Read a header and check all that can be checked without the blocks.
-
-        Args:
-            data: the header, and nothing behind it.
-            key: the key it was found under; None if any will do.
-            secret: what it was sealed with.
+        """Parse and validate a whole header, sealed with `secret`, of the entry under `key`; None allows any key.
 
         Raises:
             ForeignSealError: it is sealed otherwise.

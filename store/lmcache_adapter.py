@@ -29,8 +29,8 @@ Completion = tuple[int, bool, str, list[bool] | None]
 class ChunkcacheConnector:
     """The connector that LMCache's `native_plugin` L2 adapter asks for (its documentation: "Native Connectors").
 
-    Nothing here blocks but `close`: every batch gets a number, is worked on by a thread, and comes out of
-    `drain_completions` when it is done, which the event file descriptor announces. Keys are LMCache's texts
+    Only `close` blocks: every batch gets a number, is worked on by a thread, and comes out of `drain_completions`
+    when it is done, which the event file descriptor announces. Keys are LMCache's texts
     `model@rank@group@hash[@salt]`; of these the store gets hashes alone. The salt is the tenant, so that
     `store.purge(EntryFilter(tenant=hashed_label("tenant", salt)))` deletes what was kept under it.
 

@@ -89,12 +89,12 @@ class DeviceStore(MemoryStore):
     It has run on the CPU only; on CUDA and MPS it is untested.
 
     Args:
-        budget: what is kept.
+        budget: as in `MemoryStore`.
         codec: as in `MemoryStore`.
-        device: `cuda`, `cuda:1`, `mps`; '' for whichever there is. `cpu` is allowed, for tests.
+        device: `cuda`, `cuda:1`, `mps`; '' for the one of this machine. `cpu` is allowed, for tests.
 
     Raises:
-        StoreURLError: there is no such device, or none at all.
+        StoreURLError: there is no such device.
     """
 
     def __init__(self, budget: Budget = UNBOUNDED, codec: str = "raw", device: str = "") -> None:

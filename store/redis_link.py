@@ -1,7 +1,7 @@
 """One connection to a Redis server, for values of a megabyte and more.
 
-redis-py connects, authenticates and encrypts. Large values go past its parser, which copies each of them two or three
-times: they are received straight into the buffers that they stay in, at two to five times the rate.
+redis-py connects, authenticates and encrypts. Its parser copies each value two or three times; here large values are
+received into the buffers that they stay in, at two to five times the rate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The Redis servers of a store: the only one, the master that Sentinels name, or the nodes of a Cluster.
-
-redis-py makes the connections.
-"""
+"""The Redis servers of a store, over redis-py: one, the master that Sentinels name, or the nodes of a Cluster."""
 
 from __future__ import annotations
 
@@ -26,11 +23,7 @@ SENTINEL_PASSWORD = "CHUNKCACHE_REDIS_SENTINEL_PASSWORD"  # environment variable
 
 
 class NodeError(redis.ConnectionError):
-    """One node of a Cluster is in trouble; the others are not.
-
-    Attributes:
-        first: whether it was well until now.
-    """
+    """One node of a Cluster is in trouble; `first` says whether it was well until now."""
 
     def __init__(self, fault: Exception, first: bool) -> None:
         super().__init__(type(fault).__name__)

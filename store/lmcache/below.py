@@ -26,10 +26,10 @@ FAULTS = (OSError, redis.RedisError)
 
 
 class Below(Protocol):
-    """A folder or server that LMCache writes to; what is missing or broken raises one of `FAULTS`.
+    """A folder or server that LMCache writes to; methods raise one of `FAULTS` if it is missing or broken.
 
     Attributes:
-        config: what LMCache is told of it.
+        config: its configuration for LMCache.
         connects: whether LMCache has connections to it, which may break.
     """
 
@@ -106,13 +106,8 @@ class Server:
     def __init__(self, host: str, port: int, user: str, password: str, timeout: float) -> None:
         user = user or os.environ.get("LMCACHE_RESP_USERNAME", "")
         password = password or os.environ.get("LMCACHE_RESP_PASSWORD", "")
-        self.config: dict[str, Any] = {
-            "type": "resp",
-            "host": host,
-            "port": port,
-            "username": user,
-            "password": password,
-        }
+        self.config: dict[str, Any] = {"type": "resp", "host": host, "port": port}
+        self.config |= {"username": user, "password": password}
         self._client = redis.Redis(
             host,
             port,

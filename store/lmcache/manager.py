@@ -46,18 +46,10 @@ class Part(NamedTuple):
 
 
 class Manager:
-    """One storage manager of LMCache, in this process.
-
-    Args:
-        url: see `LMCacheStore`.
-        max_bytes: RAM, in bytes.
-        timeout: seconds to wait for an answer.
+    """One storage manager of LMCache, in this process; the arguments are those of `LMCacheStore`.
 
     Attributes:
-        below: what the URL names, None if that is nothing.
-
-    Raises:
-        StoreURLError: LMCache is not installed, cannot have the RAM, or `url` is not one of its addresses.
+        below: the L2 that the URL names, None if it names none.
     """
 
     def __init__(self, url: str, max_bytes: int, timeout: float) -> None:
@@ -98,10 +90,10 @@ class Manager:
         """Let LMCache start to bring objects, all of one size, from below into RAM; `wait` takes what this returns.
 
         Returns:
-            None if there is nothing below, or what is asked for is just being deleted.
+            None if there is nothing below, or the entry is just being deleted.
 
         Raises:
-            OSError, redis.RedisError: what is below is down.
+            OSError, redis.RedisError: the L2 is down.
         """
         if self.below is None:
             return None
@@ -116,7 +108,7 @@ class Manager:
                 return asked
 
     def wait(self, asked: Any) -> bool:
-        """Return whether all that was asked for was there, and so is in RAM now.
+        """Return whether all that was asked for was there, and is in RAM now.
 
         Raises:
             TimeoutError: no answer in time, or no room in RAM.
@@ -143,13 +135,11 @@ class Manager:
         self._late.extend(asked)
 
     def write(self, key: ChunkKey, objects: Mapping[Part, memoryview]) -> bool:
-        """Put objects into RAM, where they appear all at once, and let LMCache write them below.
-
-        Returns:
-            False if there is no room: nothing is written.
-        """
+        """Put objects into RAM, all at once, and let LMCache write them below; False if there is no room."""
         with self._gate:
-            self._manager.delete_l1_keys([self._name(key, part) for part in objects])  # of the same, evicted in part
+            self._manager.delete_l1_keys(
+                [self._name(key, part) for part in objects]
+            )  # what is left of an entry evicted in part
             names = []
             for part, content in objects.items():
                 name = self._name(key, part)
@@ -193,11 +183,7 @@ class Manager:
             self._unsaved.drop(names)
 
     def reach(self) -> None:
-        """See to it that LMCache reaches what lies below.
-
-        Raises:
-            OSError, redis.RedisError: it does not, now.
-        """
+        """Connect LMCache to the L2 if it is not; raises OSError or redis.RedisError if it cannot be."""
         if self.below is None:
             return
         self.below.check()

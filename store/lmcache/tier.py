@@ -37,17 +37,15 @@ class LMCacheStore(ByteStore):
     `lmcache://` is RAM alone, `lmcache:///folder` writes files too, and `lmcache://host:port` to a Redis or Valkey
     server as well (`lmcache://user:password@host:port`, or LMCACHE_RESP_USERNAME and LMCACHE_RESP_PASSWORD).
 
-    LMCache moves bytes. It does not notice when they change, so they are sealed and verified here. Nor does its
-    client ever connect again to a server that has restarted, so LMCache is then opened anew, with its RAM empty. What
-    remains:
+    LMCache does not verify bytes, so entries are sealed and verified here. Its client never connects again to a
+    server that has restarted; LMCache is then opened anew, with its RAM empty. These limits remain:
 
     - The folder or server is written behind `put`; `flush` and `close` wait for it. It has no byte budget: give the
       server a `maxmemory`, or use the disk tier.
-    - RAM is claimed when the store is opened. LMCache looks once a second whether it is 60% full, and then evicts
-      the least recently used, layer by layer: what is put or found below while there is no room is refused. It
-      cannot pin or weigh entries, and does not say what it evicted: `entries` and `stats` know what this process
-      wrote or came across.
-    - A deletion reaches the folder or server and this process's RAM, but no RAM of other processes.
+    - RAM is claimed when the store is opened. Once a second, if it is 60% full, LMCache evicts the least recently
+      used, layer by layer; meanwhile entries are refused. It cannot pin or weigh entries, and does not say what it
+      evicted: `entries` and `stats` know what this process wrote or read.
+    - A deletion does not reach the RAM of other processes.
     - `close` takes two seconds, until LMCache's threads wake up.
 
     Args:
