@@ -74,9 +74,12 @@ class TieredStore(Store):
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
         if not kv.origin.created:  # or a deletion could not tell what it is older than
             kv = replace(kv, origin=replace(kv.origin, created=time.time()))
-        stored = self._tiers[0].put(key, kv)
-        if self._through or not stored:
-            stored = self._write_below(self._tiers[1:], key, kv) or stored
+        near = stored = self._tiers[0].put(key, kv)
+        if self._through or not near:
+            queued = self._write_below(self._tiers[1:], key, kv)
+            stored = near or queued
+            if near and not queued and len(self._tiers) > 1:
+                self._remember_near_only(key)
         with self._lock:
             self._written += stored
             self._refused += not stored
@@ -156,11 +159,13 @@ class TieredStore(Store):
             for tier in tiers:
                 tier.count(refused=1)
             tiers[0].warn_once("the queue of writes to it is full: some entries are kept in the nearest tier only")
-            with self._lock:
-                self._near_only[key] = None
-                if len(self._near_only) > _NEAR_ONLY:
-                    del self._near_only[next(iter(self._near_only))]
         return queued
+
+    def _remember_near_only(self, key: ChunkKey) -> None:
+        with self._lock:
+            self._near_only[key] = None
+            if len(self._near_only) > _NEAR_ONLY:
+                del self._near_only[next(iter(self._near_only))]
 
     def _write_down(self, key: ChunkKey, tiers: Sequence[Tier]) -> None:
         """Write the entry under `key` to those tiers that lie below the nearest that has it, and lack it."""

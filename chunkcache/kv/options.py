@@ -6,7 +6,7 @@ The fields of a parameter that is a dataclass are options of their own: function
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -40,9 +40,9 @@ def call_with_options(target: Callable[..., T], options: Mapping[str, Any]) -> T
     arguments = dict(options)
     for name, kind in _parameters(target).items():
         if _is_group(kind) and name not in options:
-            fields = [field for field in option_types(kind) if field in arguments]
-            if fields:
-                arguments[name] = call_with_options(kind, {field: arguments.pop(field) for field in fields})
+            given = [option for option in option_types(kind) if option in arguments]
+            if given:
+                arguments[name] = call_with_options(kind, {option: arguments.pop(option) for option in given})
     return target(**arguments)
 
 
@@ -51,7 +51,9 @@ def _is_group(kind: Any) -> bool:
 
 
 def _parameters(target: Any) -> dict[str, Any]:
-    is_class = isinstance(target, type) and not is_dataclass(target)
-    kinds = get_type_hints(target.__init__ if is_class else target, include_extras=True)
+    if _is_group(target):
+        kinds = get_type_hints(target, include_extras=True)
+        return {field.name: kinds[field.name] for field in fields(target)}
+    kinds = get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)
     kinds.pop("return", None)
     return kinds

@@ -137,9 +137,8 @@ class Manager:
     def write(self, key: ChunkKey, objects: Mapping[Part, memoryview]) -> bool:
         """Put objects into RAM, all at once, and let LMCache write them below; False if there is no room."""
         with self._gate:
-            self._manager.delete_l1_keys(
-                [self._name(key, part) for part in objects]
-            )  # what is left of an entry evicted in part
+            # Some may be left of an entry that was evicted in part:
+            self._manager.delete_l1_keys([self._name(key, part) for part in objects])
             names = []
             for part, content in objects.items():
                 name = self._name(key, part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pytest
 
@@ -19,6 +19,8 @@ Percent = Annotated[float, percent]
 
 @dataclass(frozen=True)
 class Limits:
+    kind: ClassVar[str] = "limits"
+
     share: Percent | None = None
     count: int = 3
 
@@ -29,6 +31,7 @@ class Taker:
 
 
 def test_the_fields_of_a_dataclass_are_options_among_the_others():
+    assert list(option_types(Limits)) == ["share", "count"]
     assert list(option_types(Taker)) == ["name", "share", "count", "wait"]
     assert call_with_options(Taker, {"name": "n", "count": 5}).taken == ("n", Limits(count=5), 1.0)
     assert call_with_options(Taker, {"name": "n", "limits": Limits(0.5)}).taken == ("n", Limits(0.5), 1.0)
