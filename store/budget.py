@@ -33,7 +33,7 @@ Size = Annotated[int, parse_bytes]  # an option in bytes
 
 @dataclass(frozen=True)
 class Budget:
-    """What a tier may keep, and what is evicted for room.
+    """Limits of what a tier keeps, and the choice of what is evicted for room.
 
     Attributes:
         max_bytes: byte budget; None for none.

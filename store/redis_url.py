@@ -17,7 +17,7 @@ USERNAME, PASSWORD = "CHUNKCACHE_REDIS_USERNAME", "CHUNKCACHE_REDIS_PASSWORD"  #
 
 @dataclass(frozen=True, repr=False)
 class RedisAddress:
-    """What a URL says, with the user name and password of the environment where it names none."""
+    """The servers that a URL names; the user name and password may come from the environment."""
 
     scheme: str
     username: str | None

@@ -54,6 +54,7 @@ def _parameters(target: Any) -> dict[str, Any]:
     if _is_group(target):
         kinds = get_type_hints(target, include_extras=True)
         return {field.name: kinds[field.name] for field in fields(target)}
-    kinds = get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)
+    constructor: Any = target
+    kinds = get_type_hints(constructor.__init__ if isinstance(target, type) else target, include_extras=True)
     kinds.pop("return", None)
     return kinds

@@ -244,7 +244,7 @@ def test_an_entry_comes_back_as_it_was():
     assert replace(known, used=0.0) == original
 
 
-def test_what_was_deleted_is_buried_alone_or_with_all_that_agree():
+def test_deletions_are_recorded_of_one_key_or_of_all_that_a_filter_selects():
     ledger = Ledger()
     now = time.time()
     old, new = entry(1, created=now - 1, tenant="t", documents=("d", "e")), entry(1, created=now + 100)
