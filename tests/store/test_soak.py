@@ -81,7 +81,7 @@ def test_no_request_fails_and_each_missing_chunk_is_computed_once(memory, comput
 
     with ThreadPoolExecutor(THREADS) as pool:
         lost = sum(pool.map(ask, range(THREADS)))
-    assert lost < REQUESTS / 10
+    assert lost <= 2 * THREADS * 3  # the chunks of the requests that were under way when the server was killed
     llm.store.flush()
     stats = llm.store.tiers()["redis"].stats()
     if memory == "16MiB":  # else what the server loses is missing once more
