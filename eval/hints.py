@@ -28,9 +28,9 @@ import torch
 
 from chunkcache.eval.workload import interleaved, recorded_sessions, trace_blocks
 from chunkcache.kv import ChunkKey, ChunkKV, Origin
-from chunkcache.store import MemoryStore, Store, TieredStore
+from chunkcache.store import Budget, MemoryStore, Store, TieredStore
+from chunkcache.store.budget import GHOSTS
 from chunkcache.store.hints import Hints
-from chunkcache.store.ledger import Ledger
 
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
 QUEUE = 16  # of the store, its default
@@ -165,9 +165,8 @@ def _replay(
     trace: Trace, chunks: Sequence[tuple[ChunkKey, ChunkKV]], budget: float, variant: Variant, in_time: int
 ) -> Row:
     max_bytes = int(budget * sum(kv.nbytes for _, kv in chunks))
-    near = MemoryStore(max_bytes, variant.evict)
-    if not variant.stores_in_context:
-        near._ledger = Ledger(max_bytes, variant.evict, ghosts=0)
+    ghosts = GHOSTS if variant.stores_in_context else 0
+    near = MemoryStore(Budget(max_bytes, variant.evict, ghosts=ghosts))
     far = MemoryStore()
     for key, kv in chunks:
         far.put(key, kv)

@@ -34,7 +34,7 @@ from chunkcache.eval.workload import Request, Workload, at_rate
 from chunkcache.kv import ChunkKey, ChunkKV
 from chunkcache.library.encoder import TokenIds
 from chunkcache.llm import CachedLLM
-from chunkcache.store import DiskStore, MemoryStore, Store, Tier, TieredStore
+from chunkcache.store import Budget, DiskStore, MemoryStore, Store, Tier, TieredStore
 from chunkcache.store.base import Heads
 
 MEMORY, DISK = "memory", "memory+disk"
@@ -259,7 +259,7 @@ class LoadBench:
     def _server(self, name: str, group: Group) -> Iterator[Server]:
         policy, max_bytes = self._policies[name], self._sizes.budget(group.budget)
         with tempfile.TemporaryDirectory(prefix="chunkcache-load-") as folder:
-            tiers: dict[str, _Counts] = {"memory": _Memory(max_bytes)}
+            tiers: dict[str, _Counts] = {"memory": _Memory(Budget(max_bytes))}
             if group.tiers == DISK:
                 tiers["disk"] = _Disk(folder)
             store: Store = TieredStore(list(tiers.values())) if len(tiers) > 1 else tiers["memory"]

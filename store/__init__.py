@@ -1,27 +1,35 @@
-"""The store room: where chunk KV live between requests.
+"""The store room: keeps chunk KV between requests, in memory, on disk and on servers.
 
-A tier is one file here, a subclass of `Tier`, and one line in `TIERS`.
+A tier is one file here, a subclass of `Tier`, and one line in `TIERS`. What needs a server is imported when it is
+first opened or named.
 """
 
 from __future__ import annotations
 
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Store, StoreStats, Tier
-from chunkcache.store.bytestore import ByteStore
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from chunkcache.store.base import Store, Tier
+from chunkcache.store.budget import Budget, parse_bytes
+from chunkcache.store.bytestore import ByteStore, Encoding
 from chunkcache.store.disk import DiskStore
-from chunkcache.store.lmcache import LMCacheStore
 from chunkcache.store.memory import DeviceStore, MemoryStore
-from chunkcache.store.redis import RedisStore
-from chunkcache.store.redis_servers import SCHEMES as REDIS_SCHEMES
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, StoreStats
+from chunkcache.store.redis_url import SCHEMES as REDIS_SCHEMES
 from chunkcache.store.tiered import TieredStore
-from chunkcache.store.url import Opener, parse_bytes
 from chunkcache.store.url import open_store as _open_store
 
-TIERS: dict[str, Opener] = {
-    "device": DeviceStore,
-    "memory": MemoryStore,
-    "disk": DiskStore,
-    **dict.fromkeys(REDIS_SCHEMES, RedisStore),
-    "lmcache": LMCacheStore,
+if TYPE_CHECKING:
+    from chunkcache.store.lmcache import LMCacheStore
+    from chunkcache.store.redis import RedisStore
+
+_LATER = {"LMCacheStore": "chunkcache.store.lmcache:LMCacheStore", "RedisStore": "chunkcache.store.redis:RedisStore"}
+TIERS = {  # where the class of each URL scheme is
+    "device": "chunkcache.store.memory:DeviceStore",
+    "memory": "chunkcache.store.memory:MemoryStore",
+    "disk": "chunkcache.store.disk:DiskStore",
+    **dict.fromkeys(REDIS_SCHEMES, _LATER["RedisStore"]),
+    "lmcache": _LATER["LMCacheStore"],
 }
 
 
@@ -38,12 +46,20 @@ def open_store(text: str) -> Store:
     return _open_store(text, TIERS, TieredStore)
 
 
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return pkgutil.resolve_name(_LATER[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "EVERYTHING",
     "TIERS",
+    "Budget",
     "ByteStore",
     "DeviceStore",
     "DiskStore",
+    "Encoding",
     "Entry",
     "EntryFilter",
     "LMCacheStore",

@@ -1,138 +1,32 @@
-"""The interface of a store, and what every tier does alike: counting, verified hits, and standing faults.
+"""The interface of a store, and what every tier does alike: it counts, verifies hits, and survives faults.
 
 A tier implements `_read`, `_write`, `_remove`, `_entries` and `__contains__`. Nothing that goes wrong in one reaches
 the caller: an entry that is missing, foreign or damaged is a counted miss, and so is every entry while the tier
 itself is in trouble.
 """
 
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
+
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from dataclasses import replace
+from typing import ClassVar, TypeVar
 
-from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKey, ChunkKV
+from chunkcache.errors import EntryLostError
+from chunkcache.kv import ChunkKey, ChunkKV, Origin
 from chunkcache.store.breaker import Breaker
+from chunkcache.store.budget import UNBOUNDED, Budget
 from chunkcache.store.codec import find_codec
-from chunkcache.store.tombs import Tombs
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, StoreStats
+from chunkcache.store.tombstones import Tombstones
 
 logger = logging.getLogger("chunkcache.store")
 T = TypeVar("T")
 Heads = Sequence[tuple[int, int]]
-
-
-@dataclass
-class StoreStats:
-    """Counters of one store since it was opened; sizes are in bytes.
-
-    Attributes:
-        entries: chunk KV held now.
-        nbytes: bytes held now.
-        max_bytes: the byte budget, or None without one.
-        hits: verified reads that found their entry; those of which a layer then proved damaged or out of reach are
-            misses.
-        misses: reads that did not, for whichever reason.
-        mismatches: entries found under the right key but with other token ids or shapes, and deleted; or sealed with
-            another secret.
-        damaged: entries that failed verification, and were deleted.
-        expired: entries found past their time to live, and deleted.
-        writes: entries stored.
-        refused: entries not stored: too large, not admitted, deleted meanwhile, or the queue to the tier was full.
-        evictions: entries dropped to make room.
-        errors: operations that failed because the tier is in trouble.
-        skipped: operations not tried since the tier was in trouble a moment ago.
-    """
-
-    entries: int = 0
-    nbytes: int = 0
-    max_bytes: int | None = None
-    hits: int = 0
-    misses: int = 0
-    mismatches: int = 0
-    damaged: int = 0
-    expired: int = 0
-    writes: int = 0
-    refused: int = 0
-    evictions: int = 0
-    errors: int = 0
-    skipped: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counters as a plain dict for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a store knows of one entry without reading its KV; sizes in bytes, times in seconds since the epoch.
-
-    `model`, `tenant`, `documents` and `chunks` are as in `Origin`; `used` and `uses` are 0 where a tier does not know
-    them.
-    """
-
-    key: ChunkKey
-    nbytes: int
-    tokens: int
-    model: str = ""
-    tenant: str = ""
-    documents: tuple[str, ...] = ()
-    chunks: tuple[str, ...] = ()
-    created: float = 0.0
-    used: float = 0.0
-    uses: float = 0.0
-    pinned: bool = False
-    expires: float | None = None
-    compute_s: float = 0.0
-
-    @classmethod
-    def of(cls, key: ChunkKey, kv: ChunkKV, expires: float | None = None) -> Entry:
-        """Describe `kv` as it is stored now."""
-        o, now = kv.origin, time.time()
-        return cls(
-            key,
-            nbytes=kv.nbytes,
-            tokens=len(kv),
-            model=o.model,
-            tenant=o.tenant,
-            documents=o.documents,
-            chunks=o.chunks,
-            created=o.created or now,
-            used=now,
-            expires=expires,
-            compute_s=o.compute_s,
-        )
-
-
-@dataclass(frozen=True)
-class EntryFilter:
-    """Which entries: those that agree with everything that is set. Nothing set means all.
-
-    `tenant` and `document` are labels (see `chunkcache.kv.label`), `model` is a fingerprint, `chunk` a `chunk_name`.
-    What was computed behind a chunk, and so looked at it, counts as computed from it and from its documents.
-    """
-
-    model: str | None = None
-    tenant: str | None = None
-    document: str | None = None
-    chunk: str | None = None
-
-    def matches(self, entry: Entry) -> bool:
-        """Return whether `entry` is one of them."""
-        return (
-            self.model in (None, entry.model)
-            and self.tenant in (None, entry.tenant)
-            and (self.document is None or self.document in entry.documents)
-            and (self.chunk is None or self.chunk in entry.chunks)
-        )
-
-
-EVERYTHING = EntryFilter()
 
 
 class Store(ABC):
@@ -165,14 +59,19 @@ class Store(ABC):
 
     @abstractmethod
     def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        """Remove every entry that agrees with `where`, for good as `delete` does; return how many there were."""
+        """Remove every entry that `where` selects, for good as `delete` does, by listing them once.
+
+        Returns:
+            how many there were.
+        """
 
     @abstractmethod
-    def __contains__(self, key: ChunkKey) -> bool: ...
+    def __contains__(self, key: ChunkKey) -> bool:
+        """Return whether there is an entry under `key` whose time to live is not over; counts no hit or miss."""
 
     @abstractmethod
     def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
-        """Yield what is held and agrees with `where`, in no order."""
+        """Yield the entries held that `where` selects, in no order."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
@@ -192,7 +91,11 @@ class Store(ABC):
         """Keep the entry under `key` from being evicted, until it is unpinned by `pinned=False`."""
 
     def flush(self) -> None:  # noqa: B027
-        """Wait until everything that was put is where it belongs."""
+        """Wait until every entry that was put is in all its tiers; those of `near_only` are written now."""
+
+    def near_only(self) -> frozenset[ChunkKey]:
+        """Return keys of entries in near tiers whose write to the tiers below was refused; `flush` writes them."""
+        return frozenset()
 
     def close(self) -> None:  # noqa: B027
         """Release what the store holds; it is not used afterwards."""
@@ -204,54 +107,52 @@ class Store(ABC):
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 class Tier(Store):
-    """One tier: counts, verifies what is read, and stands faults.
+    """One tier: counts, verifies entries that are read, and survives faults.
 
     Attributes:
-        faults: exceptions by which the tier says that it is in trouble.
-        waits: whether who reads from it waits for others more than they copy, and had better do it in a thread.
+        faults: exceptions that mean that the tier is in trouble.
+        waits: whether reading is mostly waiting, and is better done in a thread.
+        budget: what is kept.
         breaker: open for a while after a fault.
-        write_breaker: the same for writing alone: from a tier that is full one can still read.
+        write_breaker: the same for writes alone, since a full tier can still be read.
     """
 
     faults: ClassVar[tuple[type[Exception], ...]] = ()
     waits: ClassVar[bool] = False
 
-    def __init__(self, max_bytes: int | None = None, codec: str = "raw", ttl: float | None = None) -> None:
-        if ttl is not None and not ttl > 0:
-            raise StoreURLError(f"ttl={ttl} is no time to live; pass seconds, such as 86400")
+    def __init__(self, budget: Budget = UNBOUNDED, codec: str = "raw") -> None:
+        self.budget = budget
         self._codec = find_codec(codec)
-        self._ttl = ttl
         self.breaker = Breaker()
         self.write_breaker = Breaker()
-        self._stats = StoreStats(max_bytes=max_bytes)
+        self._stats = StoreStats(max_bytes=budget.max_bytes)
         self._stats_lock = threading.Lock()
-        self._tombs = Tombs()
-        self._said: set[str] = set()
+        self._tombstones = Tombstones()
+        self._warned: set[str] = set()
 
     def get(self, key: ChunkKey, token_ids: Sequence[int] | None, heads: Heads | None = None) -> ChunkKV | None:
         wanted = None if token_ids is None else tuple(token_ids)
-        kv = self._attempt(lambda: self._looked_up(key, wanted, heads), None)
+        kv = self._attempt(lambda: self._look_up(key, wanted, heads), None)
         self.count(hits=kv is not None, misses=kv is None)
         return kv
 
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
-        entry = Entry.of(key, kv)
-        if self._buried(entry):
+        entry = Entry.of(key, kv, self.budget.ttl)
+        if self._is_deleted(key, entry):
             self.count(refused=1)
             return False
         try:
-            stored = self._attempt(lambda: self._write(key, kv), None, self.write_breaker)
+            stored = self._attempt(lambda: self._write(entry, kv), None, self.write_breaker)
         except EntryLostError:  # `kv` streams out of another tier, which has counted it
             return False
-        if stored and self._buried(entry):  # deleted while it was being written
-            stored = self._attempt(lambda: self._remove(key), False) and False
+        if stored and self._is_deleted(key, entry):  # deleted while it was being written
+            self._attempt(lambda: self._remove(key), False)
+            stored = False
         self.count(writes=stored is True, refused=stored is False)
         return stored is True
 
@@ -260,28 +161,33 @@ class Tier(Store):
         return self._attempt(lambda: self._verified(key), None)
 
     def delete(self, key: ChunkKey) -> bool:
-        self._tombs.bury(key.digest)
+        self._record_deletion(key)
         return self._attempt(lambda: self._remove(key), False)
 
     def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        self._tombs.bury(where)
-        return self._attempt(lambda: sum(self._remove(entry.key) for entry in list(self._entries(where))), 0)
+        return len(self.purge_keys(where))
+
+    def purge_keys(self, where: EntryFilter = EVERYTHING) -> set[ChunkKey]:
+        """Remove entries as `purge` does; return their keys."""
+        self._record_deletion(where)
+        no_keys: set[ChunkKey] = set()
+        return self._attempt(lambda: {e.key for e in list(self._entries(where)) if self._remove(e.key)}, no_keys)
 
     def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
-        found: list[Entry] = self._attempt(lambda: list(self._entries(where)), [])
-        yield from found
+        entries: list[Entry] = self._attempt(lambda: list(self._entries(where)), [])
+        yield from entries
 
     def stats(self) -> StoreStats:
-        held = [entry.nbytes for entry in self.entries()]
+        entries, nbytes = self._totals()
         with self._stats_lock:
-            return replace(self._stats, entries=len(held), nbytes=sum(held))
+            return replace(self._stats, entries=entries, nbytes=nbytes)
 
     def fits(self, nbytes: int) -> bool:
         """Return whether an entry of `nbytes` is within the whole budget."""
-        budget = self._stats.max_bytes
+        budget = self.budget.max_bytes
         if budget is None or nbytes <= budget:
             return True
-        self.say_once(
+        self.warn_once(
             "a chunk KV of %d bytes is larger than the budget of %d: not stored; raise max_bytes", nbytes, budget
         )
         return False
@@ -292,20 +198,20 @@ class Tier(Store):
             for name, number in more.items():
                 setattr(self._stats, name, getattr(self._stats, name) + number)
 
-    def say_once(self, message: str, *values: object) -> None:
+    def warn_once(self, message: str, *values: object) -> None:
         """Log a warning, the first time only."""
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             logger.warning(message, *values)
 
-    def lose(self, key: ChunkKey, why: str) -> None:
+    def drop_damaged(self, key: ChunkKey, why: str) -> None:
         """Delete an entry that failed verification, and count it."""
         logger.warning("%s: entry %s is damaged (%s): deleted", type(self).__name__, key, why)
         self.count(damaged=1)
         self._attempt(lambda: self._remove(key), False)
 
     def _attempt(self, operation: Callable[[], T], otherwise: T, breaker: Breaker | None = None) -> T:
-        """Run `operation` unless the breaker is open; a fault opens it, is counted, and logged if it is the first."""
+        """Run `operation` unless the breaker is open; a fault is counted, and opens it."""
         breakers = [self.breaker] if breaker is None else [breaker, self.breaker]
         if not all(b.allows() for b in breakers):
             self.count(skipped=1)
@@ -320,7 +226,7 @@ class Tier(Store):
         return result
 
     def trouble(self, fault: Exception, breaker: Breaker | None = None) -> None:
-        """Take note of a fault of the tier."""
+        """Count a fault of the tier, and open its breaker."""
         self.count(errors=1)
         breaker = breaker or self.breaker
         if breaker.failed():
@@ -331,7 +237,7 @@ class Tier(Store):
                 breaker.pause_s,
             )
 
-    def _looked_up(self, key: ChunkKey, token_ids: tuple[int, ...] | None, heads: Heads | None) -> ChunkKV | None:
+    def _look_up(self, key: ChunkKey, token_ids: tuple[int, ...] | None, heads: Heads | None) -> ChunkKV | None:
         kv = self._verified(key, token_ids, heads)
         self._note(key, hit=kv is not None)
         return kv
@@ -342,11 +248,11 @@ class Tier(Store):
         try:
             kv = self._read(key)
         except EntryLostError as lost:
-            self.lose(key, str(lost))
+            self.drop_damaged(key, str(lost))
             return None
         if kv is None:
             return None
-        if self._buried(Entry.of(key, kv)):  # the tier could not be reached when it was deleted
+        if kv.origin.created and self._is_deleted(key, kv.origin):  # the tier could not be reached then
             self._remove(key)
             return None
         wrong = "token ids" if token_ids is not None and kv.token_ids != token_ids else ""
@@ -359,24 +265,29 @@ class Tier(Store):
             return None
         return kv
 
-    def _buried(self, entry: Entry) -> bool:
-        """Return whether an entry was deleted after its KV were computed."""
-        return self._tombs.cover(entry.key.digest, entry.created, lambda where: where.matches(entry))
+    def _record_deletion(self, what: ChunkKey | EntryFilter) -> None:
+        """Record that the entry under a key, or all that a filter selects, are deleted now."""
+        self._tombstones.add(what)
 
-    def _expiry(self, kv: ChunkKV) -> float | None:
-        """Return when `kv` expires, wherever it was kept before; None for never."""
-        return None if self._ttl is None else (kv.origin.created or time.time()) + self._ttl
+    def _is_deleted(self, key: ChunkKey, origin: Origin) -> bool:
+        """Return whether KV of this key and origin were deleted after they were computed."""
+        return self._tombstones.is_deleted(key, origin)
+
+    def _totals(self) -> tuple[int, int]:
+        """Return how many entries there are, and their bytes; raises nothing."""
+        held = [entry.nbytes for entry in self.entries()]
+        return len(held), sum(held)
 
     def _note(self, key: ChunkKey, hit: bool) -> None:
-        """Take note that the entry under `key` was asked for, and whether it was there."""
+        """Record that the entry under `key` was asked for, and whether it was there."""
 
     @abstractmethod
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         """Return the entry under `key`, or None; raise `EntryLostError` if it is damaged."""
 
     @abstractmethod
-    def _write(self, key: ChunkKey, kv: ChunkKV) -> bool:
-        """Keep `kv`, which fits the budget on its own, replacing an entry of the same key; False if it is refused."""
+    def _write(self, entry: Entry, kv: ChunkKV) -> bool:
+        """Keep `kv`, described by `entry`, replacing an entry of the same key; False if it is refused."""
 
     @abstractmethod
     def _remove(self, key: ChunkKey) -> bool:
@@ -384,4 +295,4 @@ class Tier(Store):
 
     @abstractmethod
     def _entries(self, where: EntryFilter) -> Iterable[Entry]:
-        """Yield the entries held that agree with `where`."""
+        """Yield the entries held that `where` selects."""

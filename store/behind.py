@@ -1,4 +1,4 @@
-"""Write-behind: what may happen after the request happens in a thread of its own, in order, from a bounded queue."""
+"""Work behind the request: tasks in a thread of their own, in order, from a bounded queue."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 logger = logging.getLogger("chunkcache.store")
 Task = Callable[[], object]
+
+
+class _Worker(threading.Thread):
+    """The thread of a `WriteBehind`."""
 
 
 class WriteBehind:
@@ -28,8 +32,8 @@ class WriteBehind:
         self._closed = False
 
     def put(self, task: Task, wait: bool = True) -> bool:
-        """Queue `task`; False if there is no place for it. What a task puts in its turn is done at once."""
-        if self._thread is threading.current_thread():
+        """Queue `task`; False if there is no place for it. A task that a task puts, in any queue, is done at once."""
+        if isinstance(threading.current_thread(), _Worker):
             self._do(task)
             return True
         if not self._places.acquire(timeout=self._wait_s if wait else 0):
@@ -53,7 +57,7 @@ class WriteBehind:
             self._closed = True
         if self._thread is not None and self._thread.is_alive():
             self._tasks.put(None)
-            if self._thread is not threading.current_thread():  # there the garbage collector may call it
+            if self._thread is not threading.current_thread():  # as when the garbage collector calls it there
                 self._thread.join()
 
     def _queue(self, task: Task) -> bool:
@@ -61,7 +65,7 @@ class WriteBehind:
             if self._closed:
                 return False
             if self._thread is None or not self._thread.is_alive():  # the child of a fork has lost it
-                self._thread = threading.Thread(target=self._work, name="chunkcache-write-behind", daemon=True)
+                self._thread = _Worker(target=self._work, name="chunkcache-write-behind", daemon=True)
                 self._thread.start()
             self._tasks.put(task)
             return True
@@ -69,7 +73,7 @@ class WriteBehind:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            del task  # and with it its chunk KV, however long it takes until the next comes
+            del task  # frees its chunk KV before the next task comes
 
     def _do(self, task: Task) -> None:
         try:

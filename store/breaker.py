@@ -1,4 +1,4 @@
-"""A circuit breaker: what has just failed is left alone for a while, so that a tier in trouble costs one wait."""
+"""A circuit breaker: a tier that has just failed is not tried for a while, so that it costs one wait."""
 
 from __future__ import annotations
 

@@ -1,21 +1,24 @@
-"""A tier that keeps entries as bytes, outside the process: what they have in common is done here.
+"""The base of tiers that keep entries as bytes, outside the process: it encodes, verifies and decodes them.
 
-Such a tier implements `_open`, `_save`, `_remove` and `_headers`, which move bytes that they need not understand.
+Such a tier implements `_open`, `_save`, `_remove` and `_headers`, which move bytes without knowing the format.
 """
+
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
 
 from __future__ import annotations
 
 import os
-import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
-from chunkcache.store.base import Entry, EntryFilter, Heads, Tier
+from chunkcache.store.base import Heads, Tier
+from chunkcache.store.budget import UNBOUNDED, Budget
 from chunkcache.store.entry import DamagedError, ForeignSealError, Header, encode
+from chunkcache.store.records import Entry, EntryFilter, has_expired
 
 SECRET = "CHUNKCACHE_SECRET"  # environment variable
 
@@ -26,18 +29,12 @@ def own_secret() -> bytes | None:
 
 
 class Blob(Protocol):
-    """The bytes of one entry, as far as they have been read.
-
-    Attributes:
-        header: the header, whole.
-    """
+    """An entry of which the header has been read."""
 
     header: bytes
 
     def block(self, index: int, sizes: Sequence[int]) -> Any:
-        """Return block `index` as a buffer that is the caller's to keep and may be written to.
-
-        Called for every layer in order, as a rule, but any order must work, and any number of times.
+        """Return the block of a layer as a new writable buffer; layers are read in any order, any number of times.
 
         Args:
             index: number of the layer.
@@ -48,40 +45,46 @@ class Blob(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How entries become bytes.
+
+    Attributes:
+        codec: `raw`, `bf16`, `fp16`, `int8` or `int4`; see `chunkcache.store.codec`.
+        compress: `none` or `zstd`.
+        secret: key of the HMAC-SHA-256 that seals entries; '' takes that of the environment variable
+            CHUNKCACHE_SECRET. Without one, entries are protected against accidents only. Entries with another seal
+            are not used, and are replaced when they are computed again.
+
+    Raises:
+        StoreURLError: `compress` is none of these.
+    """
+
+    codec: str = "raw"
+    compress: str = "none"
+    secret: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if self.compress not in ("none", "zstd"):
+            raise StoreURLError(f"compress={self.compress!r} is neither 'none' nor 'zstd'")
+
+
+RAW = Encoding()
+
+
 class ByteStore(Tier):
     """A tier outside the process.
 
-    Args:
-        max_bytes: byte budget; None for none.
-        codec: `raw`, `bf16`, `fp16`, `int8` or `int4`; see `chunkcache.store.codec`.
-        compress: `none` or `zstd`.
-        ttl: seconds that an entry is kept after it was computed; None for ever.
-        secret: what entries are sealed with, by HMAC-SHA-256; '' takes it from the environment variable
-            CHUNKCACHE_SECRET, and if there is none entries are protected against accidents only. Entries that are
-            sealed otherwise are not used, and are replaced when they are computed again.
-
     Attributes:
-        secret: as bytes, None for none.
-
-    Raises:
-        StoreURLError: a value is none of these.
+        secret: what entries are sealed with, None for nothing.
     """
 
     waits: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        max_bytes: int | None = None,
-        codec: str = "raw",
-        compress: str = "none",
-        ttl: float | None = None,
-        secret: str = "",
-    ) -> None:
-        super().__init__(max_bytes, codec, ttl)
-        if compress not in ("none", "zstd"):
-            raise StoreURLError(f"compress={compress!r} is neither 'none' nor 'zstd'")
-        self._compress = compress == "zstd"
-        self.secret = secret.encode() or own_secret()
+    def __init__(self, budget: Budget = UNBOUNDED, encoding: Encoding = RAW) -> None:
+        super().__init__(budget, encoding.codec)
+        self._compress = encoding.compress == "zstd"
+        self.secret = encoding.secret.encode() or own_secret()
 
     def get(self, key: ChunkKey, token_ids: Sequence[int] | None, heads: Heads | None = None) -> ChunkKV | None:
         kv = super().get(key, token_ids, heads)
@@ -100,18 +103,27 @@ class ByteStore(Tier):
             return None
         except DamagedError as damage:
             raise EntryLostError(key, str(damage)) from None
-        if header.expires is not None and header.expires < time.time():
+        if has_expired(header.expires):
             self.count(expired=1)
             self._remove(key)
             return None
         layers = StoredLayers(self, header, blob)
         return ChunkKV(header.token_ids, header.position, layers, sum(header.sizes), header.context, header.origin)
 
-    def _write(self, key: ChunkKey, kv: ChunkKV) -> bool:
-        expires = self._expiry(kv)
-        kept = self._codec(kv)
-        header, blocks = encode(key, kept, self._compress, self.secret, expires)
-        entry = replace(Entry.of(key, kept, expires), nbytes=sum(map(len, blocks)))
+    def __contains__(self, key: ChunkKey) -> bool:
+        return self._attempt(lambda: self._is_current(key), False)
+
+    def _is_current(self, key: ChunkKey) -> bool:
+        """Return whether there is an entry of ours, within its time to live, by what its header says."""
+        try:
+            blob = self._open(key)
+            return blob is not None and not has_expired(Header.parse(blob.header, key, self.secret).expires)
+        except (EntryLostError, DamagedError):
+            return False
+
+    def _write(self, entry: Entry, kv: ChunkKV) -> bool:
+        header, blocks = encode(entry.key, self._codec(kv), self._compress, self.secret, entry.expires)
+        entry = replace(entry, nbytes=sum(map(len, blocks)))
         return self.fits(entry.nbytes) and self._save(entry, header, blocks)
 
     def _entries(self, where: EntryFilter) -> Iterable[Entry]:
@@ -122,15 +134,15 @@ class ByteStore(Tier):
                 self._note_foreign()
                 continue
             except DamagedError as damage:
-                self.lose(key, str(damage))
+                self.drop_damaged(key, str(damage))
                 continue
             if where.matches(entry):
                 yield entry
 
     def _note_foreign(self) -> None:
-        """Leave an entry that another secret may vouch for: a mistyped one shall not delete them all."""
+        """Count an entry sealed with another secret. It stays: a mistyped secret must not delete all entries."""
         self.count(mismatches=1)
-        self.say_once(
+        self.warn_once(
             f"entries are not sealed with this store's secret, or with none: they are not used; see {SECRET}"
         )
 
@@ -147,7 +159,7 @@ class ByteStore(Tier):
         try:
             return block.layer(blob.block(index, header.sizes), header.compressed, self.secret)
         except DamagedError as damage:
-            self.lose(header.key, str(damage))
+            self.drop_damaged(header.key, str(damage))
             why = str(damage)
         except self.faults as fault:
             self.trouble(fault)
@@ -181,11 +193,12 @@ class StoredLayers(LazyLayers):
         self._lost: EntryLostError | None = None
 
     def read(self, index: int) -> Layer:
-        if self._lost is not None:  # what is lost is so for good, and counted once
+        if self._lost is not None:  # a lost layer stays lost, and is counted once
             raise self._lost
         try:
             return self._store.layer(self._header, self._blob, index)
         except EntryLostError as lost:
             self._lost = lost
-            self._store.count(hits=-self.counted, misses=self.counted)
+            if self.counted:
+                self._store.count(hits=-1, misses=1)
             raise

@@ -1,7 +1,7 @@
 """Codecs: how many bits a tier keeps of each number, and lossless compression of the bytes on top.
 
-A codec turns a layer into the form that is kept. Reading leaves it in that form: whoever puts the KV in place
-converts or dequantises them in the same pass that re-rotates the keys.
+A codec turns a layer into the form that is kept. Reading leaves it in that form; it is converted or dequantised in
+the pass that re-rotates the keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _raw(layer: Layer) -> Layer:
 
 
 def _cast(dtype: torch.dtype, layer: Layer) -> Layer:
-    """Store in `dtype` what is wider."""
+    """Convert a layer of a wider dtype to `dtype`."""
     if isinstance(layer, torch.Tensor) and layer.is_floating_point() and layer.element_size() > dtype.itemsize:
         return layer.to(dtype)
     return layer
@@ -48,7 +48,7 @@ CODECS: dict[str, Callable[[Layer], Layer]] = {
 
 
 def find_codec(name: str) -> Callable[[ChunkKV], ChunkKV]:
-    """Return what brings the layers of a chunk KV into the form `name`.
+    """Return the function that brings the layers of a chunk KV into the form `name`.
 
     KV that start at position 0 are a prefix: others are computed behind it, and are exact only if it is. So a prefix
     is never quantised.

@@ -1,5 +1,7 @@
 """The disk tier: one file per chunk, in a folder that any number of processes may share."""
 
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
+
 from __future__ import annotations
 
 import logging
@@ -9,44 +11,44 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from chunkcache.errors import EntryLostError, StoreURLError
-from chunkcache.kv import ChunkKey
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats
-from chunkcache.store.bytestore import ByteStore
+from chunkcache.kv import ChunkKey, Origin
+from chunkcache.store.budget import UNBOUNDED, Budget
+from chunkcache.store.budgeted import BudgetedTier
+from chunkcache.store.bytestore import RAW, ByteStore, Encoding
 from chunkcache.store.entry import PREAMBLE, DamagedError, description_length
 from chunkcache.store.ledger import Ledger
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter
 
 logger = logging.getLogger("chunkcache.store")
 _SUFFIX = ".ckv"
 _DIGEST = re.compile("[0-9a-f]{64}")
-_STALE_S = 3600.0  # age of a temporary file that nobody is still writing
+_STALE_S = 3600.0  # age of a temporary file whose writer was killed
 
 
-class DiskStore(ByteStore):
+class DiskStore(BudgetedTier, ByteStore):
     """Chunk KV in files `<folder>/<first two digits>/<key>.ckv`, within a byte budget.
 
-    A file is written under a temporary name, synced and renamed, so that a reader sees all of it or nothing, whatever
-    kills the writer. Layers are read, not mapped: what is mapped can still change after it was verified, and a file
-    that is cut short under the map kills the process.
+    A file is written under a temporary name, synced and renamed, so that a reader sees all of it or nothing, also if
+    the writer is killed. Layers are read, not mapped: mapped bytes can change after they were verified, and a file
+    that is truncated under the map kills the process.
 
-    `index.sqlite` beside them says what is held, how often it was used, and what was deleted. No entry is read
-    through it. It is brought into line with the files when the store is opened, and written again if it is lost.
+    `index.sqlite` beside them is the ledger, which also holds the tombstones. No entry is read through it. It is
+    brought into line with the files when the store is opened, and written again if it is lost.
 
     Args:
         path: the folder; it is made if it is missing.
+        budget: what is kept.
+        encoding: how.
         sync: whether files are synced before they count: `yes`, or `no`, where a power cut may cost entries, which
             are then found damaged.
-
-    The others are those of `ByteStore` and `Ledger`.
 
     Raises:
         StoreURLError: the folder cannot be made or used, or a value is none of these.
@@ -55,20 +57,8 @@ class DiskStore(ByteStore):
     faults: ClassVar[tuple[type[Exception], ...]] = (OSError, sqlite3.Error)
     waits: ClassVar[bool] = False  # the system reads ahead
 
-    def __init__(
-        self,
-        path: str,
-        max_bytes: int | None = None,
-        evict: str = "lru",
-        admit: str = "all",
-        tenant_bytes: int | None = None,
-        codec: str = "raw",
-        compress: str = "none",
-        ttl: float | None = None,
-        secret: str = "",
-        sync: str = "yes",
-    ) -> None:
-        super().__init__(max_bytes, codec, compress, ttl, secret)
+    def __init__(self, path: str, budget: Budget = UNBOUNDED, encoding: Encoding = RAW, sync: str = "yes") -> None:
+        super().__init__(budget, encoding)
         if sync not in ("yes", "no"):
             raise StoreURLError(f"sync={sync!r} is neither 'yes' nor 'no'")
         self._sync = sync == "yes"
@@ -78,63 +68,42 @@ class DiskStore(ByteStore):
         try:
             self._new.mkdir(parents=True, exist_ok=True)
             self._drop_stale()
-            index = self.folder / "index.sqlite"
-            self._open_index(partial(Ledger, max_bytes, evict, admit, tenant_bytes, index))
+            self._open_index()
         except (OSError, sqlite3.Error) as error:
             raise StoreURLError(f"{self.folder} cannot be used as a store ({error}); pass another folder") from None
-
-    def delete(self, key: ChunkKey) -> bool:
-        self._bury(key)
-        return super().delete(key)
-
-    def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        self._bury(where)
-        return super().purge(where)
-
-    def credit(self, key: ChunkKey, worth: float) -> None:
-        self._attempt(lambda: self._ledger.credit(key, worth), None)
-
-    def pin(self, key: ChunkKey, pinned: bool = True) -> None:
-        self._attempt(lambda: self._ledger.pin(key, pinned), None)
-
-    def stats(self) -> StoreStats:
-        entries, nbytes = self._attempt(self._ledger.totals, (0, 0))
-        with self._stats_lock:
-            return replace(self._stats, entries=entries, nbytes=nbytes)
 
     def close(self) -> None:
         with suppress(sqlite3.Error):
             self._ledger.close()
 
-    def __contains__(self, key: ChunkKey) -> bool:
-        return os.path.exists(self._path(key))
+    def path(self, key: ChunkKey) -> Path:
+        """Return the file of the entry under `key`."""
+        return self.folder / key.digest[:2] / f"{key.digest}{_SUFFIX}"
 
-    def _note(self, key: ChunkKey, hit: bool) -> None:
-        self._ledger.asked(key)
-        if hit:
-            self._ledger.use(key)
+    def _is_current(self, key: ChunkKey) -> bool:
+        if not os.path.exists(self.path(key)):
+            return False
+        current = None
+        with suppress(sqlite3.Error):  # the header says it, too
+            current = self._ledger.is_current(key)
+        return super()._is_current(key) if current is None else current
 
-    def _open(self, key: ChunkKey) -> _File | None:
+    def _open(self, key: ChunkKey) -> DiskBlob | None:
         try:
-            file = _File(self._path(key))
-            file.read_ahead()
-            return file
+            blob = DiskBlob(self.path(key))
+            blob.read_ahead()
+            return blob
         except FileNotFoundError:
-            self._strike_out(key)  # somebody else deleted it
+            self._drop_row(key)  # another process deleted the file
             return None
         except DamagedError as damage:
             raise EntryLostError(key, str(damage)) from None
 
     def _save(self, entry: Entry, header: bytes, blocks: Sequence[memoryview]) -> bool:
         with self._writing:
-            for gone in self._ledger.expired(time.time()):
-                self.count(expired=self._remove(gone))
-            victims = self._ledger.victims(entry)
-            if victims is None:
+            if not self._make_room(entry):
                 return False
-            for victim in victims:
-                self.count(evictions=self._remove(victim))
-            self._write_file(self._path(entry.key), (header, *blocks))
+            self._write_file(self.path(entry.key), (header, *blocks))
             self._ledger.add(entry)
         return True
 
@@ -160,80 +129,78 @@ class DiskStore(ByteStore):
                 os.close(folder)
 
     def _remove(self, key: ChunkKey) -> bool:
-        self._strike_out(key)
+        self._drop_row(key)
         try:
-            os.unlink(self._path(key))
+            os.unlink(self.path(key))
         except FileNotFoundError:
             return False
         return True
 
-    def _strike_out(self, key: ChunkKey) -> None:
-        with suppress(sqlite3.OperationalError):  # on a full disk, where reading and deleting must be possible
+    def _totals(self) -> tuple[int, int]:
+        return self._attempt(super()._totals, (0, 0))
+
+    def _drop_row(self, key: ChunkKey) -> None:
+        with suppress(sqlite3.OperationalError):  # a full disk, on which reading and deleting must go on
             self._ledger.drop(key)
 
-    def _bury(self, what: ChunkKey | EntryFilter) -> None:
-        """Let every process know that `what` is deleted."""
-        with suppress(sqlite3.Error):  # here it is known in any case
-            self._ledger.bury(what)
+    def _record_deletion(self, what: ChunkKey | EntryFilter) -> None:
+        super()._record_deletion(what)
+        with suppress(sqlite3.Error):  # the tombstones in memory already cover this process
+            self._ledger.tombstones.add(what)
 
-    def _buried(self, entry: Entry) -> bool:
+    def _is_deleted(self, key: ChunkKey, origin: Origin) -> bool:
         with suppress(sqlite3.Error):
-            return super()._buried(entry) or self._ledger.buried(entry)
+            return super()._is_deleted(key, origin) or self._ledger.tombstones.is_deleted(key, origin)
         return False
-
-    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
-        return self._ledger.entries(where)
 
     def _reconcile(self) -> None:
         """Bring the index into line with the files: a writer that was killed can have left one without the other."""
-        for key in self._ledger.known():
-            if key not in self:
+        for key in self._ledger.known_keys():
+            if not os.path.exists(self.path(key)):
                 self._ledger.drop(key)
-        found = list(super()._entries(EVERYTHING))
-        self._ledger.add_all(found)
-        for entry in found:
-            if self._buried(entry):  # nobody knew of it when it was deleted
+        unknown = list(ByteStore._entries(self, EVERYTHING))
+        self._ledger.add_all(unknown)
+        for entry in unknown:
+            if self._is_deleted(entry.key, entry):
                 self._remove(entry.key)
 
     def _headers(self) -> Iterator[tuple[ChunkKey, bytes]]:
-        """Yield those that the index does not know."""
-        known = self._ledger.known()
+        """Yield those of the files that the index does not know."""
+        known = self._ledger.known_keys()
         for path in self.folder.glob(f"??/*{_SUFFIX}"):
             key = ChunkKey(path.stem)
-            if key in known or self._path(key) != path or not _DIGEST.fullmatch(key.digest):
+            if key in known or self.path(key) != path or not _DIGEST.fullmatch(key.digest):
                 continue
             try:
-                yield key, _File(path).header
+                yield key, DiskBlob(path).header
             except OSError:
-                continue  # deleted meanwhile, or nothing that one can read
+                continue  # deleted meanwhile, or not readable
             except DamagedError as damage:
-                self.lose(key, str(damage))
+                self.drop_damaged(key, str(damage))
 
-    def _path(self, key: ChunkKey) -> Path:
-        return self.folder / key.digest[:2] / f"{key.digest}{_SUFFIX}"
-
-    def _open_index(self, new_ledger: Callable[[], Ledger]) -> None:
+    def _open_index(self) -> None:
+        index = self.folder / "index.sqlite"
         try:
-            self._ledger = new_ledger()
+            self._ledger = Ledger(self.budget, index)
             self._reconcile()
-        except sqlite3.OperationalError:  # it is locked, or must not be written to
+        except sqlite3.OperationalError:  # locked, or not writable
             raise
         except sqlite3.DatabaseError:
             logger.warning("the index of the disk tier is damaged, or of another version: it is written again")
             for part in self.folder.glob("index.sqlite*"):
                 part.unlink(missing_ok=True)
-            self._ledger = new_ledger()
+            self._ledger = Ledger(self.budget, index)
             self._reconcile()
 
     def _drop_stale(self) -> None:
-        """Delete what writers that were killed have left."""
+        """Delete the temporary files of writers that were killed."""
         for path in self._new.iterdir():
             with suppress(OSError):  # it has gone, or is nothing of ours
                 if path.stat().st_mtime < time.time() - _STALE_S:
                     path.unlink()
 
 
-class _File:
+class DiskBlob:
     """An entry in a file that is open: it can be read to its end also when it is deleted meanwhile."""
 
     def __init__(self, path: Path) -> None:
@@ -248,12 +215,12 @@ class _File:
 
     def block(self, index: int, sizes: Sequence[int]) -> Any:
         buffer = torch.empty(sizes[index], dtype=torch.uint8).numpy().data
-        start, done = len(self.header) + sum(sizes[:index]), 0
-        while done < len(buffer):
-            read = os.preadv(self._fd, [buffer[done:]], start + done)
-            if not read:
-                raise DamagedError(f"the file ends {len(buffer) - done} bytes too early")
-            done += read
+        start, filled = len(self.header) + sum(sizes[:index]), 0
+        while filled < len(buffer):
+            nbytes = os.preadv(self._fd, [buffer[filled:]], start + filled)
+            if not nbytes:
+                raise DamagedError(f"the file ends {len(buffer) - filled} bytes too early")
+            filled += nbytes
         return buffer
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""What an entry looks like as bytes: a header, then one block per layer.
+"""The format of an entry as bytes: a header, then one block per layer.
 
     magic and format version    8 bytes
     length of the description   4 bytes, little-endian
@@ -8,7 +8,7 @@
     blocks                     one per layer, in order, the numbers as they lie in memory
 
 Checksums of blocks are XXH3, which finds what broke; with a secret they are SHA-256, so that the seal vouches for
-every byte. Nothing here is executed or unpickled, and nothing is believed before it is checked.
+every byte. Nothing here is executed or unpickled, and every field is validated before use.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from chunkcache.kv import ChunkKey, ChunkKV, ContextAttention, Layer, Origin
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
-from chunkcache.store.base import Entry
 from chunkcache.store.codec import Zstd
+from chunkcache.store.records import Entry
 
 MAGIC = b"CHUNKKV\x01"
 PREAMBLE = len(MAGIC) + 4 + 32  # bytes before the description
@@ -42,23 +42,20 @@ _BITS = {"int8": 8, "int4": 4}
 
 
 class DamagedError(ValueError):
-    """Bytes that are not the entry they should be. The message names no content."""
+    """Bytes that are not a valid entry; the message names no content."""
 
 
 class ForeignSealError(DamagedError):
-    """An entry that may well be whole, but is sealed with another secret, or is not sealed where it should be."""
+    """An entry that may be intact, but is sealed with another secret, or with none."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """How one layer is kept.
+    """The block of one layer: its size, its checksum in hex, and the layer's shape.
 
     Attributes:
         kind: a dtype, or `int8` or `int4` for quantised.
         dtype: of the layer when it was put.
-        shape: of the layer.
-        nbytes: size of the block.
-        checksum: of the block, in hex.
     """
 
     kind: str
@@ -127,29 +124,13 @@ class Header:
         return tuple(block.nbytes for block in self.blocks)
 
     def entry(self) -> Entry:
-        """Return what a listing says of it."""
-        o = self.origin
-        return Entry(
-            self.key,
-            nbytes=sum(self.sizes),
-            tokens=len(self.token_ids),
-            model=o.model,
-            tenant=o.tenant,
-            documents=o.documents,
-            chunks=o.chunks,
-            created=o.created,
-            expires=self.expires,
-            compute_s=o.compute_s,
-        )
+        """Return the entry, as it is listed."""
+        size, tokens = sum(self.sizes), len(self.token_ids)
+        return Entry(**vars(self.origin), key=self.key, nbytes=size, tokens=tokens, expires=self.expires)
 
     @classmethod
     def parse(cls, data: bytes | memoryview, key: ChunkKey | None, secret: bytes | None) -> Header:
-        """Read a header and check all that can be checked without the blocks.
-
-        Args:
-            data: the header, and nothing behind it.
-            key: the key it was found under; None if any will do.
-            secret: what it was sealed with.
+        """Parse and validate a whole header, sealed with `secret`, of the entry under `key`; None allows any key.
 
         Raises:
             ForeignSealError: it is sealed otherwise.

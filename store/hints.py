@@ -1,7 +1,6 @@
-"""Hints from retrieval to the store: what was just retrieved, and what is likely to be retrieved next.
+"""Hints from retrieval to the store: which chunks were just retrieved, and which are likely to be retrieved next.
 
-The retriever knows which chunks a request needs before the request does, and has an idea of which ones the next will
-need. Keys go in, no text: a hint says nothing of what a chunk says.
+A retriever knows which chunks a request needs before the request does. Hints are keys, and reveal no text.
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKey
 from chunkcache.store import Store
 
-_HALF_LIFE = 256  # guesses at one place after which what was learnt there counts half
-_DOUBT = 8.0  # guesses, all wrong, that each place begins with: nothing is believed unseen
+_HALF_LIFE = 256  # guesses of one rank after which the outcomes before them count half
+_DOUBT = 8.0  # wrong guesses that each rank starts with, so that no chance is assumed
 
 
 class Hints:
     """Tells a store what is retrieved; safe to use from several threads.
 
-    What was retrieved is credited to its popularity, which `evict=lfu` and `evict=cost` go by, and is prefetched to
-    the nearest tier. What is likely to follow is credited with the chance that it does, and prefetched behind it if
-    that chance is good. The chance is learnt: a guess comes true if it is retrieved within the next `within`
-    retrievals, and each place in the list of guesses has its own record. A guess that is not prefetched is watched
-    all the same, so that a retriever that begins to guess well is found out.
+    A retrieved chunk is credited with a use, by which `evict=lfu` and `evict=cost` go, and prefetched to the nearest
+    tier. A guess at what follows is credited with its chance, and prefetched if that is at least `least`. The chance
+    is learnt for each rank in the list of guesses: the share of them that were retrieved within the next `within`
+    retrievals. Guesses that are not prefetched count as well.
 
     Args:
         store: the store.
@@ -46,28 +44,27 @@ class Hints:
         self._likely, self._least, self._within = likely, least, within
         self._lock = threading.Lock()
         self._now = 0  # retrievals so far
-        self._guesses: OrderedDict[ChunkKey, tuple[int, int]] = OrderedDict()  # place, and when; oldest first
+        self._guesses: OrderedDict[ChunkKey, tuple[int, int]] = OrderedDict()  # rank, and when; oldest first
         self._came_true = [0.0] * likely
         self._all = [_DOUBT] * likely
 
     def retrieved(self, keys: Iterable[ChunkKey], likely: Iterable[ChunkKey] = ()) -> None:
-        """Take note of one retrieval, and start to prefetch; returns at once.
+        """Record one retrieval, and start to prefetch; returns at once.
 
         Args:
             keys: of the chunks that were retrieved, in the order of rank.
-            likely: of those that may be next, likeliest first: what ranked right behind, the neighbours in the
-                document of what was retrieved.
+            likely: of those that may be next, likeliest first.
         """
         now = list(dict.fromkeys(keys))
         known = set(now)
         later = [key for key in dict.fromkeys(likely) if key not in known][: self._likely]
         with self._lock:
             self._now += 1
-            self._settle(now)
-            chances = [self._chance(place) for place in range(len(later))]
-            for place, key in enumerate(later):
+            self._score_guesses(now)
+            chances = [self._chance(rank) for rank in range(len(later))]
+            for rank, key in enumerate(later):
                 if key not in self._guesses:  # the first guess is the one that counts
-                    self._guesses[key] = (place, self._now)
+                    self._guesses[key] = (rank, self._now)
         self._store.prefetch(
             [*now, *(key for key, chance in zip(later, chances, strict=True) if chance >= self._least)]
         )
@@ -78,26 +75,26 @@ class Hints:
                 self._store.credit(key, chance)
 
     def chances(self) -> tuple[float, ...]:
-        """Return what was learnt so far: how likely the guess at each place is to come true, 0 to 1."""
+        """Return how likely the guess of each rank is to come true, 0 to 1, by what was learnt so far."""
         with self._lock:
-            return tuple(self._chance(place) for place in range(self._likely))
+            return tuple(self._chance(rank) for rank in range(self._likely))
 
-    def _settle(self, keys: Sequence[ChunkKey]) -> None:
+    def _score_guesses(self, keys: Sequence[ChunkKey]) -> None:
         """Learn from the guesses that have come true, and from those whose time is over."""
         while self._guesses:
-            key, (place, when) = next(iter(self._guesses.items()))
+            key, (rank, when) = next(iter(self._guesses.items()))
             if when + self._within >= self._now:
                 break
             del self._guesses[key]
-            self._learn(place, 0.0)
+            self._learn(rank, 0.0)
         for key in keys:
             if key in self._guesses:
                 self._learn(self._guesses.pop(key)[0], 1.0)
 
-    def _learn(self, place: int, came_true: float) -> None:
+    def _learn(self, rank: int, came_true: float) -> None:
         fade = 0.5 ** (1 / _HALF_LIFE)
-        self._came_true[place] = self._came_true[place] * fade + came_true
-        self._all[place] = self._all[place] * fade + 1
+        self._came_true[rank] = self._came_true[rank] * fade + came_true
+        self._all[rank] = self._all[rank] * fade + 1
 
-    def _chance(self, place: int) -> float:
-        return self._came_true[place] / self._all[place]
+    def _chance(self, rank: int) -> float:
+        return self._came_true[rank] / self._all[rank]

@@ -1,4 +1,4 @@
-"""The part of a store that outlasts the process: what is filled ahead of requests, or moved, belongs there."""
+"""The persistent tiers of a store, which `warm`, `export` and `import` work on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chunkcache store as a tier of LMCache: what an LMCache, such as that of a vLLM server, keeps goes into the store.
+"""A chunkcache store as a tier of LMCache: KV that an LMCache keeps, such as a vLLM server's, go into the store.
 
 Tell LMCache of it as one more `--l2-adapter`:
 
@@ -29,8 +29,8 @@ Completion = tuple[int, bool, str, list[bool] | None]
 class ChunkcacheConnector:
     """The connector that LMCache's `native_plugin` L2 adapter asks for (its documentation: "Native Connectors").
 
-    Nothing here blocks but `close`: every batch gets a number, is worked on by a thread, and comes out of
-    `drain_completions` when it is done, which the event file descriptor announces. Keys are LMCache's texts
+    Only `close` blocks: every batch gets a number, is worked on by a thread, and comes out of `drain_completions`
+    when it is done, which the event file descriptor announces. Keys are LMCache's texts
     `model@rank@group@hash[@salt]`; of these the store gets hashes alone. The salt is the tenant, so that
     `store.purge(EntryFilter(tenant=hashed_label("tenant", salt)))` deletes what was kept under it.
 
@@ -56,7 +56,7 @@ class ChunkcacheConnector:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._last = 0
-        self._done: list[Completion] = []
+        self._completed: list[Completion] = []
 
     def event_fd(self) -> int:
         """Return the file descriptor that can be read from when there are completions."""
@@ -64,11 +64,11 @@ class ChunkcacheConnector:
 
     def submit_batch_set(self, keys: Sequence[str], values: Sequence[memoryview]) -> int:
         """Store `values`, buffers that stay as they are until this is completed, under `keys`."""
-        return self._submit(lambda: [self._set(*each) for each in zip(keys, values, strict=True)], all_or_none=True)
+        return self._submit(lambda: [self._set(*pair) for pair in zip(keys, values, strict=True)], all_or_none=True)
 
     def submit_batch_get(self, keys: Sequence[str], values: Sequence[memoryview]) -> int:
         """Fill `values`, whole, with what is stored under `keys`."""
-        return self._submit(lambda: [self._get(*each) for each in zip(keys, values, strict=True)])
+        return self._submit(lambda: [self._get(*pair) for pair in zip(keys, values, strict=True)])
 
     def submit_batch_exists(self, keys: Sequence[str]) -> int:
         """Find out which keys there are."""
@@ -81,10 +81,10 @@ class ChunkcacheConnector:
     def drain_completions(self) -> list[Completion]:
         """Return number, success, error and the result for each key of every batch done since the last call."""
         with self._lock:
-            done, self._done = self._done, []
-            if done:
+            completions, self._completed = self._completed, []
+            if completions:
                 os.eventfd_read(self._fd)
-            return done
+            return completions
 
     def close(self) -> None:
         """Finish what was submitted, and close the store."""
@@ -106,7 +106,7 @@ class ChunkcacheConnector:
             else:
                 completion = (number, True, "", future.result())
             with self._lock:
-                self._done.append(completion)
+                self._completed.append(completion)
                 os.eventfd_write(self._fd, 1)
 
         self._threads.submit(work).add_done_callback(completed)

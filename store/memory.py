@@ -3,115 +3,80 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer
-from chunkcache.store.base import Entry, EntryFilter, StoreStats, Tier
+from chunkcache.store.budget import UNBOUNDED, Budget
+from chunkcache.store.budgeted import BudgetedTier
 from chunkcache.store.ledger import Ledger
+from chunkcache.store.records import Entry, has_expired
 
 
-class MemoryStore(Tier):
-    """Chunk KV in RAM within a byte budget; page-locked where there is a CUDA device to copy them to.
+class MemoryStore(BudgetedTier):
+    """Chunk KV in RAM within a budget; page-locked where there is a CUDA device to copy them to.
 
     An entry that a request is reading stays alive until the request lets go of it, also when it is evicted.
 
     Args:
-        max_bytes: byte budget; None keeps everything.
-        evict: who goes first, `lru`, `lfu` or `cost`; see `Ledger`.
-        admit: who is let in, `frequent` or `all`; see `Ledger`.
-        tenant_bytes: byte quota of each tenant; None for none.
+        budget: what is kept.
         codec: `raw`, `bf16`, `fp16`, `int8` or `int4`; see `chunkcache.store.codec`.
-        ttl: seconds that an entry is kept after it was computed; None for ever.
 
     Attributes:
-        on_evict: called with key and KV of an entry that had to go for room.
+        on_evict: called with key and KV of an entry that was evicted.
 
     Raises:
-        StoreURLError: a value is none of these.
+        StoreURLError: there is no such codec.
     """
 
-    def __init__(
-        self,
-        max_bytes: int | None = None,
-        evict: str = "lru",
-        admit: str = "all",
-        tenant_bytes: int | None = None,
-        codec: str = "raw",
-        ttl: float | None = None,
-    ) -> None:
-        super().__init__(max_bytes, codec, ttl)
+    def __init__(self, budget: Budget = UNBOUNDED, codec: str = "raw") -> None:
+        super().__init__(budget, codec)
         self.on_evict: Callable[[ChunkKey, ChunkKV], None] | None = None
-        self._ledger = Ledger(max_bytes, evict, admit, tenant_bytes)
+        self._ledger = Ledger(budget)
         self._lock = threading.RLock()
-        self._held: dict[ChunkKey, tuple[ChunkKV, float | None]] = {}
-
-    def credit(self, key: ChunkKey, worth: float) -> None:
-        self._ledger.credit(key, worth)
-
-    def pin(self, key: ChunkKey, pinned: bool = True) -> None:
-        self._ledger.pin(key, pinned)
-
-    def stats(self) -> StoreStats:
-        entries, nbytes = self._ledger.totals()
-        with self._stats_lock:
-            return replace(self._stats, entries=entries, nbytes=nbytes)
+        self._held: dict[ChunkKey, tuple[ChunkKV, float | None]] = {}  # with the time when it expires
+        self._evicted: list[tuple[ChunkKey, ChunkKV]] = []  # by the `_write` that holds the lock
 
     def __contains__(self, key: ChunkKey) -> bool:
-        _, expires = self._held.get(key, (None, 0.0))
-        return expires is None or expires > time.time()
+        held = self._held.get(key)
+        return held is not None and not has_expired(held[1])
 
     def _read(self, key: ChunkKey) -> ChunkKV | None:
         kv, expires = self._held.get(key, (None, None))
-        if kv is None:
-            return None
-        if expires is not None and expires < time.time():
+        if has_expired(expires):
             self.count(expired=1)
             self._remove(key)
             return None
         return kv
 
-    def _note(self, key: ChunkKey, hit: bool) -> None:
-        self._ledger.asked(key)
-        if hit:
-            self._ledger.use(key)
-
-    def _write(self, key: ChunkKey, kv: ChunkKV) -> bool:
+    def _write(self, entry: Entry, kv: ChunkKV) -> bool:
         kept = self._codec(kv)
         kept = kept.of_layers(tuple(map(self._placed, kept.layers)))
-        expires = self._expiry(kv)
-        entry = Entry.of(key, kept, expires)
+        entry = replace(entry, nbytes=kept.nbytes)
         if not self.fits(entry.nbytes):
             return False
-        gone: list[tuple[ChunkKey, ChunkKV]] = []
         with self._lock:
-            for old in self._ledger.expired(time.time()):
-                self.count(expired=self._remove(old))
-            victims = self._ledger.victims(entry)
-            if victims is None:
-                return False
-            for victim in victims:
-                gone.append((victim, self._held[victim][0]))
-                self._remove(victim)
-            self._held[key] = (kept, expires)
-            self._ledger.add(entry)
-        self.count(evictions=len(gone))
+            admitted = self._make_room(entry)
+            if admitted:
+                self._held[entry.key] = (kept, entry.expires)
+                self._ledger.add(entry)
+            evicted, self._evicted = self._evicted, []
         if self.on_evict is not None:
-            for victim, evicted in gone:
-                self.on_evict(victim, evicted)
-        return True
+            for key, old in evicted:
+                self.on_evict(key, old)
+        return admitted
+
+    def _evict(self, key: ChunkKey) -> bool:
+        self._evicted.append((key, self._held[key][0]))
+        return super()._evict(key)
 
     def _remove(self, key: ChunkKey) -> bool:
         with self._lock:
             self._ledger.drop(key)
             return self._held.pop(key, None) is not None
-
-    def _entries(self, where: EntryFilter) -> Iterable[Entry]:
-        return self._ledger.entries(where)
 
     def _placed(self, layer: Layer) -> Layer:
         layer = layer.to("cpu")
@@ -124,25 +89,16 @@ class DeviceStore(MemoryStore):
     It has run on the CPU only; on CUDA and MPS it is untested.
 
     Args:
-        device: `cuda`, `cuda:1`, `mps`; '' for whichever there is. `cpu` is allowed, for tests.
-
-    The others are those of `MemoryStore`.
+        budget: as in `MemoryStore`.
+        codec: as in `MemoryStore`.
+        device: `cuda`, `cuda:1`, `mps`; '' for the one of this machine. `cpu` is allowed, for tests.
 
     Raises:
-        StoreURLError: there is no such device, or none at all.
+        StoreURLError: there is no such device.
     """
 
-    def __init__(
-        self,
-        max_bytes: int | None = None,
-        evict: str = "lru",
-        admit: str = "all",
-        tenant_bytes: int | None = None,
-        codec: str = "raw",
-        ttl: float | None = None,
-        device: str = "",
-    ) -> None:
-        super().__init__(max_bytes, evict, admit, tenant_bytes, codec, ttl)
+    def __init__(self, budget: Budget = UNBOUNDED, codec: str = "raw", device: str = "") -> None:
+        super().__init__(budget, codec)
         if not device and torch.accelerator.is_available():
             device = str(torch.accelerator.current_accelerator())
         try:

@@ -1,5 +1,7 @@
 """The Redis tier: chunk KV on Redis or Valkey servers, which any number of processes share."""
 
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
+
 from __future__ import annotations
 
 import json
@@ -9,23 +11,24 @@ import secrets
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import redis
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats, logger
+from chunkcache.store.base import logger
 from chunkcache.store.breaker import Breaker
-from chunkcache.store.bytestore import ByteStore
+from chunkcache.store.budget import Budget
+from chunkcache.store.bytestore import RAW, ByteStore, Encoding
 from chunkcache.store.entry import MAX_DESCRIPTION, PREAMBLE, DamagedError
-from chunkcache.store.redis_servers import NodeError, NotNowError, Server, Tls, open_servers
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter
+from chunkcache.store.redis_servers import NO_TLS, NodeError, NotNowError, Server, Tls, open_servers
 
 AHEAD = 3 * 2**20  # bytes asked for at once: the server sends a layer while the one before is being received
-UPLOAD_S = 60  # what is not committed after this is gone
-GRACE_S = 10  # how long what was replaced can still be read by who has begun
+UPLOAD_S = 60  # how long a layer is kept that is not committed
+GRACE_S = 10  # how long a replaced entry can still be read by readers that have its header
 TOMB_S = 3600  # how long a deletion stands against what was computed before it
 _MARK = struct.Struct("<8s8sIQ")  # magic, id, number of layers, their bytes
 _MAGIC = b"CKVPARTS"
@@ -38,9 +41,9 @@ class RedisStore(ByteStore):
     """Chunk KV on one server, behind Sentinels, or on a Cluster.
 
     An entry is a header under `<namespace>:{<key>}:h` and a value per layer under `<namespace>:{<key>}:<id>:<layer>`,
-    where `id` is drawn for each writing; the braces keep them on one node of a Cluster. The header is written last
-    and commits: until then the others are there for a minute only, whatever becomes of the writer. What is replaced
-    stays for some seconds, so that nobody reads a mixture.
+    where `id` is drawn for each write; the braces keep them on one node of a Cluster. Writing the header last commits
+    the entry: without it the layers expire within a minute. The layers of a replaced entry stay for some seconds, so
+    that no reader mixes the two.
 
     The server's own `maxmemory` is the budget, and its eviction policy says what goes; `allkeys-lru` or
     `allkeys-lfu` is right for a cache. An entry of which a layer was evicted is deleted when that is noticed.
@@ -53,15 +56,12 @@ class RedisStore(ByteStore):
     Args:
         url: see `open_servers`. The user name and password may also come from CHUNKCACHE_REDIS_USERNAME and
             CHUNKCACHE_REDIS_PASSWORD, that of the Sentinels from CHUNKCACHE_REDIS_SENTINEL_PASSWORD.
+        encoding: how entries are kept.
+        ttl: seconds that an entry is kept after it was computed; None for ever.
         timeout: seconds that a server may take to connect or answer, and again for each MiB that it sends. A name
             that DNS does not resolve may take longer.
         namespace: what the names of all values start with.
-        ca: file with the certificates that the server's is checked against; '' for those of the system.
-        cert: file with the client's certificate.
-        key: file with its private key.
-        verify: `yes`, or `no`, where anybody can pretend to be the server.
-
-    The others are those of `ByteStore`.
+        tls: where the scheme starts with `rediss`.
 
     Raises:
         StoreURLError: a value is none of these.
@@ -72,41 +72,19 @@ class RedisStore(ByteStore):
     def __init__(
         self,
         url: str = "redis://",
-        codec: str = "raw",
-        compress: str = "none",
+        encoding: Encoding = RAW,
         ttl: float | None = None,
-        secret: str = "",
         timeout: float = 0.05,
         namespace: str = "chunkcache",
-        ca: str = "",
-        cert: str = "",
-        key: str = "",
-        verify: str = "yes",
+        tls: Tls = NO_TLS,
     ) -> None:
-        super().__init__(None, codec, compress, ttl, secret)
+        super().__init__(Budget(ttl=ttl), encoding)
         if not timeout > 0:
             raise StoreURLError(f"timeout={timeout} is no time to wait; pass seconds, such as 0.05")
         if not re.fullmatch(r"[\w.:-]+", namespace, re.ASCII):
             raise StoreURLError(f"namespace={namespace!r} has other characters than letters, digits, and any of _.:-")
-        if verify not in ("yes", "no"):
-            raise StoreURLError(f"verify={verify!r} is neither 'yes' nor 'no'")
         self._namespace = namespace
-        self._servers = open_servers(url, timeout, Tls(ca, cert, key, verify == "yes"))
-
-    def delete(self, key: ChunkKey) -> bool:
-        at = repr(time.time())
-        name = self._name(key, "t")
-        self._attempt(lambda: self._servers.run(name, lambda s: s.client.set(name, at, ex=TOMB_S)), None)
-        return super().delete(key)
-
-    def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        self._attempt(lambda: self._bury(where), None)
-        return super().purge(where)
-
-    def stats(self) -> StoreStats:
-        held: list[int] = self._attempt(lambda: [mark.nbytes for _, mark, _ in self._listed(_MARK.size)], [])
-        with self._stats_lock:
-            return replace(self._stats, entries=len(held), nbytes=sum(held))
+        self._servers = open_servers(url, timeout, tls)
 
     def close(self) -> None:
         self._servers.close()
@@ -120,7 +98,7 @@ class RedisStore(ByteStore):
                 logger.warning("RedisStore: a node is in trouble (%s): requests go on without its entries", fault)
         elif isinstance(fault, redis.ResponseError):
             super().trouble(fault, breaker)
-        else:  # it does not answer: reading and writing alike would wait
+        else:  # no answer: reading and writing alike would wait
             super().trouble(fault)
 
     def __contains__(self, key: ChunkKey) -> bool:
@@ -141,7 +119,7 @@ class RedisStore(ByteStore):
 
         return self._servers.run(names[0], read)
 
-    def _open(self, key: ChunkKey) -> _Stored | None:
+    def _open(self, key: ChunkKey) -> RedisBlob | None:
         name = self._name(key, "h")
 
         def read(server: Server) -> memoryview | None:
@@ -155,13 +133,13 @@ class RedisStore(ByteStore):
             raise EntryLostError(key, str(damage)) from None
         if value is None:
             return None
-        mark = _Mark.found(value)
+        mark = _Mark.parse(value)
         if mark is None:
             raise EntryLostError(key, _FOREIGN)
-        return _Stored(self, self._parts(key, mark), bytes(value[_MARK.size :]))
+        return RedisBlob(self, self._parts(key, mark), bytes(value[_MARK.size :]))
 
     def _save(self, entry: Entry, header: bytes, blocks: Sequence[memoryview]) -> bool:
-        if self._is_buried(entry):
+        if self._is_deleted_anywhere(entry):
             return False
         mark = _Mark(secrets.token_bytes(8), len(blocks), entry.nbytes)
         parts = self._parts(entry.key, mark)
@@ -170,13 +148,13 @@ class RedisStore(ByteStore):
             with server.link() as link:
                 for index, (part, block) in enumerate(zip(parts, blocks, strict=True)):
                     link.send([(b"SET", part, block, b"EX", b"%d" % UPLOAD_S)])
-                    if index:  # one on its way while the server takes the one before
+                    if index:  # send one while the server stores the one before
                         link.done()
                 link.done()
-            self._commit(server, entry, bytes(mark) + header, parts)
+            self._commit(server, entry, _MARK.pack(_MAGIC, *mark) + header, parts)
 
         self._servers.run(parts[0], upload)
-        if self._is_buried(entry):  # deleted while it was being written
+        if self._is_deleted_anywhere(entry):  # deleted while it was being written
             self._remove(entry.key)
             return False
         return True
@@ -191,7 +169,7 @@ class RedisStore(ByteStore):
                 else:
                     pipe.pexpire(part, left)
             replaced = pipe.execute()[0]
-        if replaced is not None and (old := _Mark.found(replaced)) is not None:
+        if replaced is not None and (old := _Mark.parse(replaced)) is not None:
             with server.client.pipeline(transaction=False) as pipe:
                 for part in self._parts(entry.key, old):
                     pipe.expire(part, GRACE_S)
@@ -202,15 +180,15 @@ class RedisStore(ByteStore):
 
         def remove(server: Server) -> bool:
             try:
-                mark = _Mark.found(server.client.getrange(name, 0, _MARK.size - 1))
+                mark = _Mark.parse(server.client.getrange(name, 0, _MARK.size - 1))
             except redis.ResponseError as error:
                 if not _is_foreign(error):
                     raise
                 mark = None
-            there: int = server.client.unlink(name)
+            removed: int = server.client.unlink(name)
             if mark is not None:
                 server.client.unlink(*self._parts(key, mark))
-            return there > 0
+            return removed > 0
 
         return self._servers.run(name, remove)
 
@@ -223,8 +201,8 @@ class RedisStore(ByteStore):
         names = re.compile(re.escape(self._namespace).encode() + rb":\{([0-9a-f]{64})\}:h")
 
         def read(server: Server) -> list[tuple[bytes, Any]]:
-            found = set(server.client.scan_iter(match=f"{self._namespace}:{{*}}:h", count=1000))
-            ours = [name for name in found if names.fullmatch(name)]
+            scanned = set(server.client.scan_iter(match=f"{self._namespace}:{{*}}:h", count=1000))
+            ours = [name for name in scanned if names.fullmatch(name)]
             values: list[Any] = []
             for start in range(0, len(ours), _LISTED):
                 with server.client.pipeline(transaction=False) as pipe:
@@ -235,32 +213,42 @@ class RedisStore(ByteStore):
 
         for name, value in chain.from_iterable(self._servers.each(read, self.trouble)):
             key = ChunkKey(name[-67:-3].decode())
-            if _is_foreign(value) or (isinstance(value, bytes) and value and _Mark.found(value) is None):
-                self.lose(key, _FOREIGN)
-            elif isinstance(value, bytes) and (mark := _Mark.found(value)) is not None:
+            if _is_foreign(value) or (isinstance(value, bytes) and value and _Mark.parse(value) is None):
+                self.drop_damaged(key, _FOREIGN)
+            elif isinstance(value, bytes) and (mark := _Mark.parse(value)) is not None:
                 yield key, mark, value[_MARK.size :]
 
-    def _bury(self, where: EntryFilter) -> None:
-        """Let every process know that what agrees with `where` is deleted."""
-        name, now = self._name(None, "tombs"), time.time()
+    def _totals(self) -> tuple[int, int]:
+        held: list[int] = self._attempt(lambda: [mark.nbytes for _, mark, _ in self._listed(_MARK.size)], [])
+        return len(held), sum(held)
 
-        def bury(server: Server) -> None:
+    def _record_deletion(self, what: ChunkKey | EntryFilter) -> None:
+        """Record a deletion here and, for every process, on the servers."""
+        super()._record_deletion(what)
+        now = time.time()
+        name = self._name(what, "t") if isinstance(what, ChunkKey) else self._name(None, "tombs")
+
+        def record(server: Server) -> None:
+            if isinstance(what, ChunkKey):
+                server.client.set(name, repr(now), ex=TOMB_S)
+                return
             with server.client.pipeline(transaction=True) as pipe:
                 pipe.zremrangebyscore(name, "-inf", now - TOMB_S)
-                pipe.zadd(name, {json.dumps(asdict(where)): now})
+                if tombs := {json.dumps(part.fields_of_tombstone()): now for part in what.of_single_chunks()}:
+                    pipe.zadd(name, tombs)
                 pipe.expire(name, TOMB_S)
                 pipe.execute()
 
-        self._servers.run(name, bury)
+        self._attempt(lambda: self._servers.run(name, record), None)
 
-    def _is_buried(self, entry: Entry) -> bool:
+    def _is_deleted_anywhere(self, entry: Entry) -> bool:
         """Return whether `entry` was deleted, by any process, after its KV were computed."""
         name, tombs = self._name(entry.key, "t"), self._name(None, "tombs")
         at = self._servers.run(name, lambda server: server.client.get(name))
         if at is not None and entry.created <= _time(at):
             return True
         since = self._servers.run(tombs, lambda server: server.client.zrangebyscore(tombs, entry.created, "+inf"))
-        return any(_where(text).matches(entry) for text in since)
+        return any(_filter(text).matches(entry) for text in since)
 
     def _name(self, key: ChunkKey | None, part: str) -> bytes:
         tag = "" if key is None else f"{{{key.digest}}}:"
@@ -270,19 +258,15 @@ class RedisStore(ByteStore):
         return [self._name(key, f"{mark.id.hex()}:{layer}") for layer in range(mark.layers)]
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """What the value of a header starts with: which values hold the layers."""
+class _Mark(NamedTuple):
+    """The start of the value of a header: which values hold the layers."""
 
     id: bytes
     layers: int
     nbytes: int
 
-    def __bytes__(self) -> bytes:
-        return _MARK.pack(_MAGIC, self.id, self.layers, self.nbytes)
-
     @classmethod
-    def found(cls, value: bytes | memoryview) -> _Mark | None:
+    def parse(cls, value: bytes | memoryview) -> _Mark | None:
         if len(value) < _MARK.size:
             return None
         magic, *fields = _MARK.unpack_from(value)
@@ -290,7 +274,7 @@ class _Mark:
         return mark if magic == _MAGIC and 0 < mark.layers <= _MAX_PARTS else None
 
 
-class _Stored:
+class RedisBlob:
     """An entry whose header is read."""
 
     def __init__(self, store: RedisStore, parts: Sequence[bytes], header: bytes) -> None:
@@ -322,15 +306,15 @@ def _is_foreign(reply: object) -> bool:
 
 
 def _time(text: bytes) -> float:
-    """Return the time that `text` stands for; what cannot be read stands for the end of time."""
+    """Return the time that a tombstone says; one that cannot be read is later than all."""
     try:
         return float(text)
     except ValueError:
         return math.inf
 
 
-def _where(text: bytes) -> EntryFilter:
-    """Return the condition that `text` stands for; what cannot be read stands for everything."""
+def _filter(text: bytes) -> EntryFilter:
+    """Return the filter that a tombstone names; one that cannot be read stands for everything."""
     try:
         return EntryFilter(**json.loads(text))
     except (ValueError, TypeError):

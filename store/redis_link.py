@@ -1,7 +1,7 @@
 """One connection to a Redis server, for values of a megabyte and more.
 
-redis-py connects, authenticates and encrypts. Large values go past its parser, which copies each of them two or three
-times: they are received straight into the buffers that they stay in, at two to five times the rate.
+redis-py connects, authenticates and encrypts. Its parser copies each value two or three times; here large values are
+received into the buffers that they stay in, at two to five times the rate.
 """
 
 from __future__ import annotations
@@ -91,15 +91,15 @@ class Link:
 
     def _fill(self, value: memoryview) -> None:
         deadline = time.monotonic() + self._timeout * (1 + len(value) / MIB)
-        done = min(len(self._ahead), len(value))
-        value[:done] = self._ahead[:done]
-        del self._ahead[:done]
-        while done < len(value):
-            received = self._socket.recv_into(value[done:])
+        filled = min(len(self._ahead), len(value))
+        value[:filled] = self._ahead[:filled]
+        del self._ahead[:filled]
+        while filled < len(value):
+            received = self._socket.recv_into(value[filled:])
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
-            done += received
-            if done < len(value) and time.monotonic() > deadline:  # it trickles
+            filled += received
+            if filled < len(value) and time.monotonic() > deadline:  # slower than the allowed rate
                 raise redis.TimeoutError("a value does not come in time")
 
 

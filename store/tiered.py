@@ -1,8 +1,10 @@
-"""Several tiers as one store: near ones small and fast, far ones large and lasting.
+"""Several tiers as one store: near ones small and fast, far ones large and persistent.
 
-What is put goes to the nearest tier at once and to the others behind the request; what is found far off is
-promoted as it streams past; what the nearest tiers evict stays in those below.
+An entry that is put goes to the nearest tier at once and to the others behind the request; one that is found in a
+far tier is promoted as its layers are read; one that a memory tier evicts stays in the tier below.
 """
+
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Heads, Store, StoreStats, Tier
+from chunkcache.store.base import Heads, Store, Tier
 from chunkcache.store.behind import WriteBehind
 from chunkcache.store.memory import MemoryStore
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, StoreStats
 
 WAIT_S = 0.05
+_NEAR_ONLY = 10_000  # keys remembered; the oldest are forgotten first
 _SUMMED = ("hits", "mismatches", "damaged", "expired", "evictions", "errors", "skipped")
 
 
@@ -31,7 +36,8 @@ class TieredStore(Store):
         write: `through` writes every entry to all tiers; `evict` writes it to the nearest, and further down only when
             it has to leave there or the store is closed.
         queue: chunk KV that may wait to be written to tiers below the nearest. When it is full, `put` waits
-            50 ms for a place, and then goes without the other tiers, which is counted as refused.
+            50 ms for a place, and then goes without the other tiers: they count it as refused, `near_only` names
+            it, and `flush` writes it. Prefetches and promotions have a queue of their own, of the same size.
 
     Raises:
         StoreURLError: there are no tiers, or `write` is neither.
@@ -42,17 +48,21 @@ class TieredStore(Store):
             raise StoreURLError("tiered: needs at least one tier, as in tiered:memory://|disk:///var/cache/kv")
         if write not in ("through", "evict"):
             raise StoreURLError(f"write={write!r} is neither 'through' nor 'evict'")
+        if queue < 1:
+            raise StoreURLError(f"queue={queue} holds nothing; pass 1 or more")
         if wrong := [type(tier).__name__ for tier in tiers if not isinstance(tier, Tier)]:
             raise StoreURLError(f"tiered: takes single tiers, not {', '.join(wrong)}")
         self._tiers = [tier for tier in tiers if isinstance(tier, Tier)]
         self._through = write == "through"
-        self._writes = self._refused = 0
+        self._written = self._refused = 0
         self._lock = threading.Lock()
-        self._behind = WriteBehind(queue, WAIT_S)
-        self._finalizer = weakref.finalize(self, WriteBehind.close, self._behind)  # also when the process ends
+        self._near_only: dict[ChunkKey, None] = {}
+        self._writes_behind, self._fetches = WriteBehind(queue, WAIT_S), WriteBehind(queue, 0)
+        # Also when the process ends:
+        self._finalizer = weakref.finalize(self, _close_all, self._fetches, self._writes_behind)
         for tier, below in zip(self._tiers, self._tiers[1:], strict=False):
             if isinstance(tier, MemoryStore):
-                tier.on_evict = _Demotion(self._behind, below)
+                tier.on_evict = partial(_demote, self._writes_behind, below)
 
     def get(self, key: ChunkKey, token_ids: Sequence[int] | None, heads: Heads | None = None) -> ChunkKV | None:
         for index, tier in enumerate(self._tiers):
@@ -64,11 +74,14 @@ class TieredStore(Store):
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
         if not kv.origin.created:  # or a deletion could not tell what it is older than
             kv = replace(kv, origin=replace(kv.origin, created=time.time()))
-        stored = self._tiers[0].put(key, kv)
-        if self._through or not stored:
-            stored = self._write_below(self._tiers[1:], key, kv) or stored
+        near = stored = self._tiers[0].put(key, kv)
+        if self._through or not near:
+            queued = self._write_below(self._tiers[1:], key, kv)
+            stored = near or queued
+            if near and not queued and len(self._tiers) > 1:
+                self._remember_near_only(key)
         with self._lock:
-            self._writes += stored
+            self._written += stored
             self._refused += not stored
         return stored
 
@@ -76,10 +89,7 @@ class TieredStore(Store):
         return sum(tier.delete(key) for tier in self._tiers) > 0
 
     def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        gone = {entry.key for tier in self._tiers for entry in tier.entries(where)}
-        for tier in self._tiers:
-            tier.purge(where)
-        return len(gone)
+        return len(set().union(*(tier.purge_keys(where) for tier in self._tiers)))
 
     def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
         seen: set[ChunkKey] = set()
@@ -91,16 +101,16 @@ class TieredStore(Store):
 
     def stats(self) -> StoreStats:
         """Return the counters: entries of the fullest tier, bytes and what went wrong of all tiers together."""
-        each = [tier.stats() for tier in self._tiers]
-        summed = {name: sum(getattr(stats, name) for stats in each) for name in _SUMMED}
-        misses = each[0].hits + each[0].misses - summed["hits"]  # all begin at the nearest, and one of them has it
-        held = {"entries": max(s.entries for s in each), "nbytes": sum(s.nbytes for s in each)}
-        return StoreStats(misses=misses, writes=self._writes, refused=self._refused, **summed, **held)
+        tiers = [tier.stats() for tier in self._tiers]
+        summed = {name: sum(getattr(stats, name) for stats in tiers) for name in _SUMMED}
+        misses = tiers[0].hits + tiers[0].misses - summed["hits"]  # each `get` asks the nearest; one tier has a hit
+        held = {"entries": max(s.entries for s in tiers), "nbytes": sum(s.nbytes for s in tiers)}
+        return StoreStats(misses=misses, writes=self._written, refused=self._refused, **summed, **held)
 
     def prefetch(self, keys: Iterable[ChunkKey]) -> None:
         for key in keys:
             if key not in self._tiers[0]:
-                self._behind.put(lambda key=key: self._fetch(key), wait=False)  # type: ignore[misc]
+                self._fetches.put(partial(self._fetch, key), wait=False)
 
     def credit(self, key: ChunkKey, worth: float) -> None:
         for tier in self._tiers:
@@ -111,19 +121,29 @@ class TieredStore(Store):
             tier.pin(key, pinned)
 
     def flush(self) -> None:
-        self._behind.flush()
+        self._fetches.flush()
+        self._writes_behind.flush()
+        with self._lock:
+            keys, self._near_only = self._near_only, {}
+        for key in keys:
+            self._write_down(key, self._tiers)
+
+    def near_only(self) -> frozenset[ChunkKey]:
+        with self._lock:
+            return frozenset(self._near_only)
 
     def close(self) -> None:
         if not self._through:
             self._demote_all()
+        self.flush()
         self._finalizer()
         for tier in self._tiers:
             tier.close()
 
     def tiers(self) -> dict[str, Store]:
         named: dict[str, Store] = {}
-        for each in self._tiers:
-            for name, tier in each.tiers().items():
+        for single in self._tiers:
+            for name, tier in single.tiers().items():
                 same = sum(re.fullmatch(rf"{name}\d*", other) is not None for other in named)
                 named[f"{name}{same + 1}" if same else name] = tier
         return named
@@ -134,21 +154,36 @@ class TieredStore(Store):
     def _write_below(self, tiers: Sequence[Tier], key: ChunkKey, kv: ChunkKV) -> bool:
         if not tiers:
             return False
-        queued = self._behind.put(lambda: [tier.put(key, kv) for tier in tiers])
+        queued = self._writes_behind.put(lambda: [tier.put(key, kv) for tier in tiers])
         if not queued:
             for tier in tiers:
                 tier.count(refused=1)
-            tiers[0].say_once("the queue of writes to it is full: some entries are kept in the nearest tier only")
+            tiers[0].warn_once("the queue of writes to it is full: some entries are kept in the nearest tier only")
         return queued
+
+    def _remember_near_only(self, key: ChunkKey) -> None:
+        with self._lock:
+            self._near_only[key] = None
+            if len(self._near_only) > _NEAR_ONLY:
+                del self._near_only[next(iter(self._near_only))]
+
+    def _write_down(self, key: ChunkKey, tiers: Sequence[Tier]) -> None:
+        """Write the entry under `key` to those tiers that lie below the nearest that has it, and lack it."""
+        for index, tier in enumerate(tiers):
+            if key in tier and (kv := tier.peek(key)) is not None:
+                for below in tiers[index + 1 :]:
+                    if key not in below:
+                        below.put(key, kv)
+                return
 
     def _promoting(self, key: ChunkKey, kv: ChunkKV, found_in: int) -> ChunkKV:
         """Return `kv`, whose layers are kept as they are read, and put into the nearer tiers after the last."""
 
         def promote(layers: tuple[Layer, ...]) -> None:
             whole = kv.of_layers(layers)
-            self._behind.put(lambda: [t.put(key, whole) for t in self._tiers[:found_in] if key not in t], wait=False)
+            self._fetches.put(lambda: [t.put(key, whole) for t in self._tiers[:found_in] if key not in t], wait=False)
 
-        return replace(kv, layers=_Kept(kv, promote))
+        return replace(kv, layers=PromotingLayers(kv, promote))
 
     def _fetch(self, key: ChunkKey) -> None:
         for index, tier in enumerate(self._tiers):
@@ -165,25 +200,24 @@ class TieredStore(Store):
 
     def _demote_all(self) -> None:
         for tier, below in zip(self._tiers, self._tiers[1:], strict=False):
-            for entry in list(tier.entries()) if isinstance(tier, MemoryStore) else ():  # others keep what they have
-                kv = tier.peek(entry.key) if entry.key not in below else None
-                if kv is not None:
-                    below.put(entry.key, kv)
+            if isinstance(tier, MemoryStore):  # the others keep what they have
+                for entry in list(tier.entries()):
+                    self._write_down(entry.key, [tier, below])
 
 
-class _Demotion:
-    """Writes what one tier evicts to the one below, unless it is there."""
-
-    def __init__(self, behind: WriteBehind, below: Tier) -> None:
-        self._behind, self._below = behind, below
-
-    def __call__(self, key: ChunkKey, kv: ChunkKV) -> None:
-        if not self._behind.put(lambda: key in self._below or self._below.put(key, kv), wait=False):
-            self._below.count(refused=1)
+def _close_all(*queues: WriteBehind) -> None:
+    for tasks in queues:
+        tasks.close()
 
 
-class _Kept(LazyLayers):
-    """Layers that stay once they have been read, and are handed on when all have been."""
+def _demote(writes: WriteBehind, below: Tier, key: ChunkKey, kv: ChunkKV) -> None:
+    """Write an evicted entry to the tier below, unless it is there."""
+    if not writes.put(lambda: key in below or below.put(key, kv), wait=False):
+        below.count(refused=1)
+
+
+class PromotingLayers(LazyLayers):
+    """Layers that are kept once they have been read; when all have been, `on_all` is called with them."""
 
     def __init__(self, kv: ChunkKV, on_all: Callable[[tuple[Layer, ...]], None]) -> None:
         super().__init__(kv.shapes, isinstance(kv.layers, LazyLayers) and kv.layers.waits)

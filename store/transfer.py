@@ -1,15 +1,13 @@
-"""Entries in and out of a store as a tar file, each as a member `<key>.ckv` that is just what a file of it would be.
+"""Export and import of entries as a tar file, whose members `<key>.ckv` have the format of `entry.py`.
 
-Nothing of a tar file is written to disk by its name, unpickled, or believed before it is checked. Whatever the file
-says of itself, one entry of at most `MAX_ENTRY` bytes is in memory: so its members are read here one by one, where
-`tarfile` would first read a header record of any size.
+No member is written to disk by its name or unpickled, and each is validated before use. At most one entry, of at
+most `MAX_ENTRY` bytes, is in memory: members are read here, since `tarfile` reads header records of any size.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,9 +15,10 @@ from typing import BinaryIO
 
 from chunkcache.errors import EntryLostError, InputError
 from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, Store, Tier
+from chunkcache.store.base import Store, Tier
 from chunkcache.store.bytestore import ByteStore, own_secret
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length, encode
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, has_expired
 
 MAX_ENTRY = 4 * 2**30  # bytes; 8,000 tokens of a model of 70B parameters are 2.7 GB
 _NAME = re.compile(r"([0-9a-f]{64})\.ckv")
@@ -28,7 +27,7 @@ _PIECE = 2**20
 
 @dataclass
 class Exported:
-    """What was written: entries, their bytes, and how many were listed but could not be read."""
+    """Counts of an export: entries written, their bytes, and entries that could not be read."""
 
     entries: int = 0
     nbytes: int = 0
@@ -37,16 +36,15 @@ class Exported:
 
 @dataclass
 class Imported:
-    """What was read.
+    """Counts of an import.
 
     Attributes:
-        entries: stored.
-        nbytes: bytes of these.
-        damaged: not what they should be, too large, or sealed with another secret.
-        expired: past their time to live, and not stored.
-        refused: intact, but the store did not take them.
+        entries: entries stored, of `nbytes` bytes.
+        damaged: entries that failed verification, are too large, or are sealed with another secret.
+        expired: entries past their time to live, not stored.
+        refused: intact entries that the store did not take.
         other: members that are no entries.
-        complete: whether the file has its end.
+        complete: whether the end of the file was reached.
     """
 
     entries: int = 0
@@ -61,7 +59,7 @@ class Imported:
 def export_entries(
     store: Store, file: BinaryIO, where: EntryFilter = EVERYTHING, on_entry: Callable[[int, int], None] | None = None
 ) -> Exported:
-    """Write the entries that agree with `where` as an uncompressed tar file, sealed as their tier seals them.
+    """Write the entries that `where` selects as an uncompressed tar file, sealed as their tier seals them.
 
     Args:
         store: where they are read from, and verified; each comes from the nearest tier that has it intact.
@@ -69,51 +67,51 @@ def export_entries(
         where: which ones.
         on_entry: called with (entries done, entries in all) after every one.
     """
-    found: dict[ChunkKey, list[tuple[Tier, Entry]]] = {}
+    places: dict[ChunkKey, list[tuple[Tier, Entry]]] = {}
     for tier in _tiers(store):
         for entry in tier.entries(where):
-            found.setdefault(entry.key, []).append((tier, entry))
-    done = Exported()
-    for count, places in enumerate(found.values(), 1):
-        written = next(filter(None, (_write(file, tier, entry) for tier, entry in places)), 0)
-        done.entries += written > 0
-        done.nbytes += written
-        done.lost += written == 0
+            places.setdefault(entry.key, []).append((tier, entry))
+    exported = Exported()
+    for count, held_in in enumerate(places.values(), 1):
+        written = next(filter(None, (_write(file, tier, entry) for tier, entry in held_in)), 0)
+        exported.entries += written > 0
+        exported.nbytes += written
+        exported.lost += written == 0
         if on_entry is not None:
-            on_entry(count, len(found))
+            on_entry(count, len(places))
     file.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
-    return done
+    return exported
 
 
 def import_entries(store: Store, file: BinaryIO, on_entry: Callable[[Imported], None] | None = None) -> Imported:
     """Verify the entries of a tar file, and put them into `store` one after the other.
 
-    One that is damaged is counted and left out. How long one lives from now on is up to the store. Without a secret
-    anybody can make entries that look intact: import only what you trust.
+    A damaged entry is counted and left out. The store's own `ttl` counts from now on. Without a secret anybody can
+    make entries that look intact: import only files that you trust.
 
     Args:
         store: where they go; its secret is the one that they must be sealed with.
         file: read from start to end, so a pipe will do.
-        on_entry: called after every member with what was done so far.
+        on_entry: called after every member with the counts so far.
 
     Raises:
         InputError: it is no uncompressed tar file.
     """
-    done = Imported()
+    imported = Imported()
     secret = next((tier.secret for tier in _tiers(store) if isinstance(tier, ByteStore)), own_secret())
-    for member in _members(file, done):
+    for member in _members(file, imported):
         name = _NAME.fullmatch(PurePosixPath(member.name).name)
         if name is None:
-            done.other += 1
+            imported.other += 1
         else:
-            _take(store, member, ChunkKey(name[1]), secret, done)
+            _take(store, member, ChunkKey(name[1]), secret, imported)
         if on_entry is not None:
-            on_entry(done)
-    return done
+            on_entry(imported)
+    return imported
 
 
 class _Member:
-    """A member of a tar file that is being read: its name, and its bytes one after the other."""
+    """A member of a tar file that is read from start to end."""
 
     def __init__(self, file: BinaryIO, name: str, size: int) -> None:
         self._file, self.name, self.size = file, name, size
@@ -133,24 +131,23 @@ class _Member:
         return data
 
     def skip(self) -> None:
-        """Read over what is left of it, and what fills it up to a whole block."""
+        """Skip the rest of it and its padding to a whole block."""
         left = self._left + -self.size % tarfile.BLOCKSIZE
-        self._left = 0
         while left:
             piece = min(left, _PIECE)
             _fill(self._file, memoryview(bytearray(piece)))
             left -= piece
 
 
-def _members(file: BinaryIO, done: Imported) -> Iterator[_Member]:
-    """Yield the regular members of a tar file; others are read over. Takes note of a file that has its end."""
+def _members(file: BinaryIO, imported: Imported) -> Iterator[_Member]:
+    """Yield the regular members of a tar file, and skip others; at its end set `imported.complete`."""
     first = True
     try:
         while True:
             block = bytearray(tarfile.BLOCKSIZE)
             _fill(file, memoryview(block))
             if not any(block):
-                done.complete = True
+                imported.complete = True
                 return
             info = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
             if info.size < 0:
@@ -167,22 +164,22 @@ def _members(file: BinaryIO, done: Imported) -> Iterator[_Member]:
             ) from None
 
 
-def _take(store: Store, member: _Member, key: ChunkKey, secret: bytes | None, done: Imported) -> None:
+def _take(store: Store, member: _Member, key: ChunkKey, secret: bytes | None, imported: Imported) -> None:
     """Verify one entry and put it into the store."""
     try:
         header = _header(member, key, secret)
-        kv = _read(member, header, secret)
+        layers = [block.layer(member.read(block.nbytes), header.compressed, secret) for block in header.blocks]
     except (DamagedError, EOFError):
-        done.damaged += 1
+        imported.damaged += 1
         return
-    if header.expires is not None and header.expires < time.time():
-        done.expired += 1
+    if has_expired(header.expires):
+        imported.expired += 1
         return
-    stored = store.put(key, kv)
+    stored = store.put(key, ChunkKV.of(header.token_ids, header.position, layers, header.context, header.origin))
     store.flush()  # or entries would wait in memory for a slow tier
-    done.entries += stored
-    done.nbytes += member.size * stored
-    done.refused += not stored
+    imported.entries += stored
+    imported.nbytes += member.size * stored
+    imported.refused += not stored
 
 
 def _header(member: _Member, key: ChunkKey, secret: bytes | None) -> Header:
@@ -197,18 +194,13 @@ def _header(member: _Member, key: ChunkKey, secret: bytes | None) -> Header:
     return header
 
 
-def _read(member: _Member, header: Header, secret: bytes | None) -> ChunkKV:
-    layers = [block.layer(member.read(block.nbytes), header.compressed, secret) for block in header.blocks]
-    return ChunkKV.of(header.token_ids, header.position, layers, header.context, header.origin)
-
-
 def _write(file: BinaryIO, tier: Tier, entry: Entry) -> int:
     """Write one entry as a member; return its bytes, 0 if it cannot be read."""
     kv = tier.peek(entry.key)
     if kv is None:
         return 0
     try:
-        kv = kv.of_layers(tuple(kv.layers))
+        kv = kv.loaded()
     except EntryLostError:
         return 0  # counted by the tier
     secret = tier.secret if isinstance(tier, ByteStore) else own_secret()

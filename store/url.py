@@ -6,17 +6,17 @@ nearest first, are written `tiered:memory://?max_bytes=2GiB|disk:///var/cache/kv
 
 from __future__ import annotations
 
-import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from chunkcache.errors import StoreURLError
+from chunkcache.kv.options import call_with_options, converter, option_types
 from chunkcache.store.base import Store
 
 if sys.version_info >= (3, 11):
@@ -25,31 +25,18 @@ else:
     import tomli as tomllib
 
 Opener = Callable[..., Store]
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+Openers = Mapping[str, Opener | str]
 TIERED = "tiered:"
 _PLACES = ("url", "path", "tiers")  # arguments that are no options
+_KINDS: dict[Any, str] = {float: "a number (of seconds)", int: "a whole number"}
 
 
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a size such as `2GiB`, `500 MB` or `1048576` stands for.
-
-    Raises:
-        StoreURLError: the text is not a positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None or not (size := int(Decimal(match[1]) * unit)):
-        raise StoreURLError(f"{text!r} is not a size in bytes; write for example 2GiB, 500MB or 1048576")
-    return size
-
-
-def open_store(text: str, tiers: Mapping[str, Opener], compose: Opener) -> Store:
+def open_store(text: str, tiers: Openers, compose: Opener) -> Store:
     """Open the store that `text` describes.
 
     Args:
         text: a URL, `tiered:` and URLs with `|` between them, or the path of a TOML file.
-        tiers: what opens a tier, by URL scheme.
+        tiers: by URL scheme the class of the tier, or where it is, as in `package.module:Class`.
         compose: makes one store of a list of tiers.
 
     Raises:
@@ -68,7 +55,7 @@ def open_store(text: str, tiers: Mapping[str, Opener], compose: Opener) -> Store
     return _compose([(url, {}) for url in rest], options, tiers, compose)
 
 
-def open_tier(url: str, tiers: Mapping[str, Opener], more: Mapping[str, Any] | None = None) -> Store:
+def open_tier(url: str, tiers: Openers, more: Mapping[str, Any] | None = None) -> Store:
     """Open the single tier of `url`, with `more` options besides those in it."""
     try:
         parts = urlsplit(url)
@@ -77,22 +64,22 @@ def open_tier(url: str, tiers: Mapping[str, Opener], more: Mapping[str, Any] | N
     if parts.scheme not in tiers:
         known = ", ".join(f"{scheme}://" for scheme in tiers)
         raise StoreURLError(f"no store has the URL {redacted(url)!r}; the known ones are {known} and {TIERED}")
-    opener = tiers[parts.scheme]
-    takes = inspect.signature(opener).parameters
-    options: dict[str, Any] = {**_query(parts.query, url), **(more or {})}
+    tier = tiers[parts.scheme]
+    opener: Opener = pkgutil.resolve_name(tier) if isinstance(tier, str) else tier
+    takes = option_types(opener)
+    typed = _typed({**_query(parts.query, url), **(more or {})}, takes, parts.scheme, url)
     if "url" in takes:  # a server: the tier reads its own address
-        return opener(parts._replace(query="").geturl(), **_typed(options, takes, parts.scheme, url))
+        return call_with_options(opener, {"url": parts._replace(query="").geturl(), **typed})
     if parts.fragment or parts.netloc or ("path" not in takes and parts.path):
         hint = f"{parts.scheme}:///folder?max_bytes=2GiB" if "path" in takes else f"{parts.scheme}://?max_bytes=2GiB"
         raise StoreURLError(f"{redacted(url)!r} has parts that {parts.scheme}:// does not take; write {hint}")
-    typed = _typed(options, takes, parts.scheme, url)
     if "path" in takes:
         if not parts.path:
             raise StoreURLError(
                 f"{redacted(url)!r} names no folder; write for example {parts.scheme}:///var/cache/kv"
             )
         typed["path"] = unquote(parts.path)
-    return opener(**typed)
+    return call_with_options(opener, typed)
 
 
 def redacted(url: str) -> str:
@@ -101,29 +88,21 @@ def redacted(url: str) -> str:
     return re.sub(r"((?:secret|password)=)[^&|]*", r"\1***", url)
 
 
-def _typed(
-    options: Mapping[str, Any], takes: Mapping[str, inspect.Parameter], scheme: str, url: str
-) -> dict[str, Any]:
+def _typed(options: Mapping[str, Any], takes: Mapping[str, Any], scheme: str, url: str) -> dict[str, Any]:
+    """Return options with values of the types that `takes` says, by name."""
     typed: dict[str, Any] = {}
     for name, value in options.items():
         if name not in takes or name in _PLACES:
             allowed = ", ".join(name for name in takes if name not in _PLACES)
             raise StoreURLError(f"{scheme}:// has no option {name!r}; it takes {allowed} (in {redacted(url)!r})")
-        kind = str(takes[name].annotation)
-        if kind.startswith("str"):
-            typed[name] = str(value)
-        elif kind.startswith("float"):
-            typed[name] = _number(name, value)
-        else:
-            typed[name] = parse_bytes(str(value))
+        convert = converter(takes[name])
+        try:
+            typed[name] = convert(str(value))
+        except StoreURLError:
+            raise
+        except ValueError:
+            raise StoreURLError(f"{name}={value!r} is not {_KINDS[convert]}") from None
     return typed
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (ValueError, TypeError):
-        raise StoreURLError(f"{name}={value!r} is not a number (of seconds)") from None
 
 
 def _query(query: str, url: str) -> dict[str, str]:
@@ -135,7 +114,7 @@ def _query(query: str, url: str) -> dict[str, str]:
     return options
 
 
-def _open_toml(path: Path, tiers: Mapping[str, Opener], compose: Opener) -> Store:
+def _open_toml(path: Path, tiers: Openers, compose: Opener) -> Store:
     """Open what a file describes: `[store]` with options, and per tier `[[store.tiers]]` with `url` and options."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))["store"]
@@ -152,12 +131,9 @@ def _open_toml(path: Path, tiers: Mapping[str, Opener], compose: Opener) -> Stor
 
 
 def _compose(
-    described: list[tuple[str, dict[str, Any]]],
-    options: Mapping[str, Any],
-    tiers: Mapping[str, Opener],
-    compose: Opener,
+    described: list[tuple[str, dict[str, Any]]], options: Mapping[str, Any], tiers: Openers, compose: Opener
 ) -> Store:
-    typed = _typed(options, inspect.signature(compose).parameters, TIERED.rstrip(":"), TIERED)
+    typed = _typed(options, option_types(compose), TIERED.rstrip(":"), TIERED)
     with ExitStack() as opened:  # if one cannot be opened, the others are closed
         store = compose([opened.enter_context(open_tier(url, tiers, more)) for url, more in described], **typed)
         opened.pop_all()

@@ -28,7 +28,7 @@ import chunkcache
 from chunkcache import blend
 from chunkcache.blend import parse_policy
 from chunkcache.kv import ChunkKV
-from chunkcache.store import MemoryStore
+from chunkcache.store import Budget, MemoryStore
 
 FAMILIES = ["llama", "mistral-sliding", "gemma3", "qwen3-moe"]
 ONE = TEXTS[:1]
@@ -534,7 +534,7 @@ def test_a_store_for_one_chunk_evicts_and_answers():
     big = wrapped()
     big.precompute(TEXTS)
     room = max(len(big.prompts.chunk(text)) for text in TEXTS) * 4 * 2 * 2 * 16 * 4
-    tight = wrapped(store=MemoryStore(room))
+    tight = wrapped(store=MemoryStore(Budget(room)))
     for chunks in (TEXTS, TEXTS[::-1]):
         assert_close(tight.prefill(QUESTION, chunks).logits, big.prefill(QUESTION, chunks).logits)
     assert tight.store.stats().evictions > 0

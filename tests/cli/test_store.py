@@ -17,7 +17,7 @@ from chunkcache.cli.console import size_text, span_text
 from chunkcache.cli.store import parse_span
 from chunkcache.errors import InputError
 from chunkcache.kv import hashed_label
-from chunkcache.store import DiskStore
+from chunkcache.store import Budget, DiskStore
 
 A, B = hashed_label("document", "a.md"), hashed_label("document", "b.md")
 ACME = hashed_label("tenant", "acme")
@@ -133,7 +133,7 @@ def test_ls_is_a_table_for_people(run, folder):
 
 
 def test_ls_names_the_tiers_and_the_time_left(run, tmp_path):
-    with DiskStore(str(tmp_path), sync="no", ttl=5 * DAY + 60) as store:
+    with DiskStore(str(tmp_path), Budget(ttl=5 * DAY + 60), sync="no") as store:
         store.put(key(1), kv(1))
     code, out, _ = run("ls", "--store", f"tiered:memory://|disk://{tmp_path}")
     assert code == 0

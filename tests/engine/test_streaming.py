@@ -20,7 +20,7 @@ def stored(llm):
 
 
 def file_of(llm, text):
-    return llm.store._path(stored(llm)[llm.prompts.chunk(text)])
+    return llm.store.path(stored(llm)[llm.prompts.chunk(text)])
 
 
 def flip(path, at):

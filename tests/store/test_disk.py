@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support.store import SIZE, in_new_interpreter, in_process, key, kv, random_kv, same
+from support.store import SIZE, disk_store, in_new_interpreter, in_process, key, kv, random_kv, same
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.store import DiskStore, Entry, EntryFilter
+from chunkcache.store.codec import find_codec
 from chunkcache.store.entry import PREAMBLE
 
 
@@ -25,7 +26,7 @@ def folder(tmp_path):
 
 
 def opened(folder, **options):
-    return DiskStore(str(folder), **{"sync": "no", **options})
+    return disk_store(folder, **options)
 
 
 def files(folder):
@@ -50,7 +51,7 @@ def test_entries_are_there_after_a_restart(folder, sync, options):
     with opened(folder, sync=sync, **options) as store:
         assert store.put(key(*range(5)), original)
         before = store.get(key(*range(5)), range(5))
-        assert same(before, store._codec(original))
+        assert same(before, find_codec(options.get("codec", "raw"))(original))
     with opened(folder, sync=sync, **options) as again:
         assert same(again.get(key(*range(5)), range(5)), before)
         assert again.stats().entries == 1
@@ -244,7 +245,7 @@ def read_all(store, token):
 )
 def test_a_damaged_entry_is_a_counted_miss_and_deleted(folder, damage, caplog):
     with filled(folder, 3) as store:
-        path = store._path(key(1))
+        path = store.path(key(1))
         path.write_bytes(damage(path.read_bytes()))
         assert not read_all(store, 1)
         assert not path.exists()
@@ -259,7 +260,7 @@ def test_a_damaged_entry_is_a_counted_miss_and_deleted(folder, damage, caplog):
 
 def test_the_entry_of_another_key_is_not_taken(folder):
     with filled(folder, 2) as store:
-        shutil.copy(store._path(key(0)), store._path(key(1)))
+        shutil.copy(store.path(key(0)), store.path(key(1)))
         assert not read_all(store, 1)
         assert store.stats().damaged == 1
         assert read_all(store, 0)
@@ -269,7 +270,7 @@ def test_the_entry_of_another_key_is_not_taken(folder):
 def test_a_file_that_is_damaged_while_it_is_read_is_a_counted_miss(folder, damage):
     with filled(folder, 1) as store:
         got = store.get(key(0), [0])
-        path = store._path(key(0))
+        path = store.path(key(0))
         data = damage(path.read_bytes())
         with path.open("r+b") as file:  # the same file that is open, not another of its name
             file.write(data)
@@ -289,7 +290,7 @@ def test_a_reader_reads_its_entry_to_the_end_whatever_happens_to_the_file(folder
         if gone == "deleted":
             store.delete(key(0))
         elif gone == "unlinked":
-            store._path(key(0)).unlink()
+            store.path(key(0)).unlink()
         elif gone == "replaced":
             store.put(key(0), kv(0, fill=77.0))
         elif gone == "evicted":
@@ -326,7 +327,7 @@ def test_files_are_closed_when_the_reader_lets_go(folder):
         held.clear()
         gc.collect()
         assert open_files() == []
-        path = store._path(key(0))
+        path = store.path(key(0))
         path.write_bytes(b"not an entry, not even a preamble")
         assert store.get(key(0), [0]) is None
         assert open_files() == []
@@ -445,8 +446,9 @@ def test_an_entry_past_its_time_to_live_is_a_miss_and_goes(folder, monkeypatch):
         assert 0 < entry.expires - time.time() <= 60
         later = time.time() + 61
         monkeypatch.setattr(time, "time", lambda: later)
-        assert store.get(key(0), [0]) is None
         assert key(0) not in store
+        assert key(1) not in store
+        assert store.get(key(0), [0]) is None
         assert (store.stats().expired, store.stats().misses) == (1, 1)
         other.put(key(5), kv(5))  # the next who writes clears away what is left
         assert len(files(folder)) == 1
@@ -464,9 +466,9 @@ def test_ten_thousand_entries(folder):
     with filled(folder, 1) as store:
         for number in range(256):
             (folder / f"{number:02x}").mkdir(exist_ok=True)
-        entries = [Entry(key(token), nbytes=SIZE, tokens=1) for token in range(1, 10_000)]
+        entries = [Entry(key=key(token), nbytes=SIZE, tokens=1) for token in range(1, 10_000)]
         for entry in entries:
-            os.link(store._path(key(0)), store._path(entry.key))  # each would be found to be another's
+            os.link(store.path(key(0)), store.path(entry.key))  # each would be found to be another's
         store._ledger.add_all(entries)
     with opened(folder, max_bytes=10_000 * SIZE) as again:
         assert again.stats().entries == 10_000
@@ -586,7 +588,7 @@ DENIED = """
                 assert same(store.get(key(token), [token]), kv(token))
             assert not store.delete(key(0))
             assert store.get(key(0), [0]) is None, "what was to be deleted is served"
-            os.chmod(store._path(key(1)), 0)
+            os.chmod(store.path(key(1)), 0)
             assert store.get(key(1), [1]) is None
             assert same(store.get(key(2), [2]), kv(2))
             assert store.stats().errors >= 3
@@ -621,13 +623,13 @@ def test_a_folder_without_permission_is_trouble_and_no_failure(tmp_path):
 
 SHARED = """
     import random
-    from chunkcache.store import DiskStore, Where
+    from chunkcache.store import DiskStore, EntryFilter
 
     folder, budget = sys.argv[1] + "/store", 12 * SIZE
 
     def work(number):
         rng = random.Random(number)
-        with DiskStore(folder, max_bytes=budget, sync="no") as store:
+        with disk_store(folder, max_bytes=budget, sync="no") as store:
             hits = 0
             for turn in range(250):
                 token = rng.randrange(30)
@@ -640,7 +642,7 @@ SHARED = """
                 if turn % 17 == 0:
                     store.delete(key(rng.randrange(30)))
                 if turn % 50 == 0:
-                    store.purge(Where(document="d1"))
+                    store.purge(EntryFilter(document="d1"))
             stats = store.stats()
             assert (stats.errors, stats.damaged, stats.mismatches, stats.skipped) == (0, 0, 0, 0), stats
             assert (stats.hits, stats.misses) == (hits, 250 - hits)
@@ -656,7 +658,7 @@ def test_several_processes_write_read_evict_and_delete_in_one_folder(tmp_path, f
         store.put(key(99), kv(99))
         entries = list(store.entries())
         assert sum(entry.nbytes for entry in entries) == store.stats().nbytes <= 12 * SIZE
-        assert sorted(store._path(entry.key) for entry in entries) == files(folder)
+        assert sorted(store.path(entry.key) for entry in entries) == files(folder)
         assert not any((folder / "new").iterdir())
 
 
@@ -699,7 +701,7 @@ KILLED = """
         return ChunkKV.of([token], 3, [torch.full((2, 1, 1, 40_000), fill)] * 3)
 
     def write():
-        with DiskStore(folder, max_bytes=12 * 960_000, sync="yes" if rng.random() < 0.3 else "no") as store:
+        with disk_store(folder, max_bytes=12 * 960_000, sync="yes" if rng.random() < 0.3 else "no") as store:
             start.write(b"!")
             start.flush()
             fill = float(os.getpid())
@@ -721,7 +723,7 @@ KILLED = """
         start.close()
         os.close(ready)
 
-    with DiskStore(folder, max_bytes=12 * 960_000) as store:
+    with disk_store(folder, max_bytes=12 * 960_000, sync="yes") as store:
         served = 0
         for token in range(16):
             got = store.get(key(token), [token])

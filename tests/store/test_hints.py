@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from support.store import key, kv
+from support.store import key, kv, memory_store
 
 from chunkcache.errors import InputError
 from chunkcache.store import MemoryStore, TieredStore
@@ -27,7 +27,7 @@ class Told(MemoryStore):
 
 
 def test_what_was_retrieved_comes_to_the_nearest_tier_and_stays_longer():
-    near, far = MemoryStore(32, "lfu"), MemoryStore()
+    near, far = memory_store(32, evict="lfu"), memory_store()
     with TieredStore([near, far]) as store:
         for token in range(4):
             far.put(key(token), kv(token))

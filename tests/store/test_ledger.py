@@ -13,13 +13,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support.store import key
 
 from chunkcache.errors import StoreURLError
-from chunkcache.store import EVERYTHING, Entry, EntryFilter
-from chunkcache.store import ledger as module
+from chunkcache.store import EVERYTHING, Budget, Entry, EntryFilter
+from chunkcache.store import frequency as module
+from chunkcache.store import tombstones as tombstones
 from chunkcache.store.ledger import Ledger
 
 
+def new_ledger(max_bytes=None, evict="lru", path=None, **options):
+    return Ledger(Budget(max_bytes, evict, **options), path)
+
+
 def entry(token, nbytes=10, **more):
-    return Entry(key(token), nbytes=nbytes, tokens=1, **more)
+    return Entry(key=key(token), nbytes=nbytes, tokens=1, **more)
 
 
 def add(ledger, *entries):
@@ -39,13 +44,17 @@ def tokens(keys):
     return [token for token in range(100) if key(token) in keys]
 
 
+def is_deleted(ledger, entry):
+    return ledger.tombstones.is_deleted(entry.key, entry)
+
+
 def held(ledger):
     return tokens(known.key for known in ledger.entries(EVERYTHING))
 
 
 @pytest.mark.parametrize("evict", ["lru", "lfu", "cost"])
 def test_without_uses_the_oldest_goes_first(evict):
-    ledger = Ledger(30, evict)
+    ledger = new_ledger(30, evict)
     add(ledger, entry(1), entry(2), entry(3))
     assert add(ledger, entry(4)) == [1]
     assert add(ledger, entry(5, nbytes=15)) == [2, 3]
@@ -53,7 +62,7 @@ def test_without_uses_the_oldest_goes_first(evict):
 
 
 def test_lru_drops_what_was_not_used_for_longest():
-    ledger = Ledger(30, "lru")
+    ledger = new_ledger(30, "lru")
     add(ledger, entry(1), entry(2), entry(3))
     for token in (1, 1, 1, 3, 2):
         ledger.use(key(token))
@@ -62,7 +71,7 @@ def test_lru_drops_what_was_not_used_for_longest():
 
 
 def test_lfu_drops_what_was_used_least_often():
-    ledger = Ledger(30, "lfu")
+    ledger = new_ledger(30, "lfu")
     add(ledger, entry(1), entry(2), entry(3))
     for token in (1, 1, 1, 3, 3, 2):
         ledger.use(key(token))
@@ -71,7 +80,7 @@ def test_lfu_drops_what_was_used_least_often():
 
 
 def test_cost_drops_what_saves_least_time_per_byte():
-    ledger = Ledger(40, "cost")
+    ledger = new_ledger(40, "cost")
     add(ledger, entry(1, compute_s=1.0), entry(2, nbytes=20, compute_s=1.5), entry(3, compute_s=0.5))
     for token in (1, 2, 3, 3, 3):
         ledger.use(key(token))  # seconds saved per byte: 0.1, 0.075, 0.15
@@ -83,7 +92,7 @@ def test_cost_drops_what_saves_least_time_per_byte():
 
 
 def test_credit_is_no_use():
-    ledger = Ledger(20, "lru")
+    ledger = new_ledger(20, "lru")
     add(ledger, entry(1), entry(2))
     ledger.credit(key(1), 5.0)
     ledger.credit(key(9), 5.0)  # not held
@@ -108,7 +117,7 @@ def test_uses_survive_the_replacing_of_an_entry_and_go_with_it():
 
 def test_old_uses_count_less_and_less(monkeypatch):
     monkeypatch.setattr(module, "_AGE_AFTER", 128)
-    ledger = Ledger(20, "lfu")
+    ledger = new_ledger(20, "lfu")
     add(ledger, entry(1))
     for _ in range(60):
         ledger.use(key(1))  # popular once
@@ -122,7 +131,7 @@ def test_old_uses_count_less_and_less(monkeypatch):
 
 
 def test_what_is_asked_for_once_flushes_nothing_that_is_asked_for_often():
-    ledger = Ledger(30, admit="frequent")
+    ledger = new_ledger(30, admit="frequent")
     for _ in range(3):
         for token in (1, 2, 3):
             ledger.asked(key(token))
@@ -137,7 +146,7 @@ def test_what_is_asked_for_once_flushes_nothing_that_is_asked_for_often():
 
 
 def test_while_there_is_room_everybody_is_let_in():
-    ledger = Ledger(30, admit="frequent")
+    ledger = new_ledger(30, admit="frequent")
     assert add(ledger, entry(1), entry(2), entry(3)) == []
     ledger.asked(key(1))
     assert add(ledger, entry(4)) is None
@@ -147,14 +156,14 @@ def test_while_there_is_room_everybody_is_let_in():
 
 def test_what_was_asked_for_long_ago_is_forgotten(monkeypatch):
     monkeypatch.setattr(module, "_AGE_AFTER", 64)
-    ledger = Ledger(10, admit="frequent")
+    ledger = new_ledger(10, admit="frequent")
     for token in range(2000):
         ledger.asked(key(token))
     assert ledger._db.execute("SELECT count(*) FROM seen").fetchone()[0] < 200
 
 
 def test_a_tenant_over_its_quota_evicts_its_own():
-    ledger = Ledger(100, tenant_bytes=30)
+    ledger = new_ledger(100, tenant_bytes=30)
     add(
         ledger, *(entry(token, tenant="a") for token in (1, 2, 3)), *(entry(token, tenant="b") for token in (4, 5, 6))
     )
@@ -165,7 +174,7 @@ def test_a_tenant_over_its_quota_evicts_its_own():
 
 
 def test_the_quota_counts_before_the_budget_and_nothing_goes_twice():
-    ledger = Ledger(60, tenant_bytes=30)
+    ledger = new_ledger(60, tenant_bytes=30)
     add(
         ledger, *(entry(token, tenant="a") for token in (1, 2, 3)), *(entry(token, tenant="b") for token in (4, 5, 6))
     )
@@ -175,7 +184,7 @@ def test_the_quota_counts_before_the_budget_and_nothing_goes_twice():
 
 
 def test_what_is_pinned_stays_and_what_then_does_not_fit_is_refused():
-    ledger = Ledger(30)
+    ledger = new_ledger(30)
     add(ledger, entry(1), entry(2), entry(3))
     ledger.pin(key(1), True)
     ledger.pin(key(2), True)
@@ -188,7 +197,7 @@ def test_what_is_pinned_stays_and_what_then_does_not_fit_is_refused():
 
 
 def test_an_entry_that_replaces_itself_makes_room_for_the_difference():
-    ledger = Ledger(30)
+    ledger = new_ledger(30)
     add(ledger, entry(1), entry(2), entry(3))
     assert add(ledger, entry(3, nbytes=20)) == [1]
     assert add(ledger, entry(2, nbytes=30)) == [3]
@@ -215,6 +224,8 @@ def test_entries_are_found_by_what_they_come_from():
         (EntryFilter(model="m", tenant="t"), [1]),
         (EntryFilter(document="e"), [1]),
         (EntryFilter(chunk="f"), [2]),
+        (EntryFilter(chunks=frozenset({"x", "f"})), [2]),
+        (EntryFilter(chunks=frozenset()), []),
         (EntryFilter(tenant=""), [2, 3]),
         (EntryFilter(document="nothing"), []),
         (EVERYTHING, [1, 2, 3]),
@@ -233,32 +244,44 @@ def test_an_entry_comes_back_as_it_was():
     assert replace(known, used=0.0) == original
 
 
-def test_what_was_deleted_is_buried_alone_or_with_all_that_agree():
+def test_deletions_are_recorded_of_one_key_or_of_all_that_a_filter_selects():
     ledger = Ledger()
     now = time.time()
     old, new = entry(1, created=now - 1, tenant="t", documents=("d", "e")), entry(1, created=now + 100)
-    assert not ledger.buried(old)
-    ledger.bury(key(2))
-    ledger.bury(EntryFilter(tenant="t", document="x"))
-    ledger.bury(EntryFilter(model="n"))
-    assert not ledger.buried(old)
-    ledger.bury(EntryFilter(tenant="t", document="e"))
-    assert ledger.buried(old)
-    assert not ledger.buried(replace(old, tenant="u"))
-    ledger.bury(key(1))
-    assert ledger.buried(replace(old, tenant="u"))
-    assert not ledger.buried(new)
-    ledger.bury(EVERYTHING)
-    assert ledger.buried(entry(77, created=now - 1))
+    assert not is_deleted(ledger, old)
+    ledger.tombstones.add(key(2))
+    ledger.tombstones.add(EntryFilter(tenant="t", document="x"))
+    ledger.tombstones.add(EntryFilter(model="n"))
+    assert not is_deleted(ledger, old)
+    ledger.tombstones.add(EntryFilter(tenant="t", document="e"))
+    assert is_deleted(ledger, old)
+    assert not is_deleted(ledger, replace(old, tenant="u"))
+    ledger.tombstones.add(key(1))
+    assert is_deleted(ledger, replace(old, tenant="u"))
+    assert not is_deleted(ledger, new)
+    ledger.tombstones.add(EVERYTHING)
+    assert is_deleted(ledger, entry(77, created=now - 1))
+
+
+def test_a_deletion_of_many_chunks_is_recorded_chunk_by_chunk_as_every_version_reads_it(tmp_path):
+    ledger = new_ledger(path=tmp_path / "index")
+    ledger.tombstones.add(EntryFilter("m", chunks=frozenset("ab")))
+    with sqlite3.connect(tmp_path / "index") as index:
+        names = {name for (name,) in index.execute("SELECT what FROM tombs")}
+    index.close()
+    assert names == {'["m", null, null, "a"]', '["m", null, null, "b"]'}
+    assert is_deleted(ledger, entry(1, model="m", chunks=("c", "b"), created=1.0))
+    assert not is_deleted(ledger, entry(1, model="m", chunks=("c",), created=1.0))
+    ledger.close()
 
 
 def test_only_so_many_deletions_are_remembered(monkeypatch):
-    monkeypatch.setattr(module, "_TOMBS", 3)
+    monkeypatch.setattr(tombstones, "KEPT", 3)
     ledger = Ledger()
     for token in range(6):
-        ledger.bury(key(token))
+        ledger.tombstones.add(key(token))
         time.sleep(0.001)  # a time of its own
-    assert [ledger.buried(entry(token, created=1.0)) for token in range(6)] == [False] * 3 + [True] * 3
+    assert [is_deleted(ledger, entry(token, created=1.0)) for token in range(6)] == [False] * 3 + [True] * 3
 
 
 # Ghosts: uses of what is not held
@@ -269,14 +292,14 @@ def uses(ledger):
 
 
 def ghosts(ledger):
-    ledger._write_uses()
+    ledger._counts.write()
     known = dict(ledger._db.execute("SELECT key, uses FROM ghosts").fetchall())
     return {token: known[key(token).digest] for token in range(100) if key(token).digest in known}
 
 
 @pytest.mark.parametrize("evict", ["lfu", "cost"])
 def test_what_was_evicted_comes_back_with_its_uses(evict):
-    ledger = Ledger(20, evict)
+    ledger = new_ledger(20, evict)
     add(ledger, entry(1, compute_s=1.0), entry(2, compute_s=1.0))
     for token in (1, 1, 2, 2, 2):
         ledger.use(key(token))
@@ -289,7 +312,7 @@ def test_what_was_evicted_comes_back_with_its_uses(evict):
 
 
 def test_what_is_popular_before_it_is_held_is_not_the_first_to_go():
-    ledger = Ledger(20, "lfu")
+    ledger = new_ledger(20, "lfu")
     ledger.credit(key(1), 3.0)
     ledger.credit(key(1), 1.0)
     ledger.asked(key(1))  # and missed
@@ -302,7 +325,7 @@ def test_what_is_popular_before_it_is_held_is_not_the_first_to_go():
 
 
 def test_a_hit_counts_once_and_a_miss_too():
-    ledger = Ledger(20, "lfu")
+    ledger = new_ledger(20, "lfu")
     add(ledger, entry(1))
     for token in (1, 2, 2, 1):
         ledger.asked(key(token))
@@ -312,7 +335,7 @@ def test_a_hit_counts_once_and_a_miss_too():
 
 
 def test_what_expires_leaves_its_uses_and_what_is_deleted_does_not():
-    ledger = Ledger(100, "lfu")
+    ledger = new_ledger(100, "lfu")
     add(ledger, entry(1, expires=10.0), entry(2))
     ledger.use(key(1))
     ledger.use(key(2))
@@ -329,7 +352,7 @@ def test_what_expires_leaves_its_uses_and_what_is_deleted_does_not():
     "options", [{}, {"evict": "lfu"}, {"max_bytes": 20}, {"max_bytes": 20, "evict": "lfu", "ghosts": 0}]
 )
 def test_where_uses_decide_nothing_none_are_remembered(options):
-    ledger = Ledger(**options)
+    ledger = new_ledger(**options)
     ledger.credit(key(1), 5.0)
     ledger.asked(key(1))
     add(ledger, entry(1), entry(2))
@@ -341,7 +364,7 @@ def test_where_uses_decide_nothing_none_are_remembered(options):
 
 def test_only_so_many_are_remembered_those_of_most_uses(monkeypatch):
     monkeypatch.setattr(module, "_AGE_LEAST", 10_000)
-    ledger = Ledger(20, "lfu", ghosts=20)
+    ledger = new_ledger(20, "lfu", ghosts=20)
     for token in range(50):
         ledger.credit(key(token), 2.0 + token % 2)
     kept = ghosts(ledger)
@@ -351,7 +374,7 @@ def test_only_so_many_are_remembered_those_of_most_uses(monkeypatch):
 
 
 def test_ghosts_fade_with_the_use_of_others_until_they_are_forgotten():
-    ledger = Ledger(20, "lfu")
+    ledger = new_ledger(20, "lfu")
     add(ledger, entry(1))
     ledger.credit(key(2), 4.0)
     for _ in range(70):
@@ -366,7 +389,7 @@ def test_ghosts_fade_with_the_use_of_others_until_they_are_forgotten():
 def test_a_small_tier_forgets_sooner_than_a_large_one():
     left = []
     for entries in (10, 2000):
-        ledger = Ledger(10 * entries, "lfu")
+        ledger = new_ledger(10 * entries, "lfu")
         ledger.add_all(entry(token) for token in range(entries))
         ledger.use(key(0), worth=64.0)
         for _ in range(600):
@@ -377,7 +400,7 @@ def test_a_small_tier_forgets_sooner_than_a_large_one():
 
 
 def test_processes_that_share_a_file_share_what_is_remembered(tmp_path):
-    one, other = (Ledger(20, "lfu", path=tmp_path / "index") for _ in range(2))
+    one, other = (new_ledger(20, "lfu", path=tmp_path / "index") for _ in range(2))
     add(one, entry(1), entry(2))
     one.use(key(2))
     one.credit(key(3), 5.0)
@@ -388,11 +411,11 @@ def test_processes_that_share_a_file_share_what_is_remembered(tmp_path):
 
 
 def test_a_file_from_before_there_were_ghosts_is_taken_as_it_is(tmp_path):
-    older = Ledger(20, path=tmp_path / "index")
+    older = new_ledger(20, path=tmp_path / "index")
     older._db.execute("DROP TABLE ghosts")
     older._db.execute("DROP INDEX by_use")
     add(older, entry(1))
-    ledger = Ledger(20, "lfu", path=tmp_path / "index")
+    ledger = new_ledger(20, "lfu", path=tmp_path / "index")
     ledger.use(key(1))
     assert uses(ledger) == {1: 1.0}
     older.use(key(1))
@@ -405,7 +428,7 @@ def test_a_file_from_before_there_were_ghosts_is_taken_as_it_is(tmp_path):
 
 
 def test_two_ledgers_on_one_file_see_the_same(tmp_path):
-    one, other = (Ledger(30, path=tmp_path / "index") for _ in range(2))
+    one, other = (new_ledger(30, path=tmp_path / "index") for _ in range(2))
     add(one, entry(1), entry(2))
     assert key(1) in other
     assert add(other, entry(3)) == []
@@ -414,25 +437,25 @@ def test_two_ledgers_on_one_file_see_the_same(tmp_path):
     assert add(other, entry(4)) == [2]
     assert held(one) == [1, 3, 4]
     assert one.totals() == other.totals() == (3, 30)
-    one.bury(key(9))
-    assert other.buried(entry(9, created=1.0))
+    one.tombstones.add(key(9))
+    assert is_deleted(other, entry(9, created=1.0))
     one.close()
     other.close()
 
 
 def test_what_was_noted_is_written_down_when_it_is_closed(tmp_path):
-    ledger = Ledger(path=tmp_path / "index")
+    ledger = new_ledger(path=tmp_path / "index")
     add(ledger, entry(1))
     ledger.use(key(1))
     ledger.close()
     ledger.close()
-    again = Ledger(path=tmp_path / "index")
+    again = new_ledger(path=tmp_path / "index")
     assert [known.uses for known in again.entries(EVERYTHING)] == [1.0]
     again.close()
 
 
 def test_uses_are_lost_rather_than_waited_for_again_and_again(tmp_path):
-    ledger = Ledger(path=tmp_path / "index")
+    ledger = new_ledger(path=tmp_path / "index")
     ledger._db.execute("PRAGMA busy_timeout=1")
     add(ledger, entry(1))
     writer = sqlite3.connect(tmp_path / "index")
@@ -452,15 +475,15 @@ def test_uses_are_lost_rather_than_waited_for_again_and_again(tmp_path):
 def test_a_file_that_is_none_of_ours_is_an_error(tmp_path):
     (tmp_path / "index").write_bytes(b"not a database" * 100)
     with pytest.raises(sqlite3.DatabaseError, match="not a database"):
-        Ledger(path=tmp_path / "index")
+        new_ledger(path=tmp_path / "index")
     with pytest.raises(sqlite3.OperationalError):
-        Ledger(path=tmp_path / "nowhere" / "index")
+        new_ledger(path=tmp_path / "nowhere" / "index")
 
 
 @pytest.mark.parametrize("options", [{"evict": "fifo"}, {"admit": "none"}])
 def test_words_that_it_does_not_know_are_refused(options):
     with pytest.raises(StoreURLError, match=r"evict='fifo' is none of lru, lfu, cost|admit='none' is neither"):
-        Ledger(**options)
+        new_ledger(**options)
 
 
 # Any sequence of calls
@@ -477,7 +500,7 @@ class AgainstModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.ledger = Ledger(self.BUDGET, tenant_bytes=self.QUOTA, **self.OPTIONS)
+        self.ledger = new_ledger(self.BUDGET, tenant_bytes=self.QUOTA, **self.OPTIONS)
         self.model: dict[int, tuple[int, str]] = {}
         self.pinned: set[int] = set()
 

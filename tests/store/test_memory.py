@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support.store import SIZE, key, kv
+from support.store import SIZE, key, kv, memory_store
 
 from chunkcache.store import MemoryStore
 
@@ -19,7 +19,7 @@ def held(store, tokens=range(10)):
 
 
 def filled(max_entries, count):
-    store = MemoryStore(max_entries * SIZE)
+    store = memory_store(max_entries * SIZE)
     for token in range(count):
         store.put(key(token), kv(token))
     return store
@@ -107,7 +107,7 @@ class AgainstModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.store = MemoryStore(self.BUDGET * SIZE)
+        self.store = memory_store(self.BUDGET * SIZE)
         self.model = OrderedDict()
 
     @rule(token=TOKENS, length=st.integers(1, 12))
@@ -155,13 +155,13 @@ TestAgainstModel.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def test_a_budget_of_no_bytes_is_refused_by_every_entry():
-    store = MemoryStore(0)
+    store = memory_store(0)
     assert not store.put(key(1), kv(1))
     assert store.stats().entries == 0
 
 
 def test_by_worth_the_entry_that_saved_least_goes_first():
-    store = MemoryStore(3 * SIZE, evict="cost")
+    store = memory_store(3 * SIZE, evict="cost")
     for token in range(3):
         store.put(key(token), kv(token))
     store.credit(key(0), 2.0)
@@ -177,7 +177,7 @@ def test_by_worth_the_entry_that_saved_least_goes_first():
 
 
 def test_of_equal_worth_the_least_recently_used_goes_first_and_worth_goes_with_its_entry():
-    store = MemoryStore(2 * SIZE, evict="cost")
+    store = memory_store(2 * SIZE, evict="cost")
     store.put(key(0), kv(0))
     store.put(key(1), kv(1))
     store.credit(key(0), 5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pkgutil
 import socket
 import threading
 import time
@@ -18,12 +19,12 @@ import torch
 from redis.crc import key_slot
 from support import redis as helpers_redis
 from support.redis import PEM, SLOTS, cluster, eventually, free_port, replicated, sentinel, servers, tls_in_front_of
-from support.store import SIZE, key, kv, random_kv, same
+from support.store import SIZE, key, kv, memory_store, random_kv, same, with_options
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKV, hashed_label
 from chunkcache.kv.quantised import dense
-from chunkcache.store import TIERS, EntryFilter, RedisStore, StoreStats, open_store
+from chunkcache.store import TIERS, EntryFilter, RedisStore, StoreStats, TieredStore, open_store
 from chunkcache.store import redis as tier
 from chunkcache.store.redis_link import Link, linked
 
@@ -37,7 +38,7 @@ def open_at():
     opened = []
 
     def open_one(url, timeout=PATIENT, pause_s=60.0, **options):
-        store = RedisStore(url, timeout=timeout, **options)
+        store = with_options(RedisStore, url=url, timeout=timeout, **options)
         store.breaker.pause_s = store.write_breaker.pause_s = pause_s
         opened.append(store)
         return store
@@ -209,6 +210,31 @@ def test_an_expired_entry_is_a_miss(server, open_at):
     eventually(lambda: key(1) not in store)
     assert store.get(key(1), [1]) is None
     assert names(server) == []
+
+
+def calls_of(server, command):
+    return server.client.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"]
+
+
+def test_deleting_several_chunks_reads_each_header_once(server, store):
+    memory = memory_store()
+    tiered = TieredStore([memory, store])
+    for token in range(8):
+        tiered.put(key(token), kv(token, chunks=(f"c{token}",), tenant="t"))
+    tiered.flush()
+    before = calls_of(server, "getrange")
+    assert tiered.purge(EntryFilter(tenant="t", chunks=frozenset({"c1", "c2", "c3"}))) == 3
+    assert calls_of(server, "getrange") - before == 8 + 3  # and of those that go the first bytes again
+    assert sorted(entry.chunks for entry in store.entries()) == [("c0",), ("c4",), ("c5",), ("c6",), ("c7",)]
+
+
+def test_deletions_are_recorded_in_the_form_that_every_version_reads(server, store, open_at):
+    store.purge(EntryFilter(tenant="t", chunks=frozenset("ab")))
+    recorded = {json.dumps({"model": None, "tenant": "t", "document": None, "chunk": name}) for name in "ab"}
+    assert {text.decode() for text in server.client.zrange("chunkcache:tombs", 0, -1)} == recorded
+    other = open_at(server.url)
+    assert not other.put(key(1), kv(1, tenant="t", chunks=("x", "b"), created=1.0))
+    assert other.put(key(1), kv(1, tenant="u", chunks=("b",), created=1.0))
 
 
 def test_listing_names_what_is_held_and_what_it_comes_from(server, store):
@@ -830,11 +856,11 @@ def test_no_password_is_ever_said(guarded, open_at, caplog):
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "rediss+cluster"])
 def test_a_scheme_alone_means_this_machine(scheme):
     with open_store(f"{scheme}://") as opened:
-        assert type(opened) is RedisStore is TIERS[scheme]
+        assert type(opened) is RedisStore is pkgutil.resolve_name(TIERS[scheme])
 
 
 def connection_options(url, **options):
-    store = RedisStore(url, **options)
+    store = with_options(RedisStore, url=url, **options)
     [server] = store._servers._nodes.values() if "cluster" in url else [store._servers._server]
     found = server._pool.connection_kwargs | {"class": server._pool.connection_class.__name__}
     store.close()
@@ -858,7 +884,7 @@ def test_a_url_says_where_to_connect(scheme, monkeypatch, pem):
 
 def test_tls_reaches_sentinels_and_the_master(pem, monkeypatch):
     monkeypatch.setenv("CHUNKCACHE_REDIS_SENTINEL_PASSWORD", "s")
-    store = RedisStore("rediss+sentinel://u:p@a,b:7/store/2", ca=pem, timeout=0.1)
+    store = with_options(RedisStore, url="rediss+sentinel://u:p@a,b:7/store/2", ca=pem, timeout=0.1)
     pool = store._servers._server._pool
     assert pool.service_name == "store"
     assert (pool.connection_kwargs["db"], pool.connection_kwargs["password"]) == (2, "p")

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.llm import tiny_model
-from support.store import SIZE, in_new_interpreter, key, kv, open_tier, random_kv, same
+from support.redis import eventually
+from support.store import SIZE, in_new_interpreter, key, kv, memory_store, open_tier, random_kv, same
 
 from chunkcache.blend import Decoder
-from chunkcache.errors import EntryLostError, StoreURLError
+from chunkcache.errors import EntryLostError, InputError, StoreURLError
 from chunkcache.library.encoder import Encoder
 from chunkcache.library.library import ChunkLibrary
 from chunkcache.store import DeviceStore, DiskStore, EntryFilter, MemoryStore, StoreStats, TieredStore, open_store
@@ -26,7 +27,7 @@ def make(tmp_path):
     opened = []
 
     def make(*tiers, memory=None, disk=None, **options):
-        tiers = tiers or (MemoryStore(**(memory or {})), open_tier("disk", tmp_path, **(disk or {})))
+        tiers = tiers or (memory_store(**(memory or {})), open_tier("disk", tmp_path, **(disk or {})))
         opened.append(TieredStore(tiers, **options))
         return (opened[-1], *tiers)
 
@@ -56,10 +57,23 @@ class Slow(MemoryStore):
         super().__init__(**options)
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def _write(self, key, kv):
+    def _write(self, entry, kv):
         self.begun.set()
         assert self.go.wait(20)
-        return super()._write(key, kv)
+        return super()._write(entry, kv)
+
+
+class SlowToRead(MemoryStore):
+    """A tier whose reads last until it is let go."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def _read(self, key):
+        self.begun.set()
+        assert self.go.wait(20)
+        return super()._read(key)
 
 
 class Broken(MemoryStore):
@@ -80,9 +94,9 @@ class Broken(MemoryStore):
         self._works()
         return super()._read(key)
 
-    def _write(self, key, kv):
+    def _write(self, entry, kv):
         self._works()
-        return super()._write(key, kv)
+        return super()._write(entry, kv)
 
     def _remove(self, key):
         self._works()
@@ -120,7 +134,7 @@ def test_what_is_found_far_off_is_promoted_when_it_has_streamed_past(make):
     got.layers[0], got.layers[2]
     store.flush()
     assert key(*range(5)) not in memory
-    assert got.layers[1:] is not None
+    assert len(got.layers[1:]) == 2
     store.flush()
     assert key(*range(5)) in memory
     assert same(memory.get(key(*range(5)), range(5)), original)
@@ -151,7 +165,7 @@ def test_all_nearer_tiers_get_what_the_farthest_had(make, tmp_path):
 def test_a_layer_that_is_lost_on_the_way_is_a_miss_and_nothing_is_promoted(make):
     store, memory, disk = make()
     disk.put(key(1), kv(1))
-    path = disk._path(key(1))
+    path = disk.path(key(1))
     path.write_bytes(path.read_bytes()[:-1])
     got = store.get(key(1), [1])
     with pytest.raises(EntryLostError):
@@ -235,7 +249,7 @@ def test_what_does_not_fit_the_nearest_tier_goes_further_down_at_once(make):
 
 
 def test_what_no_tier_takes_is_refused(make):
-    store, *_ = make(MemoryStore(SIZE))
+    store, *_ = make(memory_store(SIZE))
     assert not store.put(key(1, 2), kv(1, 2))
     assert (store.stats().writes, store.stats().refused) == (0, 1)
 
@@ -259,7 +273,7 @@ def test_a_queue_that_is_full_refuses_and_counts_and_does_not_wait_long(make, ca
     assert slow.stats().refused == 3
     slow.go.set()
     store.flush()
-    assert (held(memory), held(slow)) == ([0, 1, 2, 3, 4, 5], [0, 1, 2])
+    assert held(memory) == held(slow) == [0, 1, 2, 3, 4, 5]  # `flush` has written what was refused
     assert store.stats().refused == 0  # each is held somewhere
     [record] = caplog.records
     assert "the queue of writes to it is full" in record.getMessage()
@@ -304,6 +318,48 @@ def test_the_end_of_the_process_loses_nothing_that_is_queued(tmp_path):
             assert disk.stats() == StoreStats(entries=40, nbytes=40 * SIZE)
 
 
+def test_prefetches_do_not_take_the_places_of_writes(make):
+    far = SlowToRead()
+    store, memory, _ = make(MemoryStore(), far, queue=2)
+    for token in range(10):
+        far.put(key(token), kv(token))
+    store.prefetch([key(0)])
+    assert far.begun.wait(20)
+    store.prefetch(key(token) for token in range(1, 10))
+    assert [store.put(key(token), kv(token)) for token in (20, 21)] == [True, True]
+    eventually(lambda: key(20) in far and key(21) in far)  # while the prefetch still waits for its entry
+    assert far.stats().refused == 0
+    assert not store.near_only()
+    far.go.set()
+    store.flush()
+    assert key(0) in memory
+
+
+def test_what_was_refused_a_place_is_named_and_written_by_flush(make):
+    slow = Slow()
+    store, *_ = make(MemoryStore(), slow, queue=1)
+    for token in range(4):
+        assert store.put(key(token), kv(token))
+        assert slow.begun.wait(20)
+    assert store.near_only() == {key(2), key(3)}
+    store.delete(key(3))
+    slow.go.set()
+    store.flush()
+    assert (held(slow), store.near_only()) == ([0, 1, 2], frozenset())
+
+
+def test_what_was_refused_a_place_is_written_when_the_store_is_closed(tmp_path):
+    slow, disk = Slow(), open_tier("disk", tmp_path)
+    store = TieredStore([MemoryStore(), slow, disk], queue=1)
+    for token in range(4):
+        store.put(key(token), kv(token))
+        assert slow.begun.wait(20)
+    slow.go.set()
+    store.close()
+    with open_tier("disk", tmp_path) as again:
+        assert held(again) == [0, 1, 2, 3]
+
+
 # Deleting
 
 
@@ -321,6 +377,39 @@ def test_deleting_reaches_every_tier(make):
     assert store.purge(EntryFilter(tenant="t")) == 0
     assert store.purge(EntryFilter(document="d")) == 4
     assert held(store) == list(store.entries()) == []
+
+
+def test_deleting_several_chunks_lists_each_tier_once(make, monkeypatch):
+    store, memory, disk = make()
+    for token in range(6):
+        store.put(key(token), kv(token, chunks=(f"c{token}", "lead-in"), documents=("d",), tenant="t"))
+    store.flush()
+    listed = []
+    for tier in (memory, disk):
+        monkeypatch.setattr(tier, "_entries", counted(tier._entries, listed))
+    assert store.purge(EntryFilter(tenant="t", chunks=frozenset({"c1", "c2", "c5", "gone"}))) == 3
+    assert len(listed) == 2
+    assert held(memory) == held(disk) == [0, 3, 4]
+    assert store.purge(EntryFilter(chunks=frozenset())) == 0
+    for tier in (memory, disk):
+        assert not tier.put(key(1), kv(1, chunks=("c1",), tenant="t", created=1.0))
+        assert tier.put(key(1), kv(1, chunks=("c1",), tenant="u", created=1.0))
+    assert store.purge(EntryFilter(document="d", chunks=frozenset({"lead-in"}))) == 3
+    store.flush()
+    assert held(store) == [1]
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return call
+
+
+def test_a_filter_names_one_chunk_or_several():
+    with pytest.raises(InputError, match="chunk='a' and chunks are both set: put all names into chunks"):
+        EntryFilter(chunk="a", chunks=frozenset("b"))
 
 
 def test_what_is_deleted_while_it_waits_to_be_written_does_not_come_back(make):
@@ -356,7 +445,7 @@ def test_what_is_deleted_while_it_is_read_is_not_promoted(make):
 
 def test_what_is_deleted_while_it_is_demoted_does_not_come_back(make):
     slow = Slow()
-    store, memory, _ = make(MemoryStore(SIZE), slow, write="evict")
+    store, memory, _ = make(memory_store(SIZE), slow, write="evict")
     store.put(key(0), kv(0))
     store.put(key(1), kv(1))
     assert slow.begun.wait(20)
@@ -397,7 +486,7 @@ def test_pins_and_credit_reach_every_tier(make):
 
 def test_a_tier_in_trouble_leaves_the_others_to_serve(make, tmp_path, caplog):
     disk = open_tier("disk", tmp_path)
-    store, _, broken, _ = make(MemoryStore(SIZE), Broken(), disk)
+    store, _, broken, _ = make(memory_store(SIZE), Broken(), disk)
     put_all(store, 3)
     assert held(disk) == [0, 1, 2]
     for _ in range(3):

@@ -7,7 +7,7 @@ import tarfile
 import time
 
 import pytest
-from support.store import key, kv, open_tier, random_kv, same
+from support.store import disk_store, key, kv, memory_store, open_tier, random_kv, same
 
 from chunkcache.errors import InputError
 from chunkcache.kv.quantised import dense
@@ -188,8 +188,8 @@ def test_a_sealed_entry_needs_the_secret(tmp_path, target):
     data, done = exported(store)
     assert done.entries == 1
     assert imported(data, target).damaged == 1  # no secret
-    assert imported(data, DiskStore(str(tmp_path / "b"), sync="no", secret="other")).damaged == 1
-    assert imported(data, DiskStore(str(tmp_path / "c"), sync="no", secret="s")).entries == 1
+    assert imported(data, disk_store(tmp_path / "b", secret="other")).damaged == 1
+    assert imported(data, disk_store(tmp_path / "c", secret="s")).entries == 1
 
 
 def test_a_store_in_memory_seals_with_the_secret_of_the_environment(monkeypatch):
@@ -208,7 +208,7 @@ def test_what_had_expired_is_left_out(tmp_path, target, monkeypatch):
     data, _ = exported(store)
     assert imported(data, MemoryStore()).entries == 1
     later = time.time() + 2000
-    monkeypatch.setattr(transfer.time, "time", lambda: later)
+    monkeypatch.setattr(time, "time", lambda: later)
     assert imported(data, target).expired == 1
 
 
@@ -216,7 +216,7 @@ def test_what_the_store_refuses_is_counted(target):
     store = MemoryStore()
     store.put(key(1), kv(*range(100)))
     data, _ = exported(store)
-    assert imported(data, MemoryStore(max_bytes=64)).refused == 1
+    assert imported(data, memory_store(64)).refused == 1
 
 
 def test_progress_is_reported():

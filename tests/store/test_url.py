@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.store import in_new_interpreter
 
 from chunkcache.errors import InputError, StoreURLError
-from chunkcache.store import TIERS, DiskStore, MemoryStore, TieredStore, open_store, parse_bytes
+from chunkcache.store import TIERS, DeviceStore, DiskStore, MemoryStore, TieredStore, open_store, parse_bytes
 from chunkcache.store import url as module
 from chunkcache.store.url import redacted
 
@@ -51,7 +53,7 @@ def test_a_number_of_bytes_is_taken_to_the_byte(size):
     [
         ("memory://", MemoryStore),
         ("MEMORY://?max_bytes=2GiB", MemoryStore),
-        ("device://?device=cpu", TIERS["device"]),
+        ("device://?device=cpu", DeviceStore),
         ("disk://{}/store?sync=no", DiskStore),
         ("tiered:memory://", TieredStore),
     ],
@@ -67,8 +69,8 @@ def test_options_reach_the_constructor(tmp_path):
     options = "max_bytes=1KiB&evict=lfu&admit=frequent&tenant_bytes=100&codec=int8&compress=zstd&ttl=1.5&secret=s"
     with open_store(f"disk://{tmp_path}/a%20b?{options}&sync=no") as store:
         assert store.folder == tmp_path / "a b"
-        assert (store.stats().max_bytes, store._ttl, store.secret, store._sync) == (1024, 1.5, b"s", False)
-        assert (store._ledger._tenant_bytes, store._ledger._frequent) == (100, True)
+        assert (store.stats().max_bytes, store.budget.ttl, store.secret, store._sync) == (1024, 1.5, b"s", False)
+        assert (store.budget.tenant_bytes, store.budget.admit) == (100, "frequent")
 
 
 def test_a_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
@@ -117,7 +119,7 @@ def test_every_mistake_is_named_with_the_way_out(url, message):
 
 
 def test_every_option_of_every_tier_has_a_default():
-    for tier in TIERS.values():
+    for tier in map(pkgutil.resolve_name, TIERS.values()):
         parameters = inspect.signature(tier).parameters.values()
         assert all(p.default is not p.empty for p in parameters if p.name != "path")
 
@@ -141,7 +143,9 @@ def test_tiers_are_opened_in_their_order(tmp_path):
         ("tiered:?write=up|memory://", r"write='up' is neither 'through' nor 'evict'"),
         ("tiered:?queues=3|memory://", r"tiered:// has no option 'queues'; it takes write, queue"),
         ("tiered:?tiers=3|memory://", r"tiered:// has no option 'tiers'"),
-        ("tiered:?queue=none|memory://", r"'none' is not a size"),
+        ("tiered:?queue=none|memory://", r"queue='none' is not a whole number"),
+        ("tiered:?queue=2KiB|memory://", r"queue='2KiB' is not a whole number"),
+        ("tiered:?queue=0|memory://", r"queue=0 holds nothing"),
         ("tiered:memory://|tiered:memory://", r"no store has the URL 'tiered:memory://'"),
         ("tiered:memory://|memory://?ttl=x", r"ttl='x' is not a number"),
     ],
@@ -190,7 +194,7 @@ def test_a_file_may_describe_the_store(tmp_path):
     )
     with open_store(str(file)) as store:
         memory, disk = store.tiers().values()
-        assert (memory.stats().max_bytes, memory._ttl, disk.stats().max_bytes) == (1024, 60.0, 4096)
+        assert (memory.stats().max_bytes, memory.budget.ttl, disk.stats().max_bytes) == (1024, 60.0, 4096)
         assert not store._through
 
 
@@ -267,3 +271,23 @@ def test_no_message_names_a_password(url):
         open_store(url)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+LAZY = """
+    from chunkcache.store import open_store
+
+    def imported():
+        return {name for name in sys.modules if name == "redis" or name.startswith("chunkcache.store.")}
+
+    needless = {"redis", *(f"chunkcache.store.{name}" for name in ("redis", "redis_cluster", "lmcache", "hints"))}
+    with open_store("tiered:memory://|disk://" + sys.argv[1]):
+        assert not imported() & needless, imported()
+    open_store("redis://").close()
+    assert imported() & needless == {"redis", "chunkcache.store.redis"}, imported()
+    open_store("redis+cluster://").close()
+    assert "chunkcache.store.redis_cluster" in imported()
+"""
+
+
+def test_nothing_of_a_tier_is_imported_before_it_is_opened(tmp_path):
+    in_new_interpreter(LAZY, tmp_path)

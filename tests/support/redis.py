@@ -146,6 +146,34 @@ def _answers(client):
     return False
 
 
+def _pump(source, sink):
+    with suppress(OSError):
+        while data := source.recv(2**16):
+            sink.sendall(data)
+    _hang_up(sink)
+
+
+def _hang_up(end):
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+def _serve_tls(listening, context, port, ends, threads):
+    with suppress(OSError):
+        while True:
+            raw, _ = listening.accept()
+            ends.append(raw)
+            try:
+                outside = context.wrap_socket(raw, server_side=True)
+            except OSError:
+                continue
+            inside = socket.create_connection(("127.0.0.1", port))
+            ends.extend([outside, inside])
+            for pair in ((outside, inside), (inside, outside)):
+                threads.append(threading.Thread(target=_pump, args=pair))
+                threads[-1].start()
+
+
 @contextmanager
 def tls_in_front_of(server, pem, ask_for_certificate=False):
     """Yield a port that speaks TLS with the key and certificate in `pem` and passes on to `server`."""
@@ -155,38 +183,14 @@ def tls_in_front_of(server, pem, ask_for_certificate=False):
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(pem)
     ends, threads = [], []
-
-    def pump(source, sink):
-        with suppress(OSError):
-            while data := source.recv(2**16):
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
-
-    def serve():
-        with suppress(OSError):
-            while True:
-                raw, _ = listening.accept()
-                ends.append(raw)
-                try:
-                    outside = context.wrap_socket(raw, server_side=True)
-                except OSError:
-                    continue
-                inside = socket.create_connection(("127.0.0.1", server.port))
-                ends.extend([outside, inside])
-                for pair in ((outside, inside), (inside, outside)):
-                    threads.append(threading.Thread(target=pump, args=pair))
-                    threads[-1].start()
-
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        accepting = threading.Thread(target=serve)
+        accepting = threading.Thread(target=_serve_tls, args=(listening, context, server.port, ends, threads))
         accepting.start()
         yield listening.getsockname()[1]
-        listening.shutdown(socket.SHUT_RDWR)
+        _hang_up(listening)
         accepting.join()
         for end in ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            _hang_up(end)
         for thread in threads:
             thread.join()
         for end in ends:

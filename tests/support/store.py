@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.store import TIERS
+from chunkcache.kv.options import call_with_options
+from chunkcache.store import TIERS, DiskStore, MemoryStore
 
 SIZE = 2 * 2 * 4  # bytes of one token in `kv`
 LOCAL = ("device", "memory", "disk")
@@ -39,8 +41,21 @@ def open_tier(scheme, tmp_path, **options):
     if scheme == "device":
         options["device"] = "cpu"
     if scheme == "disk":
-        options = {"path": str(tmp_path / "store"), "sync": "no", **options}
-    return TIERS[scheme](**options)
+        return disk_store(tmp_path / "store", **options)
+    return with_options(pkgutil.resolve_name(TIERS[scheme]), **options)
+
+
+def with_options(tier, **options):
+    """Open a tier by its options, as a URL does."""
+    return call_with_options(tier, options)
+
+
+def disk_store(folder, **options):
+    return with_options(DiskStore, path=str(folder), **{"sync": "no", **options})
+
+
+def memory_store(max_bytes=None, **options):
+    return with_options(MemoryStore, max_bytes=max_bytes, **options)
 
 
 def same(a, b):

@@ -1,4 +1,6 @@
-"""What lies below the RAM of LMCache, its L2, as far as LMCache itself cannot be asked about it."""
+"""The L2 of LMCache, a folder or server below its RAM: answers to questions that LMCache itself cannot answer."""
+
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ FAULTS = (OSError, redis.RedisError)
 
 
 class Below(Protocol):
-    """A folder or server that LMCache writes to; what is missing or broken raises one of `FAULTS`.
+    """A folder or server that LMCache writes to; methods raise one of `FAULTS` if it is missing or broken.
 
     Attributes:
-        config: what LMCache is told of it.
+        config: its configuration for LMCache.
         connects: whether LMCache has connections to it, which may break.
     """
 
@@ -104,13 +106,8 @@ class Server:
     def __init__(self, host: str, port: int, user: str, password: str, timeout: float) -> None:
         user = user or os.environ.get("LMCACHE_RESP_USERNAME", "")
         password = password or os.environ.get("LMCACHE_RESP_PASSWORD", "")
-        self.config: dict[str, Any] = {
-            "type": "resp",
-            "host": host,
-            "port": port,
-            "username": user,
-            "password": password,
-        }
+        self.config: dict[str, Any] = {"type": "resp", "host": host, "port": port}
+        self.config |= {"username": user, "password": password}
         self._client = redis.Redis(
             host,
             port,
@@ -147,7 +144,7 @@ class Unsaved:
         return len(self._since)
 
     def add(self, names: Iterable[Any]) -> None:
-        """Take note that they are to be written from now on."""
+        """Record that they are to be written from now on."""
         with self._lock:
             self._since.update(dict.fromkeys(names, time.monotonic()))
 

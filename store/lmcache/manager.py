@@ -1,9 +1,8 @@
 """LMCache's storage manager, as the LMCache tier needs it: named bytes go in, come out and are deleted.
 
-LMCache 0.5.6 leaves some things to its caller, which are done here. It never overwrites. It cannot be asked whether
-what was put has been written below. Its Redis client never connects again, and one of the client's eight threads
-hangs for ever whenever a value goes between being looked up and being loaded; against these two only a new storage
-manager helps.
+LMCache 0.5.6 leaves some things to its caller. It never overwrites. It does not say whether an object has been
+written below. Its Redis client never connects again, and one of the client's eight threads hangs for ever whenever a
+value goes between being looked up and being loaded; against these two only a new storage manager helps.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ import torch
 
 from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey
-from chunkcache.store.lmcache_below import MODEL, Unsaved, find_below
+from chunkcache.store.lmcache.below import MODEL, Unsaved, find_below
+from chunkcache.store.lmcache.gate import Gate
 
 PATIENCE_S = 0.5  # how long a deletion waits for LMCache to let go of an object
 RENEW_S = 10.0  # the least time between two renewals
-STUCK_S = 1.0  # after this, what LMCache has not written below and is not writing is lost
-HANGING_S = 3.0  # after this, what LMCache has not answered it never will
+STUCK_S = 1.0  # an object that LMCache has not written below by then, and is not writing, is lost
+HANGING_S = 3.0  # a question that LMCache has not answered by then is never answered
 FLUSH_S = 5.0
 FULL = 0.6  # of RAM; above it LMCache evicts
 
@@ -37,8 +37,7 @@ class Part(NamedTuple):
     Attributes:
         group: LMCache's object group, which tells the objects of an entry apart.
         nbytes: its size.
-        version: start of the seal of the header that it belongs to, so that no reader takes a layer of what replaced
-            an entry for one of the entry.
+        version: start of the seal of its header, which tells it from the object of an entry that replaced this one.
     """
 
     group: int
@@ -46,59 +45,11 @@ class Part(NamedTuple):
     version: bytes = b""
 
 
-class Gate:
-    """Lets threads in until it is shut; whoever shuts it can wait until all have left. A thread may enter twice."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside: dict[int, int] = {}
-        self._open = True
-
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        with self._changed:
-            if not self._open and me not in self._inside:
-                raise ConnectionError("LMCache is being opened anew, or is closed")
-            self._inside[me] = self._inside.get(me, 0) + 1
-
-    def __exit__(self, *error: object) -> None:
-        me = threading.get_ident()
-        with self._changed:
-            self._inside[me] -= 1
-            if not self._inside[me]:
-                del self._inside[me]
-            self._changed.notify_all()
-
-    def shut(self) -> bool:
-        """Let nobody in any more; return whether it was open."""
-        with self._changed:
-            was, self._open = self._open, False
-            return was
-
-    def open(self) -> None:
-        """Let threads in again."""
-        with self._changed:
-            self._open = True
-
-    def wait_until_empty(self) -> None:
-        """Wait until no thread is inside."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._inside)
-
-
 class Manager:
-    """One storage manager of LMCache, in this process.
-
-    Args:
-        url: see `LMCacheStore`.
-        max_bytes: RAM, in bytes.
-        timeout: seconds to wait for an answer.
+    """One storage manager of LMCache, in this process; the arguments are those of `LMCacheStore`.
 
     Attributes:
-        below: what the URL names, None if that is nothing.
-
-    Raises:
-        StoreURLError: LMCache is not installed, cannot have the RAM, or `url` is not one of its addresses.
+        below: the L2 that the URL names, None if it names none.
     """
 
     def __init__(self, url: str, max_bytes: int, timeout: float) -> None:
@@ -108,7 +59,7 @@ class Manager:
         self._max_bytes = max_bytes
         self._unsaved = Unsaved()
         self._asked: dict[Any, tuple[ChunkKey, float]] = {}  # what is not answered yet: for which entry, since when
-        self._late: deque[Any] = deque()  # of these what nobody waits for any more
+        self._late: deque[Any] = deque()  # of these, the ones that no thread waits for any more
         self._wiping: Counter[ChunkKey] = Counter()
         self._asking = threading.Lock()
         self._attaching = threading.Lock()
@@ -139,10 +90,10 @@ class Manager:
         """Let LMCache start to bring objects, all of one size, from below into RAM; `wait` takes what this returns.
 
         Returns:
-            None if there is nothing below, or what is asked for is just being deleted.
+            None if there is nothing below, or the entry is just being deleted.
 
         Raises:
-            OSError, redis.RedisError: what is below is down.
+            OSError, redis.RedisError: the L2 is down.
         """
         if self.below is None:
             return None
@@ -157,7 +108,7 @@ class Manager:
                 return asked
 
     def wait(self, asked: Any) -> bool:
-        """Return whether all that was asked for was there, and so is in RAM now.
+        """Return whether all that was asked for was there, and is in RAM now.
 
         Raises:
             TimeoutError: no answer in time, or no room in RAM.
@@ -184,13 +135,10 @@ class Manager:
         self._late.extend(asked)
 
     def write(self, key: ChunkKey, objects: Mapping[Part, memoryview]) -> bool:
-        """Put objects into RAM, where they appear all at once, and let LMCache write them below.
-
-        Returns:
-            False if there is no room: nothing is written.
-        """
+        """Put objects into RAM, all at once, and let LMCache write them below; False if there is no room."""
         with self._gate:
-            self._manager.delete_l1_keys([self._name(key, part) for part in objects])  # of the same, evicted in part
+            # Some may be left of an entry that was evicted in part:
+            self._manager.delete_l1_keys([self._name(key, part) for part in objects])
             names = []
             for part, content in objects.items():
                 name = self._name(key, part)
@@ -234,11 +182,7 @@ class Manager:
             self._unsaved.drop(names)
 
     def reach(self) -> None:
-        """See to it that LMCache reaches what lies below.
-
-        Raises:
-            OSError, redis.RedisError: it does not, now.
-        """
+        """Connect LMCache to the L2 if it is not; raises OSError or redis.RedisError if it cannot be."""
         if self.below is None:
             return
         self.below.check()
@@ -304,7 +248,7 @@ class Manager:
             self._gate.open()
 
     def _hangs(self) -> bool:
-        """Return whether LMCache owes an answer for too long. (It keeps each until it is asked for, be it late.)"""
+        """Return whether LMCache owes an answer for too long; it keeps answers until they are asked for."""
         for _ in range(len(self._late)):
             with suppress(IndexError):  # another thread was faster
                 late = self._late.popleft()

@@ -4,21 +4,23 @@ An entry is some objects of LMCache: the start of its header, of a fixed size be
 knows the size of; the rest of the header, if there is one; and each layer.
 """
 
+# ruff: noqa: D102 - what a method does that is inherited is said where it is declared
+
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, Layer
-from chunkcache.store.base import EVERYTHING, Entry, EntryFilter, StoreStats
-from chunkcache.store.bytestore import Blob, ByteStore
+from chunkcache.store.budget import Budget, Size
+from chunkcache.store.bytestore import RAW, Blob, ByteStore, Encoding
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length
 from chunkcache.store.ledger import Ledger
-from chunkcache.store.lmcache_below import FAULTS, START
-from chunkcache.store.lmcache_manager import Manager, Part
+from chunkcache.store.lmcache.below import FAULTS, START
+from chunkcache.store.lmcache.manager import Manager, Part
+from chunkcache.store.records import EVERYTHING, Entry, EntryFilter
 
 REST, LAYERS = 1, 2  # object groups: the rest of the header, and the first layer
 HEAD = Part(0, START)
@@ -35,25 +37,23 @@ class LMCacheStore(ByteStore):
     `lmcache://` is RAM alone, `lmcache:///folder` writes files too, and `lmcache://host:port` to a Redis or Valkey
     server as well (`lmcache://user:password@host:port`, or LMCACHE_RESP_USERNAME and LMCACHE_RESP_PASSWORD).
 
-    LMCache moves bytes. It does not notice when they change, so they are sealed and verified here. Nor does its
-    client ever connect again to a server that has restarted, so LMCache is then opened anew, with its RAM empty. What
-    remains:
+    LMCache does not verify bytes, so entries are sealed and verified here. Its client never connects again to a
+    server that has restarted; LMCache is then opened anew, with its RAM empty. These limits remain:
 
     - The folder or server is written behind `put`; `flush` and `close` wait for it. It has no byte budget: give the
       server a `maxmemory`, or use the disk tier.
-    - RAM is claimed when the store is opened. LMCache looks once a second whether it is 60% full, and then evicts
-      the least recently used, layer by layer: what is put or found below while there is no room is refused. It
-      cannot pin or weigh entries, and does not say what it evicted: `entries` and `stats` know what this process
-      wrote or came across.
-    - A deletion reaches the folder or server and this process's RAM, but no RAM of other processes.
+    - RAM is claimed when the store is opened. Once a second, if it is 60% full, LMCache evicts the least recently
+      used, layer by layer; meanwhile entries are refused. It cannot pin or weigh entries, and does not say what it
+      evicted: `entries` and `stats` know what this process wrote or read.
+    - A deletion does not reach the RAM of other processes.
     - `close` takes two seconds, until LMCache's threads wake up.
 
     Args:
         url: see above.
         max_bytes: RAM, in bytes.
+        encoding: how entries are kept.
+        ttl: seconds that an entry is kept after it was computed; None for ever.
         timeout: seconds that LMCache may take for some layers; no answer is a fault of the tier.
-
-    The others are those of `ByteStore`.
 
     Raises:
         StoreURLError: LMCache is not installed or cannot have the RAM, or a value is none of these.
@@ -64,14 +64,12 @@ class LMCacheStore(ByteStore):
     def __init__(
         self,
         url: str = "lmcache://",
-        max_bytes: int = 2**28,
-        codec: str = "raw",
-        compress: str = "none",
+        max_bytes: Size = 2**28,
+        encoding: Encoding = RAW,
         ttl: float | None = None,
-        secret: str = "",
         timeout: float = 0.05,
     ) -> None:
-        super().__init__(max_bytes, codec, compress, ttl, secret)
+        super().__init__(Budget(max_bytes=max_bytes, ttl=ttl), encoding)
         if not timeout > 0:
             raise StoreURLError(f"timeout={timeout} is no time to wait; pass seconds, such as 0.05")
         self._manager = Manager(url, max_bytes, timeout)
@@ -80,14 +78,9 @@ class LMCacheStore(ByteStore):
         self._closed = False
         self._attempt(self._manager.reach, None)
 
-    def stats(self) -> StoreStats:
-        entries, nbytes = self._ledger.totals()
-        with self._stats_lock:
-            return replace(self._stats, entries=entries, nbytes=nbytes)
-
     def flush(self) -> None:
         if not self._manager.flush():
-            self.say_once("some entries are in RAM only: LMCache could not write them to the folder or server")
+            self.warn_once("some entries are in RAM only: LMCache could not write them to the folder or server")
 
     def close(self) -> None:
         if not self._closed:
@@ -95,12 +88,6 @@ class LMCacheStore(ByteStore):
             self.flush()
             self._manager.close()
             self._ledger.close()
-
-    def __contains__(self, key: ChunkKey) -> bool:
-        try:
-            return self._attempt(lambda: self._open(key), None) is not None
-        except EntryLostError:
-            return False
 
     def layer(self, header: Header, blob: Blob, index: int) -> Layer:
         try:
@@ -110,7 +97,7 @@ class LMCacheStore(ByteStore):
             self.count(evictions=removed)
             raise EntryLostError(header.key, "LMCache no longer has a layer of it") from None
 
-    def _open(self, key: ChunkKey) -> _Stored | None:
+    def _open(self, key: ChunkKey) -> LMCacheBlob | None:
         start = self._head(key)
         if start is None:
             self._ledger.drop(key)
@@ -126,7 +113,7 @@ class LMCacheStore(ByteStore):
             if rest is None:
                 raise EntryLostError(key, "a part of its header is not there")
             header += bytes(rest)
-        return _Stored(self._manager, key, header)
+        return LMCacheBlob(self._manager, key, header)
 
     def _save(self, entry: Entry, header: bytes, blocks: Sequence[memoryview]) -> bool:
         data = dict(enumerate(blocks, LAYERS))
@@ -136,7 +123,7 @@ class LMCacheStore(ByteStore):
             self._manager.reach()
             self._erase(entry.key)
             if not self._manager.write(entry.key, objects):
-                self.say_once("LMCache has no room in RAM just now: some entries are not stored; raise max_bytes")
+                self.warn_once("LMCache has no room in RAM just now: some entries are not stored; raise max_bytes")
                 return False
             self._ledger.add(entry)
         return True
@@ -172,6 +159,9 @@ class LMCacheStore(ByteStore):
         self._ledger.add_all(list(super()._entries(EVERYTHING)))
         return self._ledger.entries(where)
 
+    def _totals(self) -> tuple[int, int]:
+        return self._ledger.totals()
+
     def _headers(self) -> Iterator[tuple[ChunkKey, bytes]]:
         """Yield key and header of every entry below that this process has not come across."""
         below = self._manager.below
@@ -181,7 +171,7 @@ class LMCacheStore(ByteStore):
             try:
                 stored = self._open(key)
             except EntryLostError as lost:
-                self.lose(key, str(lost))
+                self.drop_damaged(key, str(lost))
                 continue
             if stored is not None:
                 yield key, stored.header
@@ -207,7 +197,7 @@ class LMCacheStore(ByteStore):
             raise EntryLostError(key, "LMCache cannot read its header")
 
 
-class _Stored:
+class LMCacheBlob:
     """An entry in LMCache, its header read."""
 
     def __init__(self, manager: Manager, key: ChunkKey, header: bytes) -> None:
