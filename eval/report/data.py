@@ -22,6 +22,13 @@ SUMMARIES = {  # where each bench's summary(results) is
     "simulation": "chunkcache.eval.simulate",
     "batch": "chunkcache.eval.batch_summary",
     "heatmap": "chunkcache.eval.report.heat",
+    "store": "chunkcache.eval.stores",
+    "selection": "chunkcache.eval.ablation",
+    "packing": "chunkcache.eval.packing",
+    "retrieval": "chunkcache.eval.retrieval",
+    "chain": "chunkcache.eval.chain",
+    "order": "chunkcache.eval.order",
+    "hints": "chunkcache.eval.hints",
 }
 ORDER = tuple(SUMMARIES)  # of the sections
 KEPT = ("prompt", "round", "policy", "tokens", "ttft_s", "recomputed_share", "kl_first", "kl_mean", "agreement",

@@ -16,6 +16,13 @@ TITLES = {
     "simulation": "Load, simulated",
     "batch": "Batches",
     "heatmap": "Which tokens were recomputed",
+    "store": "Stores",
+    "selection": "Selections",
+    "packing": "Packing",
+    "retrieval": "Retrieval",
+    "chain": "LangChain",
+    "order": "Order of chunks",
+    "hints": "Hints to the store",
 }
 
 

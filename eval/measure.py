@@ -1,0 +1,87 @@
+"""What the measurements of single parts share: first tokens on the clock, the loop that goes on, and their tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from chunkcache.eval.data import Case
+from chunkcache.eval.results import Results, Row
+from chunkcache.llm import CachedLLM, PrefillOutput
+
+OnStep = Callable[[int, int], None]  # called with (steps done, steps in all)
+
+
+def warm_up_case(case: Case) -> Case:
+    """Return a short prompt that is not measured, for kernels and allocators to settle on."""
+    return Case("Is this only to warm up?", tuple(chunk[:200] for chunk in case.chunks[:2]))
+
+
+def time_prefill(llm: CachedLLM, case: Case) -> tuple[float, PrefillOutput]:
+    """Return the time to first token in seconds, and the prefill."""
+    started = time.perf_counter()
+    output = llm.prefill(case.question, case.chunks)
+    int(output.logits.argmax())  # the first token id, on the host
+    return time.perf_counter() - started, output
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure_prompts(
+    results: Results,
+    cases: Sequence[Case],
+    rows_each: int,
+    measure: Callable[[int, Case], Iterable[Row]],
+    on_step: OnStep | None = None,
+) -> None:
+    """Add the rows of each prompt: all `rows_each` of them where one is missing, so `grouped` takes the latest."""
+    for number, case in enumerate(cases):
+        if sum(row["prompt"] == number for row in results.rows) < rows_each:
+            for row in measure(number, case):
+                results.add({"prompt": number, **row})
+        if on_step is not None:
+            on_step(number + 1, len(cases))
+
+
+def finite(value: float) -> float | None:
+    """Return None for what JSON cannot hold: a divergence where full prefill rules a token out."""
+    return value if math.isfinite(value) else None
+
+
+def grouped(rows: Iterable[Row], by: Sequence[str], each: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Return rows by the fields `by`, in the order that these came; of a group's rows with one `each`, the latest."""
+    latest = {tuple(row[name] for name in (*by, each)): row for row in rows}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for values, row in latest.items():
+        groups.setdefault(values[:-1], []).append(row)
+    return groups
+
+
+def average(
+    rows: Iterable[Row], names: Iterable[str], of: Callable[[list[float]], float] = statistics.median
+) -> dict[str, float | None]:
+    """Return the median, or another average, of each field over the rows that know it; None if none does."""
+    values = {name: [float(row[name]) for row in rows if row[name] is not None] for name in names}
+    return {name: of(known) if known else None for name, known in values.items()}
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Row], note: str = "") -> dict[str, Any]:
+    """Return a table in plain values; `columns` has the format of a cell by the column's title, as `{ttft_s:.3f}`."""
+    shown = [[_text(form, row) for form in columns.values()] for row in rows]
+    return {"title": title, "columns": list(columns), "rows": shown, "note": note}
+
+
+def _text(form: str, row: Row) -> str:
+    try:
+        text = form.format_map(row)
+    except TypeError:  # None has no decimals
+        return "n/a"
+    return text if text.strip("-0.%") else text.removeprefix("-")  # no -0.000
