@@ -126,9 +126,11 @@ def summary(results: Results) -> dict[str, Any]:
         "held": "{held:.3f} ± {held_spread:.3f}", "over lru": "{held_gain:+.3f}",
         "ready": "{ready:.3f} ± {ready_spread:.3f}", "fetched": "{fetched:.2f}",
     }  # fmt: skip
-    title = f"share of chunks in the nearest tier: means of {max(each['seeds'] for each in sums)} seeds"
-    note = "held: when they were retrieved; ready: when the request came, prefetch included"
-    return {"variants": sums, "tables": [table(title, columns, sums, note)], "plots": []}
+    title = (
+        f"share of chunks in the nearest tier, {max(each['seeds'] for each in sums)} seeds (held: when they were "
+        "retrieved; ready: when the request came, prefetch included)"
+    )
+    return {"variants": sums, "tables": [table(title, columns, sums)], "plots": []}
 
 
 def _replay(trace: Trace, budget: float, variant: Variant, in_time: int) -> Row:

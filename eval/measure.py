@@ -20,6 +20,12 @@ def warm_up_case(case: Case) -> Case:
     return Case("Is this only to warm up?", tuple(chunk[:200] for chunk in case.chunks[:2]))
 
 
+def warm_up(llms: Iterable[CachedLLM], case: Case) -> None:
+    """Prefill a short prompt with each."""
+    for llm in llms:
+        time_prefill(llm, warm_up_case(case))
+
+
 def time_prefill(llm: CachedLLM, case: Case) -> tuple[float, PrefillOutput]:
     """Return the time to first token in seconds, and the prefill."""
     started = time.perf_counter()
@@ -73,10 +79,10 @@ def average(
     return {name: of(known) if known else None for name, known in values.items()}
 
 
-def table(title: str, columns: Mapping[str, str], rows: Iterable[Row], note: str = "") -> dict[str, Any]:
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Row]) -> dict[str, Any]:
     """Return a table in plain values; `columns` has the format of a cell by the column's title, as `{ttft_s:.3f}`."""
     shown = [[_text(form, row) for form in columns.values()] for row in rows]
-    return {"title": title, "columns": list(columns), "rows": shown, "note": note}
+    return {"title": title, "columns": list(columns), "rows": shown}
 
 
 def _text(form: str, row: Row) -> str:

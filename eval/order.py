@@ -24,7 +24,7 @@ from chunkcache.eval.compare import FULL
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.machine import SEED
-from chunkcache.eval.measure import OnStep, average, finite, grouped, table, time_prefill, warm_up_case
+from chunkcache.eval.measure import OnStep, average, finite, grouped, table, time_prefill, warm_up
 from chunkcache.eval.results import Results, Row
 from chunkcache.llm import CachedLLM, PrefillOutput
 from chunkcache.retriever.order import ServedOrders
@@ -71,8 +71,7 @@ def bench_order(
         for policy in policies
         for tolerance in tolerances
     ]
-    for run in runs:
-        time_prefill(run.llm, warm_up_case(requests[0]))
+    warm_up([run.llm for run in runs], requests[0])
     for number, case in enumerate(requests):
         turn = number % len(runs)
         order = [*runs[turn:], *runs[:turn]]
@@ -108,8 +107,8 @@ def summary(results: Results) -> dict[str, Any]:
         "own KL": "{own_kl:.3f}", "agreement": "{agreement:.3f}", "F1": "{f1:.3f}", "full: KL": "{order_kl:.3f}",
         "full: agreement": "{order_agreement:.3f}", "full: F1": "{order_f1:.3f}",
     }  # fmt: skip
-    note = "full: full prefill of the new order; KL to full prefill of the retriever's order, in nats"
-    return {"orders": sums, "tables": [table("requests in sequence", columns, sums, note)], "plots": []}
+    title = "requests in sequence (KL to full prefill of the retriever's order, in nats; full: that of the new order)"
+    return {"orders": sums, "tables": [table(title, columns, sums)], "plots": []}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,16 +21,7 @@ from chunkcache.errors import StoreURLError
 from chunkcache.eval.compare import kv_bytes
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import first_kl
-from chunkcache.eval.measure import (
-    OnStep,
-    average,
-    finite,
-    grouped,
-    measure_prompts,
-    table,
-    time_prefill,
-    warm_up_case,
-)
+from chunkcache.eval.measure import OnStep, average, finite, grouped, measure_prompts, table, time_prefill, warm_up
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.raw_copy import raw_copy
 from chunkcache.eval.results import Results, Row
@@ -78,25 +69,22 @@ def bench_stores(
     for url, store in stores.items():
         _check_reachable(url, store)
     memory = MemoryStore()
-    wrapped = [
-        _Wrapped(
-            redacted(url), url, store, chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=TENANT)
-        )
+    llms = {
+        url: chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=TENANT)
         for url, store in {MEMORY: memory, **stores}.items()
-    ]
-    for each in wrapped:
-        time_prefill(each.llm, warm_up_case(cases[0]))
+    }
+    warm_up(llms.values(), cases[0])
 
-    def measure(number: int, case: Case) -> list[Row]:
-        for each in wrapped:
-            each.llm.forget()
-        wrapped[0].llm.precompute(case.chunks)
+    def measure(number: int, case: Case) -> Iterator[Row]:
+        for llm in llms.values():
+            llm.forget()
+        llms[MEMORY].precompute(case.chunks)
         held = {entry.key: kv for entry in memory.entries() if (kv := memory.peek(entry.key)) is not None}
-        return _rows(number, case, wrapped, held)
+        return _rows(number, case, llms, held)
 
-    measure_prompts(results, cases, len(wrapped), measure, on_prompt)
-    for each in wrapped:
-        each.llm.forget()
+    measure_prompts(results, cases, len(llms), measure, on_prompt)
+    for llm in llms.values():
+        llm.forget()
     return results
 
 
@@ -144,16 +132,6 @@ def summary(results: Results) -> dict[str, Any]:
     return {"stores": sums, "tables": tables, "plots": []}
 
 
-@dataclass(frozen=True)
-class _Wrapped:
-    """A store, and the model over it."""
-
-    name: str
-    url: str
-    store: Store
-    llm: CachedLLM
-
-
 def _check_reachable(url: str, store: Store) -> None:
     key, kv = ChunkKey.of(TENANT, (), ()), ChunkKV.of((), 0, [torch.zeros(1, dtype=torch.uint8)])
     store.put(key, kv)
@@ -163,74 +141,69 @@ def _check_reachable(url: str, store: Store) -> None:
     store.delete(key)
 
 
-def _rows(number: int, case: Case, wrapped: Sequence[_Wrapped], held: Mapping[ChunkKey, ChunkKV]) -> list[Row]:
+def _rows(number: int, case: Case, llms: Mapping[str, CachedLLM], held: Mapping[ChunkKey, ChunkKV]) -> Iterator[Row]:
     """Measure one prompt from all stores; `held` is what the first, in memory, has of it."""
-    memory = wrapped[0]
-    wanted = {memory.llm.prompts.chunk(text) for text in case.chunks}
+    memory = llms[MEMORY]
+    wanted = {memory.prompts.chunk(text) for text in case.chunks}
     chunk_kv = {key: kv for key, kv in held.items() if kv.token_ids in wanted}
     data = torch.empty(max(kv.nbytes for kv in chunk_kv.values()), dtype=torch.uint8).random_(255)
     costs: dict[str, Row] = {}
-    for each in wrapped:
+    for url, llm in llms.items():
         for key in held.keys() - chunk_kv.keys():
-            each.store.put(key, held[key])
-        costs[each.name] = _costs(each, chunk_kv, data)
-        each.store.flush()
-    full = memory.llm.prefill(case.question, case.chunks, policy="full").logits
-    measured: dict[str, list[tuple[float, PrefillOutput]]] = {each.name: [] for each in wrapped}
+            llm.store.put(key, held[key])
+        costs[url] = _costs(url, llm.store, chunk_kv, data)
+        llm.store.flush()
+    full = memory.prefill(case.question, case.chunks, policy="full").logits
+    measured: dict[str, list[tuple[float, PrefillOutput]]] = {url: [] for url in llms}
+    urls = list(llms)
     for repeat in range(_REPEATS + 1):
-        turn = (number + repeat) % len(wrapped)
-        for each in (*wrapped[turn:], *wrapped[:turn]):
-            result = _timed(each.llm, case)
+        turn = (number + repeat) % len(urls)
+        for url in (*urls[turn:], *urls[:turn]):
+            result = _timed(llms[url], case)
             if repeat:  # the first fills what a tier fills on demand
-                measured[each.name].append(result)
-    by_memory = statistics.median(ttft_s for ttft_s, _ in measured[memory.name])
-    reference = measured[memory.name][0][1].logits
-    rows = []
-    for each in wrapped:
-        outputs = [output for _, output in measured[each.name]]
-        ttft_s = statistics.median(seconds for seconds, _ in measured[each.name])
-        rows.append(
-            {
-                "store": each.name,
-                "chunks": len(case.chunks),
-                "tokens": outputs[-1].stats.tokens,
-                **costs[each.name],
-                "ttft_s": ttft_s,
-                "ttft_ratio": ttft_s / by_memory,
-                "cold_ttft_s": _timed(each.llm, case)[0] if _drop_from_page_cache(each.store) else None,
-                "load_s": statistics.median(output.stats.load_s for output in outputs),
-                "assemble_s": statistics.median(output.stats.assemble_s for output in outputs),
-                "peak_ratio": _peak_ratio(each.llm, case),
-                "kl_first": _kl(full, outputs[-1].logits),
-                "kl_memory": _kl(reference, outputs[-1].logits),
-                "lost": sum(output.stats.lost + output.stats.misses for output in outputs),
-            }
-        )
-    return rows
+                measured[url].append(result)
+    by_memory = statistics.median(ttft_s for ttft_s, _ in measured[MEMORY])
+    reference = measured[MEMORY][0][1].logits
+    for url, llm in llms.items():
+        outputs = [output for _, output in measured[url]]
+        ttft_s = statistics.median(seconds for seconds, _ in measured[url])
+        yield {
+            "store": redacted(url),
+            "chunks": len(case.chunks),
+            "tokens": outputs[-1].stats.tokens,
+            **costs[url],
+            "ttft_s": ttft_s,
+            "ttft_ratio": ttft_s / by_memory,
+            "cold_ttft_s": _timed(llm, case)[0] if _drop_from_page_cache(llm.store) else None,
+            "load_s": statistics.median(output.stats.load_s for output in outputs),
+            "assemble_s": statistics.median(output.stats.assemble_s for output in outputs),
+            "peak_ratio": _peak_ratio(llm, case),
+            "kl_first": _kl(full, outputs[-1].logits),
+            "kl_memory": _kl(reference, outputs[-1].logits),
+            "lost": sum(output.stats.lost + output.stats.misses for output in outputs),
+        }
 
 
-def _costs(each: _Wrapped, chunk_kv: Mapping[ChunkKey, ChunkKV], data: torch.Tensor) -> Row:
+def _costs(url: str, store: Store, chunk_kv: Mapping[ChunkKey, ChunkKV], data: torch.Tensor) -> Row:
     """Return the bytes kept, and seconds to put, to get, and of both floors, for all chunks together."""
-    store, times = each.store, []
+    names = ("put_s", "get_s", "floor_put_s", "floor_get_s")
+    times: list[tuple[float, ...]] = []
     for _ in range(_REPEATS):
-        sums = [0.0, 0.0, 0.0, 0.0]
+        steps = []
         for key, kv in chunk_kv.items():
             store.delete(key)
             started = time.perf_counter()
             store.put(key, replace(kv, origin=replace(kv.origin, created=time.time())))
             store.flush()
-            sums[0] += time.perf_counter() - started
-            started = time.perf_counter()
+            put_s, started = time.perf_counter() - started, time.perf_counter()
             got = store.get(key, kv.token_ids)
             layers = [] if got is None else list(got.layers)
-            sums[1] += time.perf_counter() - started
-            written, read = raw_copy(each.url, store, data[: sum(layer.nbytes for layer in layers)])
-            sums[2] += written
-            sums[3] += read
-        times.append(sums)
+            get_s = time.perf_counter() - started
+            steps.append((put_s, get_s, *raw_copy(url, store, data[: sum(layer.nbytes for layer in layers)])))
+        times.append(tuple(map(sum, zip(*steps, strict=True))))
     medians = map(statistics.median, zip(*times, strict=True))
     nbytes = sum(entry.nbytes for entry in list(store.tiers().values())[-1].entries() if entry.key in chunk_kv)
-    return {"nbytes": nbytes, **dict(zip(("put_s", "get_s", "floor_put_s", "floor_get_s"), medians, strict=True))}
+    return {"nbytes": nbytes, **dict(zip(names, medians, strict=True))}
 
 
 def _timed(llm: CachedLLM, case: Case) -> tuple[float, PrefillOutput]:
