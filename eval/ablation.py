@@ -23,7 +23,7 @@ from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Check
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
-from chunkcache.eval.measure import OnStep, average, finite, grouped, measure_prompts, table
+from chunkcache.eval.measure import OnStep, averages, finite, measure_prompts, table
 from chunkcache.eval.results import Results, Row
 from chunkcache.kv import ChunkKV
 from chunkcache.kv.quantised import dense
@@ -195,10 +195,7 @@ def ablate(
 def summary(results: Results) -> dict[str, Any]:
     """Return the means of each variant over all prompts, and a table of them."""
     names = ("kl_first", "kl_mean", "agreement", "recomputed_share")
-    sums = [
-        {"variant": variant, "prompts": len(rows), **average(rows, names, statistics.mean)}
-        for (variant,), rows in grouped(results.rows, ("variant",), "prompt").items()
-    ]
+    sums = averages(results.rows, ["variant"], "prompt", dict.fromkeys(names, statistics.mean))
     columns = {
         "selection": "{variant}", "recomputed": "{recomputed_share:.1%}", "KL first": "{kl_first:.4f}",
         "KL mean": "{kl_mean:.4f}", "agreement": "{agreement:.1%}",

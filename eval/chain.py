@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chunkcache.blend import parse_policy
 from chunkcache.errors import PolicyError, PromptError
 from chunkcache.eval.data import Case
-from chunkcache.eval.measure import OnStep, average, grouped, measure_prompts, table, warm_up_case
+from chunkcache.eval.measure import OnStep, averages, measure_prompts, table, warm_up_case
 from chunkcache.eval.results import Results
 
 BENCH = "chain"
@@ -82,9 +82,9 @@ def bench_chain(
 
 def summary(results: Results) -> dict[str, Any]:
     """Return medians of times and ratios, and means of the rest, over all prompts; and a table of them."""
-    [rows] = grouped(results.rows, (), "prompt").values()
-    sums = {**average(rows, _TIMES), **average(rows, _MEANS, statistics.mean)}
+    of = dict.fromkeys(_TIMES, statistics.median) | dict.fromkeys(_MEANS, statistics.mean)
+    [sums] = averages(results.rows, (), "prompt", of)
     shown = [{"name": text, "value": sums[name]} for name, text in {**_TIMES, **_MEANS}.items()]
-    title = f"{len(rows)} prompts: medians of times, means of the rest"
+    title = f"{sums['prompts']} prompts: medians of times, means of the rest"
     tables = [table(title, {"first token": "{name}", "value": "{value:.3f}"}, shown)]
-    return {"prompts": len(rows), **sums, "tables": tables, "plots": []}
+    return {**sums, "tables": tables, "plots": []}

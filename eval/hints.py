@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from chunkcache.eval.measure import OnStep, average, grouped, table
+from chunkcache.eval.measure import OnStep, averages, table
 from chunkcache.eval.results import Results, Row
 from chunkcache.eval.traces import Trace
 from chunkcache.kv import ChunkKey, ChunkKV, Origin
@@ -107,20 +107,16 @@ def settings(traces: Sequence[Trace]) -> dict[str, Any]:
 
 def summary(results: Results) -> dict[str, Any]:
     """Return for each trace, budget and variant means over the seeds, and the gain over `lru` with its spread."""
-    groups = grouped(results.rows, ("trace", "budget", "variant"), "seed")
-    sums: list[Row] = []
-    for (trace, budget, variant), rows in groups.items():
-        lru = {row["seed"]: row for row in groups.get((trace, budget, "lru"), ())}
-
-        def gain(row: Row, name: str, lru: dict[int, Row] = lru) -> float | None:
-            return row[name] - lru[row["seed"]][name] if row["seed"] in lru else None
-
-        values = [{**row, "held_gain": gain(row, "held"), "ready_gain": gain(row, "ready")} for row in rows]
-        names = ("held", "ready", "fetched", "held_gain", "ready_gain")
-        ids = {"trace": trace, "budget": budget, "variant": variant, "seeds": len(rows)}
-        spreads = average(values, names, lambda known: statistics.stdev(known) if len(known) > 1 else 0.0)
-        spread = {f"{name}_spread": value for name, value in spreads.items()}
-        sums.append({**ids, **average(values, names, statistics.mean), **spread})
+    lru = {_ids(row): row for row in results.rows if row["variant"] == "lru"}
+    rows = []
+    for row in results.rows:
+        base = lru.get(_ids(row))
+        gains = {f"{name}_gain": base and row[name] - base[name] for name in ("held", "ready")}
+        values = {**{name: row[name] for name in ("held", "ready", "fetched")}, **gains}
+        rows.append({**row, **values, **{f"{name}_spread": value for name, value in values.items()}})
+    names = ("held", "ready", "fetched", "held_gain", "ready_gain")
+    of = dict.fromkeys(names, statistics.mean) | {f"{name}_spread": _spread for name in names}
+    sums = averages(rows, ("trace", "budget", "variant"), "seed", of)
     columns = {
         "trace": "{trace}", "budget": "{budget:.0%}", "variant": "{variant}",
         "held": "{held:.3f} ± {held_spread:.3f}", "over lru": "{held_gain:+.3f}",
@@ -131,6 +127,15 @@ def summary(results: Results) -> dict[str, Any]:
         "retrieved; ready: when the request came, prefetch included)"
     )
     return {"variants": sums, "tables": [table(title, columns, sums)], "plots": []}
+
+
+def _ids(row: Row) -> tuple[Any, ...]:
+    return row["trace"], row["budget"], row["seed"]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation, 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _replay(trace: Trace, budget: float, variant: Variant, in_time: int) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from chunkcache.eval.results import Results, Row
 from chunkcache.llm import CachedLLM, PrefillOutput
 
 OnStep = Callable[[int, int], None]  # called with (steps done, steps in all)
+Average = Callable[[list[float]], float]
 
 
 def warm_up_case(case: Case) -> Case:
@@ -71,12 +71,21 @@ def grouped(rows: Iterable[Row], by: Sequence[str], each: str) -> dict[tuple[Any
     return groups
 
 
-def average(
-    rows: Iterable[Row], names: Iterable[str], of: Callable[[list[float]], float] = statistics.median
-) -> dict[str, float | None]:
-    """Return the median, or another average, of each field over the rows that know it; None if none does."""
-    values = {name: [float(row[name]) for row in rows if row[name] is not None] for name in names}
-    return {name: of(known) if known else None for name, known in values.items()}
+def averages(rows: Iterable[Row], by: Sequence[str], each: str, of: Mapping[str, Average]) -> list[Row]:
+    """Return for each group of rows its fields `by`, how many rows it has, and averages over the rows that know them.
+
+    Args:
+        rows: of a measurement.
+        by: fields in which the rows of a group agree.
+        each: field that tells rows of a group apart; `<each>s` is how many there are.
+        of: by its name, how a field is averaged; None where no row knows it.
+    """
+    averaged = []
+    for values, group in grouped(rows, by, each).items():
+        known = {name: [float(row[name]) for row in group if row[name] is not None] for name in of}
+        numbers = {name: of[name](found) if found else None for name, found in known.items()}
+        averaged.append({**dict(zip(by, values, strict=True)), f"{each}s": len(group), **numbers})
+    return averaged
 
 
 def table(title: str, columns: Mapping[str, str], rows: Iterable[Row]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from chunkcache.eval.compare import FULL
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.machine import SEED
-from chunkcache.eval.measure import OnStep, average, finite, grouped, table, time_prefill, warm_up
+from chunkcache.eval.measure import OnStep, averages, finite, table, time_prefill, warm_up
 from chunkcache.eval.results import Results, Row
 from chunkcache.llm import CachedLLM, PrefillOutput
 from chunkcache.retriever.order import ServedOrders
@@ -91,16 +91,8 @@ def summary(results: Results) -> dict[str, Any]:
     """Return means for each policy and tolerance, of the times medians, and a table of them."""
     means = ("moved", "exact_share", "recomputed_share", "kl", "agreement", "f1",
              "order_kl", "order_agreement", "order_f1", "own_kl")  # fmt: skip
-    sums = [
-        {
-            "policy": policy,
-            "tolerance": tolerance,
-            "requests": len(rows),
-            **average(rows, means, statistics.mean),
-            **average(rows, ("ttft_s", "ttft_ratio")),
-        }
-        for (policy, tolerance), rows in grouped(results.rows, ("policy", "tolerance"), "request").items()
-    ]
+    of = dict.fromkeys(means, statistics.mean) | dict.fromkeys(("ttft_s", "ttft_ratio"), statistics.median)
+    sums = averages(results.rows, ("policy", "tolerance"), "request", of)
     columns = {
         "policy": "{policy}", "tolerance": "{tolerance}", "moved": "{moved:.3f}", "exact": "{exact_share:.3f}",
         "recomputed": "{recomputed_share:.3f}", "TTFT ratio": "{ttft_ratio:.3f}", "KL": "{kl:.3f}",

@@ -169,13 +169,16 @@ def summary(results: Results) -> dict[str, Any]:
     latest: dict[str, Row] = {str(row.get("mode", row["kind"])): row for row in results.rows}
     index, precompute = latest.pop("index"), latest.pop("precompute", None)
     searches = list(latest.values())
-    speed = {name: f"{{{name}_per_s:.0f}}" for name in ("split", "embed", "index")}
+    speed = {
+        "documents": "{documents}", "split": "{split_per_s:.0f}", "embedded": "{embed_per_s:.0f}",
+        "indexed": "{index_per_s:.0f}", "all together": "{build_per_s:.0f}",
+    }  # fmt: skip
     shown = [{**row, **{f"at_{k}": share for k, share in row["recall"].items()}} for row in searches]
     recalls = {f"recall@{k}": f"{{at_{k}:.3f}}" for k in searches[0]["recall"]} if searches else {}
     tables = [
         table(
             "{documents} documents, {chunks} chunks, {passages} vectors ({index}): a second".format_map(index),
-            {"documents": "{documents}", **speed, "all together": "{build_per_s:.0f}"},
+            speed,
             [index],
         ),
         table(

@@ -21,7 +21,7 @@ from chunkcache.errors import StoreURLError
 from chunkcache.eval.compare import kv_bytes
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import first_kl
-from chunkcache.eval.measure import OnStep, average, finite, grouped, measure_prompts, table, time_prefill, warm_up
+from chunkcache.eval.measure import OnStep, averages, finite, measure_prompts, table, time_prefill, warm_up
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.raw_copy import raw_copy
 from chunkcache.eval.results import Results, Row
@@ -90,31 +90,23 @@ def bench_stores(
 
 def summary(results: Results) -> dict[str, Any]:
     """Return, for each store and number of chunks, medians of the times and means of KL, and tables of them."""
-    sums: list[Row] = []
-    for (store, chunks), rows in grouped(results.rows, ("store", "chunks"), "prompt").items():
-        ratios = [
-            {
-                "bytes_per_token": row["nbytes"] / row["tokens"],
-                "put_ms": 1e3 * row["put_s"],
-                "get_ms": 1e3 * row["get_s"],
-                "put_of_floor": row["floor_put_s"] / row["put_s"],
-                "get_of_floor": row["floor_get_s"] / row["get_s"],
-                "get_gb_per_s": row["nbytes"] / row["get_s"] / 1e9,
-                "cold_ttft_ratio": row["cold_ttft_s"] and row["cold_ttft_s"] * row["ttft_ratio"] / row["ttft_s"],
-            }
-            for row in rows
-        ]
-        sums.append(
-            {
-                "store": store,
-                "chunks": chunks,
-                "prompts": len(rows),
-                **average(ratios, ratios[0]),
-                **average(rows, ("ttft_s", "ttft_ratio", "load_s", "peak_ratio")),
-                **average(rows, ("kl_first", "kl_memory"), statistics.mean),
-                "lost": sum(row["lost"] for row in rows),
-            }
-        )
+    rows = [
+        {
+            **row,
+            "bytes_per_token": row["nbytes"] / row["tokens"],
+            "put_ms": 1e3 * row["put_s"],
+            "get_ms": 1e3 * row["get_s"],
+            "put_of_floor": row["floor_put_s"] / row["put_s"],
+            "get_of_floor": row["floor_get_s"] / row["get_s"],
+            "get_gb_per_s": row["nbytes"] / row["get_s"] / 1e9,
+            "cold_ttft_ratio": row["cold_ttft_s"] and row["cold_ttft_s"] * row["ttft_ratio"] / row["ttft_s"],
+        }
+        for row in results.rows
+    ]
+    medians = ("bytes_per_token", "put_ms", "get_ms", "put_of_floor", "get_of_floor", "get_gb_per_s", "ttft_s",
+               "ttft_ratio", "cold_ttft_ratio", "load_s", "peak_ratio")  # fmt: skip
+    of = dict.fromkeys(medians, statistics.median) | dict.fromkeys(("kl_first", "kl_memory"), statistics.mean)
+    sums = averages(rows, ("store", "chunks"), "prompt", {**of, "lost": sum})
     ids = {"store": "{store}", "chunks": "{chunks}"}
     columns = {
         "bytes/token": "{bytes_per_token:.0f}", "put ms": "{put_ms:.0f}", "get ms": "{get_ms:.0f}",
@@ -123,7 +115,7 @@ def summary(results: Results) -> dict[str, Any]:
     requests = {
         "TTFT s": "{ttft_s:.3f}", "of memory": "{ttft_ratio:.3f}", "cold": "{cold_ttft_ratio:.3f}",
         "load s": "{load_s:.3f}", "peak/KV": "{peak_ratio:.2f}", "KL first": "{kl_first:.4f}",
-        "KL to raw": "{kl_memory:.5f}", "lost": "{lost}",
+        "KL to raw": "{kl_memory:.5f}", "lost": "{lost:.0f}",
     }  # fmt: skip
     tables = [
         table("all chunks of a prompt (medians; floor: a plain copy of as many bytes)", {**ids, **columns}, sums),
