@@ -107,15 +107,15 @@ def settings(traces: Sequence[Trace]) -> dict[str, Any]:
 
 def summary(results: Results) -> dict[str, Any]:
     """Return for each trace, budget and variant means over the seeds, and the gain over `lru` with its spread."""
+    shares = ("held", "ready", "fetched", "held_gain", "ready_gain")
+    spreads = {f"{name}_spread": name for name in shares}
     lru = {_ids(row): row for row in results.rows if row["variant"] == "lru"}
     rows = []
     for row in results.rows:
         base = lru.get(_ids(row))
-        gains = {f"{name}_gain": base and row[name] - base[name] for name in ("held", "ready")}
-        values = {**{name: row[name] for name in ("held", "ready", "fetched")}, **gains}
-        rows.append({**row, **values, **{f"{name}_spread": value for name, value in values.items()}})
-    names = ("held", "ready", "fetched", "held_gain", "ready_gain")
-    of = dict.fromkeys(names, statistics.mean) | {f"{name}_spread": _spread for name in names}
+        row = row | {f"{name}_gain": base and row[name] - base[name] for name in ("held", "ready")}
+        rows.append(row | {spread: row[name] for spread, name in spreads.items()})
+    of = dict.fromkeys(shares, statistics.mean) | dict.fromkeys(spreads, _spread)
     sums = averages(rows, ("trace", "budget", "variant"), "seed", of)
     columns = {
         "trace": "{trace}", "budget": "{budget:.0%}", "variant": "{variant}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -99,4 +100,4 @@ def _text(form: str, row: Row) -> str:
         text = form.format_map(row)
     except TypeError:  # None has no decimals
         return "n/a"
-    return text if text.strip("-0.%") else text.removeprefix("-")  # no -0.000
+    return re.sub(r"^-(?=0[.0]*%?$)", "", text)  # no -0.000
