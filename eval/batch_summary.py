@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chunkcache.eval.intervals import LEAST, interval
-from chunkcache.eval.results import Results
+from chunkcache.eval.results import FULL, Results
 
-FULL = "full"
 ONE_BY_ONE, BATCHED, GROUPED = "one by one", "plain batches", "grouped"
 WAYS = (ONE_BY_ONE, BATCHED, GROUPED)  # plain batches are under full prefill only
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from chunkcache.eval.load import MEASURED, REAL
 from chunkcache.eval.queueing import Queue, Service, percentile, serve
-from chunkcache.eval.results import Results
+from chunkcache.eval.results import FULL, Results
 from chunkcache.eval.workload import poisson
 
 SEEDS = 20  # patterns of arrival that are pooled
@@ -22,7 +22,6 @@ TABLE_LOADS = (0.5, 0.8, 0.95)  # rates of the table, as shares of what full pre
 OVERLOAD = "overload"
 CLOSE = 0.1  # how far a simulation may be off the real run
 WINDOWS = 10  # of the hit rate over time
-FULL = "full"
 Rows = list[dict[str, Any]]
 
 

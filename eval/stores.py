@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.errors import StoreURLError
-from chunkcache.eval.compare import kv_bytes
+from chunkcache.eval.contenders import kv_bytes
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import first_kl
 from chunkcache.eval.measure import OnStep, averages, finite, measure_prompts, table, time_prefill, warm_up

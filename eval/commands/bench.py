@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from chunkcache.cli.console import Bar, progress
+from chunkcache.eval.commands.inputs import about
 from chunkcache.eval.commands.options import ModelOptions, OutputOptions, PromptOptions, command, option
-from chunkcache.eval.commands.requests import show
+from chunkcache.eval.commands.show import show_json, show_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +36,9 @@ def measured(
     with Results.open(output.path(name), bench, dict(settings), dict(ran_on)) as results, progress(name) as bar:
         yield results, bar
     if output.as_json:
-        click.echo(json.dumps(build_report({name: results}), indent=2))
+        show_json(build_report({name: results}))
     else:
-        show({name: results})
+        show_report({name: results})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +55,14 @@ class PromptBenchOptions:
     ) -> Iterator[tuple[Results, Bar]]:
         """Open the results of `bench` on these cases under these policies, and print what they come to at the end."""
         from chunkcache.blend import parse_policy
-        from chunkcache.eval.data import checksum
         from chunkcache.eval.fidelity import ANSWER_TOKENS
         from chunkcache.eval.machine import SEED, ran_on
 
         asked = self.prompts
         settings |= {
-            "data": asked.data.stem, "data_sha256": checksum(asked.data), "chunks": asked.chunks,
-            "prompts": len(cases), "skip": asked.skip, "policies": list(policies),
-            "options": {policy: str(parse_policy(policy)) for policy in policies}, "answer_tokens": ANSWER_TOKENS,
-            "seed": SEED,
+            **about(asked.data), "chunks": asked.chunks, "prompts": len(cases), "skip": asked.skip,
+            "policies": list(policies), "options": {policy: str(parse_policy(policy)) for policy in policies},
+            "answer_tokens": ANSWER_TOKENS, "seed": SEED,
         }  # fmt: skip
         with measured(f"{bench}-{asked.data.stem}-{asked.chunks}", settings, ran_on(model), self.output) as opened:
             yield opened

@@ -22,7 +22,7 @@ is itself such a dataclass adds all of its options. `bench_load` is then a click
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import NoneType
@@ -113,7 +113,16 @@ def _gathered(options: type[T], values: dict[str, Any]) -> T:
     return options(**own, **{name: _gathered(hint, values) for name, hint in nested.items()})
 
 
+def check_policies(names: Iterable[str]) -> None:
+    """Raise PolicyError for a policy that is unknown, before a model is loaded."""
+    from chunkcache.blend import parse_policy
+
+    for name in names:
+        parse_policy(name)
+
+
 Policies = Annotated[tuple[str, ...], option("--policy", help="May be given several times.")]
+AsJson = Annotated[bool, option("--json", help="Print one JSON object to stdout.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +167,7 @@ class OutputOptions:
             help="Folder for the results: rows are kept there as they come, and an interrupted run goes on.",
         ),
     ] = None
-    as_json: Annotated[bool, option("--json", help="Print one JSON object to stdout.")] = False
+    as_json: AsJson = False
 
     def path(self, name: str) -> Path | None:
         """Return the results file of this name; None where none is kept."""

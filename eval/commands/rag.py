@@ -10,6 +10,7 @@ import click
 
 from chunkcache.errors import InputError
 from chunkcache.eval.commands.bench import Policy, PromptBenchOptions, measured
+from chunkcache.eval.commands.inputs import about
 from chunkcache.eval.commands.options import ModelOptions, OutputOptions, argument, command, option
 
 
@@ -41,8 +42,8 @@ def bench_retrieval(options: RetrievalOptions) -> None:
     questions, documents = retrieval.load_questions(options.questions), load_documents(options.corpus)
     setup = retrieval.Setup(size=options.chunk_tokens, add_context=options.add_context)
     settings = {
-        "data": options.corpus.stem, "data_sha256": checksum(options.corpus),
-        "questions_sha256": checksum(options.questions), "precompute": options.precompute, **asdict(setup),
+        **about(options.corpus), "questions_sha256": checksum(options.questions),
+        "precompute": options.precompute, **asdict(setup),
     }  # fmt: skip
     model, tokenizer = options.model.load()
     name = f"retrieval-{options.corpus.stem}"
@@ -88,7 +89,6 @@ def bench_hints(options: HintsOptions) -> None:
     """Replay retrievals (a Zipf law by default) and measure the nearest tier's hit rate, with and without hints."""
     import chunkcache
     from chunkcache.eval import hints, traces
-    from chunkcache.eval.data import checksum
     from chunkcache.eval.machine import code, commit
 
     source = options.sessions or options.blocks
@@ -98,8 +98,7 @@ def bench_hints(options: HintsOptions) -> None:
         made = [traces.block_trace(options.blocks)]
     else:
         made = [traces.zipf_trace(seed) for seed in range(options.seeds)]
-    about = {} if source is None else {"data": source.stem, "data_sha256": checksum(source)}
-    settings = {**about, **hints.settings(made)}
+    settings = {**({} if source is None else about(source)), **hints.settings(made)}
     code_only = {"chunkcache": chunkcache.__version__, "code": code(), "commit": commit()}  # no model runs
     with measured(f"hints-{made[0].name}", settings, code_only, options.output) as (results, on_step):
         hints.bench_hints(results, made, on_step=on_step)

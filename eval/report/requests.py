@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from chunkcache.eval.compare import FULL, PEER
 from chunkcache.eval.fidelity import ANSWER_TOKENS
 from chunkcache.eval.report.parts import Cell, Plot, Series, Table, number
+from chunkcache.eval.results import FULL, PEER
 
 Section = dict[str, Any]
 EXACT = 1e-4  # nats; what is not above it is drawn at the edge of the Pareto plot
