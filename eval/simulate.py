@@ -21,6 +21,7 @@ from chunkcache.eval.queueing import percentile
 from chunkcache.eval.results import Results, read_folder
 from chunkcache.eval.workload import at_rate, check_rate, poisson, zipf_draws
 
+BENCH = "simulation"
 LOADS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # rates, as shares of full prefill's capacity
 PERCENTS = (50, 90, 99)
 BUSY = 0.99  # load from which on the queue grows for as long as requests come

@@ -113,7 +113,7 @@ def bench_load(options: LoadOptions) -> None:
     times, and checked against real waiting with --validate.
     """
     from chunkcache.eval import Results
-    from chunkcache.eval.load import Group, LoadBench
+    from chunkcache.eval.load import BENCH, Group, LoadBench
     from chunkcache.eval.load_summary import summary
     from chunkcache.eval.machine import ran_on
     from chunkcache.eval.workload import poisson, trace_arrivals
@@ -134,7 +134,7 @@ def bench_load(options: LoadOptions) -> None:
         "answer_tokens": options.answer_tokens, "seed": options.seed, **bench.about,
     }  # fmt: skip
     path = options.output.path(f"load-{source.stem}-{options.chunks}{'-warm' if options.warm else ''}")
-    with Results.open(path, "load", settings, ran_on(model)) as results:
+    with Results.open(path, BENCH, settings, ran_on(model)) as results:
         with progress("measuring requests") as on_step:
             bench.measure(results, on_step)
         runs = [(name, share) for share in dict.fromkeys(options.validated) for name in names]
@@ -212,7 +212,7 @@ def bench_simulate(options: SimulateOptions) -> None:
     much of its peak an accelerator reaches is an assumption. A request is prefilled alone, not in a batch.
     """
     from chunkcache.eval import Results
-    from chunkcache.eval.simulate import Population, check_cluster, default_rates, settings, simulate, summary
+    from chunkcache.eval.simulate import BENCH, Population, check_cluster, default_rates, settings, simulate, summary
 
     cluster, checks = _cluster(options)
     population = Population(options.documents, options.chunks, options.skew, options.requests, options.seed)
@@ -222,7 +222,7 @@ def bench_simulate(options: SimulateOptions) -> None:
     rates = sorted(options.rates) or default_rates(cluster, population)
     asked = {**settings(cluster, population, names, rates), "fit": checks}
     path = options.output.path(f"simulation-{options.shape_name}-{options.replicas}")
-    with Results.open(path, "simulation", asked, {"simulated": True}) as results, progress("simulating") as on_run:
+    with Results.open(path, BENCH, asked, {"simulated": True}) as results, progress("simulating") as on_run:
         simulate(cluster, population, results, on_run)
     show_summary(summary(results), options.output.as_json)
 

@@ -101,7 +101,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def _place(name: str, results: Results) -> tuple[int, str, float, str]:
-    """Return by what sections are sorted: bench, data set, number of chunks; ladders of lengths come last."""
+    """Return by what sections are sorted: bench, data set, number of chunks; growing lengths come last."""
     data, chunks = results.settings.get("data"), results.settings.get("chunks")
     return ORDER.index(results.bench), str(data), float("inf") if chunks is None else chunks, name
 
