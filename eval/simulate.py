@@ -278,12 +278,7 @@ def _fit_tables(checks: Sequence[Row]) -> list[Row]:
 
 def _plot(by_policy: Mapping[str, Sequence[Row]], name: str, about: str) -> Row:
     series = [
-        {
-            "name": policy,
-            "policy": policy,
-            "points": points,
-            "simulated": True,
-        }
+        {"name": policy, "policy": policy, "points": points, "simulated": True}
         for policy, rows in by_policy.items()
         if (points := [[row["rate"], row["ttft_s"][name]] for row in rows if row["load"] < BUSY])
     ]

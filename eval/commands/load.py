@@ -65,8 +65,7 @@ class LoadOptions:
         ),
     ] = (1.0,)
     tiers: Annotated[
-        tuple[str, ...],
-        option(type=click.Choice(["memory", "memory+disk"]), help="May be given several times."),
+        tuple[str, ...], option(type=click.Choice(["memory", "memory+disk"]), help="May be given several times.")
     ] = ("memory",)
     warm: Annotated[bool, option(help="The most popular chunks that fit are there before the first request.")] = False
     answer_tokens: Annotated[int, option(type=COUNT, help="Length of every answer, which holds the server.")] = 1

@@ -120,10 +120,7 @@ def _fidelity(summary: dict[str, Any]) -> Table:
 
 def _quality(summary: dict[str, Any]) -> Table:
     rows = [
-        [
-            Cell(name_of(policy)),
-            *(number(each[name]) for score in QUALITY for name in (score, f"{score}_diff")),
-        ]
+        [Cell(name_of(policy)), *(number(each[name]) for score in QUALITY for name in (score, f"{score}_diff"))]
         for policy, each in by_policy(summary).items()
     ]
     columns = ["policy", *(column for score in QUALITY.values() for column in (score, f"{score} − full"))]
