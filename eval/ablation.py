@@ -215,12 +215,9 @@ def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
         for index, layer in enumerate(segment.kv.layers):
             norm = dense(layer)[1, :, segment.first : segment.first + segment.length].float().norm(dim=-1)
             norms[index, :, segment.start : segment.end] = norm.repeat_interleave(norms.shape[1] // len(norm), 0)
-    return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), _sentences(llm, plan))
-
-
-def _sentences(llm: CachedLLM, plan: Plan) -> Tensor:
     ends = [str(llm.tokenizer.decode([token])).rstrip().endswith((".", "!", "?")) for token in plan.token_ids]
-    return torch.tensor([0, *ends[:-1]]).cumsum(0)
+    sentences = torch.tensor([0, *ends[:-1]]).cumsum(0)
+    return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), sentences)
 
 
 def _distance(plan: Plan, other: Plan) -> Tensor:

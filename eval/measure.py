@@ -84,7 +84,7 @@ def averages(rows: Iterable[Row], by: Sequence[str], each: str, of: Mapping[str,
     averaged = []
     for values, group in grouped(rows, by, each).items():
         known = {name: [float(row[name]) for row in group if row[name] is not None] for name in of}
-        numbers = {name: of[name](found) if found else None for name, found in known.items()}
+        numbers = {name: of[name](known[name]) if known[name] else None for name in of}
         averaged.append({**dict(zip(by, values, strict=True)), f"{each}s": len(group), **numbers})
     return averaged
 

@@ -262,13 +262,13 @@ def _question(row: dict[str, Any]) -> Question:
 
 def _context(documents: Sequence[Document], questions: Sequence[Question]) -> list[Document]:
     ids, titles = {document.id for document in documents}, {document.title for document in documents}
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for question in questions:
         for title, text in question.context:
             if title not in titles and text.strip():
-                found.setdefault(title, text)
+                texts.setdefault(title, text)
     added = []
-    for title, text in found.items():
+    for title, text in texts.items():
         name = title
         while name in ids:
             name += "'"
