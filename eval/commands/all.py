@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import click
-
 from chunkcache.eval.commands.batch import BatchOptions, bench_batch
 from chunkcache.eval.commands.load import LoadOptions, SimulateOptions, bench_load, bench_simulate
-from chunkcache.eval.commands.options import ModelOptions, OutputOptions, Policies, argument, command, option
+from chunkcache.eval.commands.options import (
+    FOLDER,
+    ModelOptions,
+    OutputOptions,
+    Policies,
+    argument,
+    command,
+    count,
+    option,
+)  # fmt: skip
 from chunkcache.eval.commands.report import ReportOptions, bench_report
 from chunkcache.eval.commands.requests import (
     COMPARED,
@@ -23,7 +30,7 @@ from chunkcache.eval.commands.requests import (
     bench_heatmap,
     bench_quality,
     bench_ttft,
-)
+)  # fmt: skip
 
 LENGTHS = (1000, 2000, 3000, 4000, 6000, 7900)  # tokens of chunks
 GROWING = ("full", "cacheblend:ratio=0.15", "query")  # policies whose growth with the context is measured
@@ -36,27 +43,13 @@ class AllOptions:
     """Every measurement."""
 
     data: Annotated[tuple[Path, ...], argument()]
-    out: Annotated[
-        Path,
-        option(
-            type=click.Path(path_type=Path, file_okay=False),
-            help="Folder for the results and the report; an interrupted run goes on there.",
-        ),
-    ]
-    counts: Annotated[
-        tuple[int, ...],
-        option("--chunks", type=click.IntRange(1), help="Chunks per prompt; may be given several times."),
-    ] = (5, 10)
-    prompts: Annotated[int, option(type=click.IntRange(1), help="Prompts of each kind.")] = 50
-    lengths: Annotated[
-        tuple[int, ...],
-        option(
-            "--tokens",
-            type=click.IntRange(1),
-            help="Context lengths, in tokens of chunks; may be given several times.",
-        ),
-    ] = LENGTHS
-    requests: Annotated[int, option(type=click.IntRange(2), help="Requests under load.")] = 40
+    out: Annotated[Path, option(type=FOLDER, help="Folder for the results and the report; an interrupted run goes on "
+                                "there.")]  # fmt: skip
+    counts: Annotated[tuple[int, ...], count("Chunks per prompt; may be given several times.", "--chunks")] = (5, 10)
+    prompts: Annotated[int, count("Prompts of each kind.")] = 50
+    lengths: Annotated[tuple[int, ...], count("Context lengths, in tokens of chunks; may be given several times.",
+                                              "--tokens")] = LENGTHS  # fmt: skip
+    requests: Annotated[int, count("Requests under load.", least=2)] = 40
     policies: Policies = COMPARED
     peers: PeerOptions
     model: ModelOptions

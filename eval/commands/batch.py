@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import click
-
 from chunkcache.cli.console import progress
 from chunkcache.errors import DocumentError
 from chunkcache.eval.commands.inputs import about
@@ -18,11 +16,10 @@ from chunkcache.eval.commands.options import (
     argument,
     check_policies,
     command,
+    count,
     option,
-)
+)  # fmt: skip
 from chunkcache.eval.commands.show import show_summary
-
-COUNT = click.IntRange(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +27,16 @@ class BatchOptions:
     """Questions over a few sets of chunks."""
 
     data: Annotated[Path, argument()]
-    sets: Annotated[int, option(type=COUNT, help="Sets of chunks.")] = 3
-    chunks: Annotated[int, option(type=click.IntRange(2), help="Chunks of a set.")] = 4
-    questions: Annotated[int, option(type=COUNT, help="Questions over each set.")] = 8
-    skip: Annotated[int, option(type=click.IntRange(0), help="Cases to leave out first.")] = 0
+    sets: Annotated[int, count("Sets of chunks.")] = 3
+    chunks: Annotated[int, count("Chunks of a set.", least=2)] = 4
+    questions: Annotated[int, count("Questions over each set.")] = 8
+    skip: Annotated[int, count("Cases to leave out first.", least=0)] = 0
     policies: Policies = ("full", "prefix", "query")
-    max_batch: Annotated[int, option(type=COUNT, help="Sequences decoded together.")] = 8
-    new_tokens: Annotated[int, option(type=COUNT, help="Length of an answer at most.")] = 32
-    rounds: Annotated[int, option(type=COUNT, help="How often all of it is run; six for intervals.")] = 1
-    store: Annotated[
-        str | None, option(help="URL of a store that is used for nothing else: it is cleared.  [default: memory]")
-    ] = None
+    max_batch: Annotated[int, count("Sequences decoded together.")] = 8
+    new_tokens: Annotated[int, count("Length of an answer at most.")] = 32
+    rounds: Annotated[int, count("How often all of it is run; six for intervals.")] = 1
+    store: Annotated[str | None, option(help="URL of a store that is used for nothing else: it is cleared.  "
+                                        "[default: memory]")] = None  # fmt: skip
     model: ModelOptions
     output: OutputOptions
 

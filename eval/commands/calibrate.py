@@ -21,10 +21,8 @@ class CalibrateOptions(PromptOptions):
 
     target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
     guarded: Annotated[str, option(help="Query policy whose guard is fitted.")] = "query"
-    only: Annotated[
-        str | None,
-        option(type=click.Choice(["guard", "cachecraft"]), help="Look for one of both; the other is left as it was."),
-    ] = None
+    only: Annotated[str | None, option(type=click.Choice(["guard", "cachecraft"]), help="Look for one of both; the "
+                                       "other is left as it was.")] = None  # fmt: skip
     model: ModelOptions
     out: Annotated[Path | None, option(help="File to write; by default in the cache folder.")] = None
     as_json: AsJson = False

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import click
 from rich.markup import escape
 
 from chunkcache.cli.console import err, progress
 from chunkcache.cli.inputs import answer, indexed
 from chunkcache.eval.commands.inputs import EXAMPLES, draw_questions
-from chunkcache.eval.commands.options import AsJson, ModelOptions, command, option
+from chunkcache.eval.commands.options import AsJson, ModelOptions, command, count, option
 from chunkcache.eval.commands.requests import COMPARED
 from chunkcache.eval.commands.show import show_json, show_report
 
@@ -22,14 +21,13 @@ class DemoOptions:
     """Questions over example documents."""
 
     docs: Annotated[Path | None, option(help="Documents; the packaged ones by default.")] = None
-    questions: Annotated[
-        Path | None, option(help="JSON Lines with question and answers; the packaged ones by default.")
-    ] = None
-    count: Annotated[int, option(type=click.IntRange(1), help="Questions to ask.")] = 4
+    questions: Annotated[Path | None, option(help="JSON Lines with question and answers; the packaged ones by "
+                                             "default.")] = None  # fmt: skip
+    count: Annotated[int, count("Questions to ask.")] = 4
     seed: Annotated[int, option(help="Which questions are drawn.")] = 1
     model: ModelOptions
-    top_k: Annotated[int, option(type=click.IntRange(1), help="Chunks per prompt.")] = 4
-    chunk_tokens: Annotated[int, option(type=click.IntRange(32), help="Length of a chunk at most.")] = 256
+    top_k: Annotated[int, count("Chunks per prompt.")] = 4
+    chunk_tokens: Annotated[int, count("Length of a chunk at most.", least=32)] = 256
     policy: Annotated[str, option(help="The policy that answers.")] = "query"
     as_json: AsJson = False
 

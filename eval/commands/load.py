@@ -11,7 +11,7 @@ import click
 from chunkcache.cli.console import progress
 from chunkcache.errors import InputError
 from chunkcache.eval.commands.inputs import about
-from chunkcache.eval.commands.options import ModelOptions, OutputOptions, Policies, argument, command, option
+from chunkcache.eval.commands.options import ModelOptions, OutputOptions, Policies, argument, command, count, option
 from chunkcache.eval.commands.show import show_summary
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 POLICIES = ("full", "prefix", "cacheblend:ratio=0.15", "query")
 ABOVE_0 = click.FloatRange(0, min_open=True)
+FROM_0 = click.FloatRange(0)
+TIERS = click.Choice(["memory", "memory+disk"])
 SHARE = click.FloatRange(0, 1, min_open=True)
 SKEW = click.FloatRange(0, 5)
 COUNT = click.IntRange(1)
-SHAPE, ACCELERATOR, GPUS = "llama-3.1-70b", "h100", 4
-REDIS_BANDWIDTH = 2e9  # an assumption: what one Redis hands out depends on its network, its cores and the entries
+SHAPE, MACHINE, GPUS = "llama-3.1-70b", "h100", 4
+BANDWIDTH = 2e9  # an assumption: what one Redis hands out depends on its network, its cores and the entries
 NOT_FITTED = ("accelerator", "gpus", "flops", "utilisation", "overhead")  # a fit says all of these
 
 
@@ -33,60 +35,29 @@ class LoadOptions:
     """Many requests on one model."""
 
     data: Annotated[Path | None, argument()] = None
-    sessions: Annotated[
-        Path | None,
-        option(
-            help="Instead of DATA: recorded sessions, JSON Lines of {session_id, turns: [{document_ids, prompt}]}."
-        ),
-    ] = None
-    trace: Annotated[
-        Path | None,
-        option(help="Arrivals as in this trace in Mooncake's format, sped up to each rate; else a Poisson process."),
-    ] = None
+    sessions: Annotated[Path | None, option(help="Instead of DATA: recorded sessions, JSON Lines of {session_id, "
+                                            "turns: [{document_ids, prompt}]}.")] = None  # fmt: skip
+    trace: Annotated[Path | None, option(help="Arrivals as in this trace in Mooncake's format, sped up to each rate; "
+                                         "else a Poisson process.")] = None  # fmt: skip
     policies: Policies = POLICIES
-    requests: Annotated[int, option(type=click.IntRange(2))] = 60
-    chunks: Annotated[int, option(type=COUNT, help="Chunks of a request.")] = 5
-    documents: Annotated[int, option(type=COUNT, help="Different chunks of DATA that may be asked for.")] = 50
+    requests: Annotated[int, count(least=2)] = 60
+    chunks: Annotated[int, count("Chunks of a request.")] = 5
+    documents: Annotated[int, count("Different chunks of DATA that may be asked for.")] = 50
     skew: Annotated[float, option(type=SKEW, help="Of the Zipf law over them.")] = 0.9
-    rates: Annotated[
-        tuple[float, ...],
-        option(
-            "--rate",
-            type=ABOVE_0,
-            help="Requests per second to print curves for; may be given several times. By default a range that fits.",
-        ),
-    ] = ()
-    budgets: Annotated[
-        tuple[float, ...],
-        option(
-            "--budget",
-            type=ABOVE_0,
-            help="Memory for chunk KV, as a share of all chunks'; may be given several times.",
-        ),
-    ] = (1.0,)
-    tiers: Annotated[
-        tuple[str, ...], option(type=click.Choice(["memory", "memory+disk"]), help="May be given several times.")
-    ] = ("memory",)
+    rates: Annotated[tuple[float, ...], option("--rate", type=ABOVE_0, help="Requests per second to print curves "
+                     "for; may be given several times. By default a range that fits.")] = ()  # fmt: skip
+    budgets: Annotated[tuple[float, ...], option("--budget", type=ABOVE_0, help="Memory for chunk KV, as a share of "
+                       "all chunks'; may be given several times.")] = (1.0,)  # fmt: skip
+    tiers: Annotated[tuple[str, ...], option(type=TIERS, help="May be given several times.")] = ("memory",)
     warm: Annotated[bool, option(help="The most popular chunks that fit are there before the first request.")] = False
-    answer_tokens: Annotated[int, option(type=COUNT, help="Length of every answer, which holds the server.")] = 1
-    validated: Annotated[
-        tuple[float, ...],
-        option(
-            "--validate",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            metavar="LOAD",
-            help="Also send the requests on the wall clock, to each policy at this share of the rate that it can "
-            "keep up with, such as 0.5; in the first budget.",
-        ),
-    ] = ()
-    bound: Annotated[
-        float | None,
-        option(
-            type=ABOVE_0,
-            help="TTFT in seconds that 90 % of the requests shall meet, in what is printed. By default twice the "
-            "slowest policy's without load.",
-        ),
-    ] = None
+    answer_tokens: Annotated[int, count("Length of every answer, which holds the server.")] = 1
+    validated: Annotated[tuple[float, ...], option(
+        "--validate", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="LOAD",
+        help="Also send the requests on the wall clock, to each policy at this share of the rate that it can keep up "
+        "with, such as 0.5; in the first budget.",
+    )] = ()  # fmt: skip
+    bound: Annotated[float | None, option(type=ABOVE_0, help="TTFT in seconds that 90 % of the requests shall meet, "
+                     "in what is printed. By default twice the slowest policy's without load.")] = None  # fmt: skip
     seed: Annotated[int, option()] = 0
     model: ModelOptions
     output: OutputOptions
@@ -149,51 +120,37 @@ class SimulateOptions:
     """Load on machines that are not here; what is None has the default of its accelerator, or of a fit."""
 
     shape: Annotated[str | None, option(show_default=SHAPE, help="Model: one whose shape is built in.")] = None
-    accelerator: Annotated[str | None, option(show_default=ACCELERATOR, help="One whose figures are built in.")] = (
-        None
-    )
+    accelerator: Annotated[str | None, option(show_default=MACHINE, help="One whose figures are built in.")] = None
     gpus: Annotated[int | None, option(show_default=str(GPUS), type=COUNT, help="Accelerators of a replica.")] = None
-    flops: Annotated[
-        float | None, option(type=ABOVE_0, help="Peak FLOP/s of an accelerator, instead of the built-in figure.")
-    ] = None
-    memory_bandwidth: Annotated[
-        float | None, option(type=ABOVE_0, help="Bytes/s at which an accelerator gets KV from memory.")
-    ] = None
-    hbm_bandwidth: Annotated[
-        float | None, option(type=ABOVE_0, help="Bytes/s at which it reads weights from its own memory.")
-    ] = None
+    flops: Annotated[float | None, option(type=ABOVE_0, help="Peak FLOP/s of an accelerator, instead of the built-in "
+                                          "figure.")] = None  # fmt: skip
+    memory_bandwidth: Annotated[float | None, option(type=ABOVE_0, help="Bytes/s at which an accelerator gets KV "
+                                                     "from memory.")] = None  # fmt: skip
+    hbm_bandwidth: Annotated[float | None, option(type=ABOVE_0, help="Bytes/s at which it reads weights from its own "
+                                                  "memory.")] = None  # fmt: skip
     utilisation: Annotated[float | None, option(type=SHARE, help="Share of the peak that prefill gets.")] = None
-    overhead: Annotated[float | None, option(type=click.FloatRange(0), help="Seconds per layer and pass on top.")] = (
-        None
-    )
-    replicas: Annotated[int, option(type=COUNT)] = 8
+    overhead: Annotated[float | None, option(type=FROM_0, help="Seconds per layer and pass on top.")] = None
+    replicas: Annotated[int, count()] = 8
     memory: Annotated[str, option(help="For KV, of each replica.")] = "256GiB"
     redis: Annotated[str, option(help="For KV, of the one Redis; none for no Redis.")] = "4TiB"
-    redis_bandwidth: Annotated[float, option(type=ABOVE_0, help="Bytes/s, shared by all; an assumption.")] = (
-        REDIS_BANDWIDTH
-    )
-    redis_latency: Annotated[float, option(type=click.FloatRange(0), help="Seconds.")] = 0.001
+    redis_bandwidth: Annotated[float, option(type=ABOVE_0, help="Bytes/s, shared by all; an assumption.")] = BANDWIDTH
+    redis_latency: Annotated[float, option(type=FROM_0, help="Seconds.")] = 0.001
     route: Annotated[str, option(help="round-robin or least-loaded.")] = "round-robin"
-    documents: Annotated[int, option(type=COUNT, help="Different chunks.")] = 5000
-    chunks: Annotated[int, option(type=COUNT, help="Chunks of a request.")] = 10
-    chunk_tokens: Annotated[int, option(type=COUNT)] = 512
-    prefix_tokens: Annotated[int, option(type=click.IntRange(0))] = 64
-    question_tokens: Annotated[int, option(type=COUNT)] = 48
+    documents: Annotated[int, count("Different chunks.")] = 5000
+    chunks: Annotated[int, count("Chunks of a request.")] = 10
+    chunk_tokens: Annotated[int, count()] = 512
+    prefix_tokens: Annotated[int, count(least=0)] = 64
+    question_tokens: Annotated[int, count()] = 48
     skew: Annotated[float, option(type=SKEW, help="Of the Zipf law over chunks.")] = 0.9
-    requests: Annotated[int, option(type=click.IntRange(20))] = 2000
-    rates: Annotated[
-        tuple[float, ...], option("--rate", type=ABOVE_0, help="Requests per second; may be given several times.")
-    ] = ()
+    requests: Annotated[int, count(least=20)] = 2000
+    rates: Annotated[tuple[float, ...], option("--rate", type=ABOVE_0, help="Requests per second; may be given "
+                                               "several times.")] = ()  # fmt: skip
     policies: Policies = POLICIES
-    fitted: Annotated[
-        Path | None,
-        option(
-            "--fit",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="Instead of an accelerator: speed as of the full prefills in this results folder. Needs --shape, "
-            "that of the model measured, and --memory-bandwidth and --hbm-bandwidth of the machine.",
-        ),
-    ] = None
+    fitted: Annotated[Path | None, option(
+        "--fit", type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Instead of an accelerator: speed as of the full prefills in this results folder. Needs --shape, that "
+        "of the model measured, and --memory-bandwidth and --hbm-bandwidth of the machine.",
+    )] = None  # fmt: skip
     seed: Annotated[int, option()] = 0
     output: OutputOptions
 
@@ -249,7 +206,7 @@ def _cluster(options: SimulateOptions) -> tuple[Cluster, list[dict[str, Any]]]:
     else:
         figures = ("flops", "memory_bandwidth", "hbm_bandwidth", "utilisation", "overhead")
         given = {name: value for name in figures if (value := getattr(options, name)) is not None}
-        machine = replace(MACHINES[options.accelerator or ACCELERATOR], **given).times(options.gpus or GPUS)
+        machine = replace(MACHINES[options.accelerator or MACHINE], **given).times(options.gpus or GPUS)
     redis_bytes = 0 if options.redis == "none" else parse_bytes(options.redis)
     return Cluster(
         Costs(shape, machine), sizes, options.replicas, parse_bytes(options.memory), redis_bytes,

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from chunkcache.eval import Case
 
+MODEL = "smollm2-135m-instruct"
+FOLDER = click.Path(path_type=Path, file_okay=False)
 T = TypeVar("T")
 Parameter = Callable[[str, dict[str, Any]], click.Parameter]
 
@@ -50,6 +52,11 @@ def option(*flags: str, **settings: Any) -> Parameter:
         settings: keywords of `click.Option`, such as `help` and `type`.
     """
     return lambda name, known: click.Option([*(flags or [f"--{name.replace('_', '-')}"]), name], **known | settings)
+
+
+def count(help_text: str | None = None, *flags: str, least: int = 1) -> Parameter:
+    """Mark a field as an option that takes a whole number of `least` or more."""
+    return option(*flags, type=click.IntRange(least), help=help_text)
 
 
 def argument(**settings: Any) -> Parameter:
@@ -145,11 +152,9 @@ class PromptOptions:
     """Prompts of one data set."""
 
     data: Annotated[Path, argument()]
-    chunks: Annotated[
-        int, option(type=click.IntRange(0), help="Chunks per prompt; 0 for all of each, two or more.")
-    ] = 5
-    prompts: Annotated[int, option(type=click.IntRange(1), help="Prompts to run.")] = 20
-    skip: Annotated[int, option(type=click.IntRange(0), help="Prompts to leave out first.")] = 0
+    chunks: Annotated[int, count("Chunks per prompt; 0 for all of each, two or more.", least=0)] = 5
+    prompts: Annotated[int, count("Prompts to run.")] = 20
+    skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
 
     def cases(self) -> list[Case]:
         """Read them."""
@@ -160,13 +165,8 @@ class PromptOptions:
 class OutputOptions:
     """Where rows are kept, and how their summary is printed."""
 
-    out: Annotated[
-        Path | None,
-        option(
-            type=click.Path(path_type=Path, file_okay=False),
-            help="Folder for the results: rows are kept there as they come, and an interrupted run goes on.",
-        ),
-    ] = None
+    out: Annotated[Path | None, option(type=FOLDER, help="Folder for the results: rows are kept there as they come, "
+                                       "and an interrupted run goes on.")] = None  # fmt: skip
     as_json: AsJson = False
 
     def path(self, name: str) -> Path | None:

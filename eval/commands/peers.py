@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import click
 from rich.markup import escape
 
 from chunkcache.cli.console import out, status, table, wide
 from chunkcache.errors import ChunkCacheError
-from chunkcache.eval.commands.options import AsJson, argument, command, option
+from chunkcache.eval.commands.options import FOLDER, AsJson, argument, command, option
 from chunkcache.eval.commands.show import show_json
 
 
@@ -19,14 +18,8 @@ from chunkcache.eval.commands.show import show_json
 class SetUpOptions:
     """Environments of peers."""
 
-    folder: Annotated[
-        Path,
-        option(
-            "--into",
-            type=click.Path(path_type=Path, file_okay=False),
-            help="Folder for their environments, one each; about 3 GB for all.",
-        ),
-    ]
+    folder: Annotated[Path, option("--into", type=FOLDER, help="Folder for their environments, one each; about 3 GB "
+                                   "for all.")]  # fmt: skip
     names: Annotated[tuple[str, ...], argument(metavar="[NAME]...")] = ()
     as_json: AsJson = False
 

@@ -22,8 +22,9 @@ from chunkcache.eval.commands.options import (
     argument,
     check_policies,
     command,
+    count,
     option,
-)
+)  # fmt: skip
 from chunkcache.eval.commands.show import show_json, show_report
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from chunkcache.eval.data import DataSet
     from chunkcache.eval.peers import Peer
 
+SET_UP = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+STORES = ("memory://?max_bytes=4GiB",)
 COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
 
 
@@ -40,17 +44,9 @@ COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cac
 class PeerOptions:
     """The peers that are measured, too."""
 
-    folder: Annotated[
-        Path | None,
-        option(
-            "--peers",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="Folder of `bench peers`: what is set up there is measured, too.",
-        ),
-    ] = None
-    peer_prompts: Annotated[
-        int | None, option(type=click.IntRange(1), help="Run them on the first so many prompts only.")
-    ] = None
+    folder: Annotated[Path | None, option("--peers", type=SET_UP, help="Folder of `bench peers`: what is set up "
+                                          "there is measured, too.")] = None  # fmt: skip
+    peer_prompts: Annotated[int | None, count("Run them on the first so many prompts only.")] = None
     peer_names: Annotated[tuple[str, ...], option("--peer", help="Only this peer; may be given several times.")] = ()
 
 
@@ -59,28 +55,18 @@ class RequestOptions:
     """Requests one at a time."""
 
     data: Annotated[tuple[Path, ...], argument()]
-    counts: Annotated[
-        tuple[int, ...],
-        option("--chunks", type=click.IntRange(1), help="Chunks per prompt; may be given several times."),
-    ] = (5,)
-    prompts: Annotated[int, option(type=click.IntRange(1), help="Prompts to run.")] = 20
-    skip: Annotated[int, option(type=click.IntRange(0), help="Prompts to leave out first.")] = 0
-    questions: Annotated[
-        Path | None,
-        option(
-            type=click.Path(path_type=Path, exists=True, dir_okay=False),
-            help="JSON Lines with question and answers: DATA is then a corpus that is searched for the chunks.",
-        ),
-    ] = None
+    counts: Annotated[tuple[int, ...], count("Chunks per prompt; may be given several times.", "--chunks")] = (5,)
+    prompts: Annotated[int, count("Prompts to run.")] = 20
+    skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
+    questions: Annotated[Path | None, option(type=FILE, help="JSON Lines with question and answers: DATA is then a "
+                                             "corpus that is searched for the chunks.")] = None  # fmt: skip
     fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
     policies: Policies = COMPARED
     peers: PeerOptions = PeerOptions()
-    chunk_tokens: Annotated[int | None, option(type=click.IntRange(1), help="Cut chunks to so many tokens.")] = None
-    stores: Annotated[tuple[str, ...], option("--store", help="URL of a store; may be given several times.")] = (
-        "memory://?max_bytes=4GiB",
-    )
+    chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
+    stores: Annotated[tuple[str, ...], option("--store", help="URL of a store; may be given several times.")] = STORES
     cold: Annotated[bool, option(help="Nothing is precomputed: requests compute their chunks on the clock.")] = False
-    rounds: Annotated[int, option(type=click.IntRange(1), help="Times each prompt is run.")] = 1
+    rounds: Annotated[int, count("Times each prompt is run.")] = 1
     model: ModelOptions
     output: OutputOptions
 
@@ -99,14 +85,8 @@ class RequestOptions:
 class TtftOptions(RequestOptions):
     """Requests one at a time, also of growing lengths."""
 
-    lengths: Annotated[
-        tuple[int, ...],
-        option(
-            "--tokens",
-            type=click.IntRange(1),
-            help="Instead of --chunks: prompts of so many tokens of chunks; may be given several times.",
-        ),
-    ] = ()
+    lengths: Annotated[tuple[int, ...], count("Instead of --chunks: prompts of so many tokens of chunks; may be "
+                                              "given several times.", "--tokens")] = ()  # fmt: skip
 
 
 @command("ttft")
@@ -224,8 +204,8 @@ class HeatmapOptions:
     """One prompt under several policies."""
 
     data: Annotated[Path | None, argument()] = None
-    chunks: Annotated[int, option(type=click.IntRange(1), help="Chunks of the prompt.")] = 4
-    prompt: Annotated[int, option(type=click.IntRange(0), help="Which prompt of DATA.")] = 0
+    chunks: Annotated[int, count("Chunks of the prompt.")] = 4
+    prompt: Annotated[int, count("Which prompt of DATA.", least=0)] = 0
     policies: Policies = COMPARED
     model: ModelOptions
     output: OutputOptions
