@@ -95,6 +95,15 @@ def table(title: str, columns: Mapping[str, str], rows: Iterable[Row]) -> dict[s
     return {"title": title, "columns": list(columns), "rows": shown}
 
 
+def lines(title: str, x: str, y: str, caption: str, series: Sequence[Row], log: str = "") -> dict[str, Any]:
+    """Return a plot of lines in plain values; `log` names the axes that are logarithmic, such as `xy`.
+
+    A series is {name, policy: whose colour it has, or None, points: [[x, y], ...], simulated: whether it is dashed}.
+    """
+    axes = {"x": x, "y": y, "logx": "x" in log, "logy": "y" in log}
+    return {"kind": "lines", "title": title, **axes, "caption": caption, "series": list(series)}
+
+
 def _text(form: str, row: Row) -> str:
     try:
         text = form.format_map(row)
