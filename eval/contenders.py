@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from chunkcache.errors import PeerError
 from chunkcache.eval.answers import exact_match, f1, rouge_l
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, first_kl, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.measure import finite
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import FULL, PEER
 from chunkcache.llm import CachedLLM
@@ -121,7 +121,7 @@ class PolicyContender:
             elif len(ids) > 1:
                 start.cache.crop(1 - len(ids))
             ids = greedy_answer(self.llm, start, ANSWER_TOKENS)[0]
-        measured = {name: _finite(value) for name, value in asdict(fidelity).items()}
+        measured = {name: finite(value) for name, value in asdict(fidelity).items()}
         return {**measured, **_answered(self.llm.tokenizer, case, ids, reference)}
 
 
@@ -154,7 +154,7 @@ class PeerContender:
             return {}
         full = reference.log_probs[0]
         comparable = answer.logits is not None and answer.logits.shape == full.shape
-        kl = _finite(first_kl(full, answer.logits)) if comparable else None
+        kl = finite(first_kl(full, answer.logits)) if comparable else None
         return {"kl_first": kl, **_answered(self._llm.tokenizer, case, answer.token_ids, reference)}
 
     def _try(self, ask: Callable[[], Any]) -> Any:
@@ -202,11 +202,6 @@ def policy_contenders(
 def kv_bytes(cache: Cache) -> int:
     """Return the size of all keys and values in `cache`."""
     return sum(part.nbytes for index in range(len(cache.layers)) for part in layer_kv(cache, index))
-
-
-def _finite(value: float) -> float | None:
-    """Return None for what JSON cannot hold: a divergence where full prefill rules a token out."""
-    return value if math.isfinite(value) else None
 
 
 def _answered(
