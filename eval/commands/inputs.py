@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 import chunkcache
-from chunkcache.cli.console import err, progress
+from chunkcache.cli.console import err
 from chunkcache.errors import DocumentError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from chunkcache.eval import Case
     from chunkcache.eval.data import DataSet
+    from chunkcache.retriever import Retriever
 
 EXAMPLES = Path(chunkcache.__file__).parent / "examples"
 
@@ -44,23 +44,12 @@ def about(data: Path) -> dict[str, Any]:
     return {"data": data.stem, "data_sha256": checksum(data)}
 
 
-def retrieved_cases(
-    corpus: Path,
-    questions: Path,
-    chunks: int,
-    chunk_tokens: int,
-    prompts: int,
-    skip: int,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[Case]:
-    """Return questions with the chunks of a corpus that are found for them."""
+def retrieved_cases(retriever: Retriever, questions: Iterable[dict[str, Any]], chunks: int) -> list[Case]:
+    """Return questions, as `draw_questions` returns them, with the chunks that are found for each."""
     from chunkcache.eval import Case
-    from chunkcache.retriever import Retriever, load_documents
 
-    with progress("indexing documents") as on_progress:
-        retriever = Retriever.build(load_documents(corpus), tokenizer, size=chunk_tokens, on_progress=on_progress)
     cases = []
-    for row in draw_questions(questions, skip + prompts, 0)[skip:]:
+    for row in questions:
         texts = tuple(hit.chunk.text for hit in retriever.search(row["question"], chunks))
         cases.append(Case(row["question"], texts, tuple(row["answers"])))
     return cases

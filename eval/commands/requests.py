@@ -13,8 +13,9 @@ import click
 from rich.markup import escape
 
 from chunkcache.cli.console import err, progress, status, table, wide
+from chunkcache.cli.inputs import indexed
 from chunkcache.errors import DocumentError, PeerError
-from chunkcache.eval.commands.inputs import about, read_cases, retrieved_cases
+from chunkcache.eval.commands.inputs import EXAMPLES, about, draw_questions, read_cases, retrieved_cases
 from chunkcache.eval.commands.options import (
     ModelOptions,
     OutputOptions,
@@ -151,6 +152,7 @@ def _prompts(
 ) -> Iterator[tuple[str, list[Case], dict[str, Any]]]:
     """Yield name, prompts and settings: of each data file, with each number of chunks, or of all `lengths`."""
     from chunkcache.eval.data import cut, prompts_of_lengths
+    from chunkcache.retriever import load_documents
 
     for data in options.data:
         settings = options.about(data)
@@ -158,12 +160,13 @@ def _prompts(
             cases = read_cases(sources[data], 0, 100, options.skip, quiet=True)
             cases = prompts_of_lengths(cases, lengths, options.prompts, tokenizer)
             yield f"{data.stem}-lengths", cases, {**settings, "chunks": None, "tokens": list(lengths)}
-        for chunks in () if lengths else options.counts:
+            continue
+        if options.questions is not None:
+            retriever = indexed(load_documents(data), tokenizer, options.chunk_tokens or 512)
+            questions = draw_questions(options.questions, options.skip + options.prompts, 0)[options.skip :]
+        for chunks in options.counts:
             if options.questions is not None:
-                cases = retrieved_cases(
-                    data, options.questions, chunks, options.chunk_tokens or 512, options.prompts, options.skip,
-                    tokenizer,
-                )  # fmt: skip
+                cases = retrieved_cases(retriever, questions, chunks)
             else:
                 cases = read_cases(sources[data], chunks, options.prompts, options.skip, options.fill)
                 cases = cut(cases, options.chunk_tokens, tokenizer)
@@ -241,7 +244,6 @@ def bench_heatmap(options: HeatmapOptions) -> None:
 def _example(chunks: int) -> Case:
     """Return the first packaged question, over pieces of the document that answers it and of others."""
     from chunkcache.eval import Case
-    from chunkcache.eval.commands.inputs import EXAMPLES
     from chunkcache.retriever import load_documents
 
     first = json.loads((EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.llm import TEXTS, saved_model
 
+from chunkcache.eval.data import DataSet
 from chunkcache.eval.results import read_folder
 
 
@@ -106,6 +107,15 @@ def test_several_stores_have_results_of_their_own(bench, data, tmp_path):
     assert code == 0
     names = [each["name"] for each in json.loads(out)["sections"]]
     assert names == ["ttft-texts-2-1-memory", "ttft-texts-2-2-disk"]
+
+
+def test_a_data_file_is_read_once_whatever_is_measured_on_it(bench, data, monkeypatch):
+    read = []
+    read_file = DataSet.read
+    monkeypatch.setattr(DataSet, "read", lambda path: read.append(path) or read_file(path))
+    code, _, err = bench("ttft", data, *FEW, "--chunks", "3")
+    assert code == 0, err
+    assert read == [Path(data)]
 
 
 def test_two_files_of_one_name_are_refused(bench, data, tmp_path):
