@@ -7,13 +7,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constra
 STAMP  := .venv/.installed
 LMBIN  := .venv/lmcache/bin
 
-.PHONY: help demo test test-lmcache lint check clean
+.PHONY: help demo report test test-lmcache lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 demo: $(STAMP)    ## answer questions about the example documents, with and without reuse
 	@$(BIN)/chunkcache demo
+
+report: $(STAMP)    ## make docs/results/report.html, the page with the plots, of report.json
+	@$(BIN)/chunkcache bench report docs/results/report.json
 
 test: $(STAMP)    ## run the tests
 	@$(BIN)/python -m pytest

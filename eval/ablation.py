@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,14 @@ from chunkcache.blend import Plan, Policy
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Check
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.measure import OnStep, averages, finite, measure_prompts, table
+from chunkcache.eval.results import Results, Row
 from chunkcache.kv import ChunkKV
 from chunkcache.kv.quantised import dense
 from chunkcache.llm import CachedLLM
 
+BENCH = "selection"
 LEAD = 1024
 STORE = "memory://?max_bytes=4GiB"
 MEAN, MAX, LAST = range(3)  # over the question's tokens
@@ -51,14 +54,14 @@ class Seen:
     sentences: Tensor
 
     def scores(self, low: float = 1 / 2, high: float = 2 / 3, rows: int = MEAN) -> Tensor:
-        """Return `[layers, heads, tokens]` of a band of layers, given as shares of the depth."""
-        count = len(self.attention)
-        return self.attention[int(low * count) : max(int(low * count) + 1, math.ceil(high * count)), rows]
+        """Return the attention `[layers, heads, tokens]` of a band of layers, given as shares of the depth."""
+        return band(self.attention[:, rows], low, high)
 
-    def of_layers(self, values: Tensor) -> Tensor:
-        """Return of `values` `[layers, ...]` the same band as `scores`."""
-        count = len(self.attention)
-        return values[count // 2 : math.ceil(count * 2 / 3)]
+
+def band(values: Tensor, low: float = 1 / 2, high: float = 2 / 3) -> Tensor:
+    """Return of `values` `[layers, ...]` those of a band of layers."""
+    first = int(low * len(values))
+    return values[first : max(first + 1, math.ceil(high * len(values)))]
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,7 @@ VARIANTS = (
     Variant("maximum over heads", top(lambda seen: seen.scores().amax(1).mean(0))),
     Variant("maximum over question tokens", top(lambda seen: seen.scores(rows=MAX).mean((0, 1)))),
     Variant("last question token only", top(lambda seen: seen.scores(rows=LAST).mean((0, 1)))),
-    Variant(
-        "times norm of values", top(lambda seen: (seen.scores() * seen.of_layers(seen.value_norms)).mean((0, 1)))
-    ),
+    Variant("times norm of values", top(lambda seen: (seen.scores() * band(seen.value_norms)).mean((0, 1)))),
     Variant("times context sensitivity", top(lambda seen: default(seen) * seen.sensitivity)),
     Variant("context sensitivity alone", top(lambda seen: seen.sensitivity)),
     Variant("smoothed over 3 tokens", top(smoothed(3))),
@@ -157,54 +158,50 @@ VARIANTS = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """One variant over all prompts: means, KL in nats, and the share of token-layers that it computes."""
-
-    variant: str
-    kl_first: float
-    kl_mean: float
-    agreement: float
-    recomputed_share: float
-
-
 def ablate(
+    results: Results,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[Case],
     ratio: float = 0.03,
-    on_prompt: Callable[[int, int], None] | None = None,
-) -> list[Result]:
-    """Measure every variant on `cases`, each recomputing the share `ratio` of the reused tokens."""
+    on_prompt: OnStep | None = None,
+) -> Results:
+    """Measure every variant on `cases`, each recomputing the share `ratio` of the reused tokens.
+
+    `results` gets a row of each prompt and variant: `kl_first` and `kl_mean` in nats and `agreement` as in
+    `Fidelity`, and `recomputed_share`, the share of token-layers that it computes.
+    """
     llm = chunkcache.wrap(model, tokenizer, store=STORE)
-    measured: dict[str, list[tuple[Fidelity, float]]] = {variant.name: [] for variant in VARIANTS}
-    for index, case in enumerate(cases):
+
+    def measure(_: int, case: Case) -> Iterator[Row]:
         start = llm.prefill(case.question, case.chunks, policy="full")
         answer, full = greedy_answer(llm, start, ANSWER_TOKENS)
         seen = {lead: _look(llm, case, LEAD if lead else 0) for lead in (True, False)}
-        for lead in (True, False):
-            seen[lead].sensitivity = _distance(seen[True].plan, seen[False].plan)
+        for looked in seen.values():
+            looked.sensitivity = _distance(seen[True].plan, seen[False].plan)
         for variant in VARIANTS:
             looked = seen[variant.lead]
             selected = variant.choose(looked, math.ceil(ratio * len(looked.plan.inexact))).sort().values
             policy = _Fixed(lead=LEAD if variant.lead else 0, selected=selected, stop=variant.stop)
             prefilled = llm.prefill(case.question, case.chunks, policy=policy)
-            share = prefilled.stats.recomputed_share
             fidelity = measure_fidelity(full, forced_answer(llm, prefilled, answer))
-            measured[variant.name].append((fidelity, share))
-        if on_prompt is not None:
-            on_prompt(index + 1, len(cases))
-    return [_result(name, rows) for name, rows in measured.items()]
+            shown = {name: finite(value) for name, value in asdict(fidelity).items()}
+            yield {"variant": variant.name, **shown, "recomputed_share": prefilled.stats.recomputed_share}
+
+    measure_prompts(results, cases, len(VARIANTS), measure, on_prompt)
+    return results
 
 
-def _result(name: str, rows: Sequence[tuple[Fidelity, float]]) -> Result:
-    return Result(
-        name,
-        statistics.mean(fidelity.kl_first for fidelity, _ in rows),
-        statistics.mean(fidelity.kl_mean for fidelity, _ in rows),
-        statistics.mean(fidelity.agreement for fidelity, _ in rows),
-        statistics.mean(share for _, share in rows),
-    )
+def summary(results: Results) -> dict[str, Any]:
+    """Return the means of each variant over all prompts, and a table of them."""
+    names = ("kl_first", "kl_mean", "agreement", "recomputed_share")
+    sums = averages(results.rows, ["variant"], "prompt", dict.fromkeys(names, statistics.mean))
+    columns = {
+        "selection": "{variant}", "recomputed": "{recomputed_share:.1%}", "KL first": "{kl_first:.4f}",
+        "KL mean": "{kl_mean:.4f}", "agreement": "{agreement:.1%}",
+    }  # fmt: skip
+    title = f"{max(each['prompts'] for each in sums)} prompts: means, KL in nats"
+    return {"variants": sums, "tables": [table(title, columns, sums)], "plots": []}
 
 
 def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
@@ -218,12 +215,9 @@ def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
         for index, layer in enumerate(segment.kv.layers):
             norm = dense(layer)[1, :, segment.first : segment.first + segment.length].float().norm(dim=-1)
             norms[index, :, segment.start : segment.end] = norm.repeat_interleave(norms.shape[1] // len(norm), 0)
-    return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), _sentences(llm, plan))
-
-
-def _sentences(llm: CachedLLM, plan: Plan) -> Tensor:
     ends = [str(llm.tokenizer.decode([token])).rstrip().endswith((".", "!", "?")) for token in plan.token_ids]
-    return torch.tensor([0, *ends[:-1]]).cumsum(0)
+    sentences = torch.tensor([0, *ends[:-1]]).cumsum(0)
+    return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), sentences)
 
 
 def _distance(plan: Plan, other: Plan) -> Tensor:

@@ -10,7 +10,6 @@ shared KV, and over a copy for each sequence.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,28 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import layer_kv
-from chunkcache.blend.hydragen import SharedCache
 from chunkcache.engine.batch import MAX_BATCH, Batch
 from chunkcache.engine.generation import Generation
 from chunkcache.engine.grouping import grouped
 from chunkcache.engine.stats import RequestStats
 from chunkcache.eval.answers import f1
-from chunkcache.eval.batch_summary import BATCHED, FULL, GROUPED, WAYS
+from chunkcache.eval.attention_time import time_attention
+from chunkcache.eval.batch_summary import BATCHED, GROUPED, WAYS
 from chunkcache.eval.batch_summary import summary as summary
 from chunkcache.eval.data import Case
 from chunkcache.eval.machine import ran_on
 from chunkcache.eval.memory import PeakMemory
-from chunkcache.eval.results import Results
+from chunkcache.eval.results import FULL, Results
 from chunkcache.llm import CachedLLM
 from chunkcache.store import open_store
 from chunkcache.store.url import redacted
@@ -48,7 +41,6 @@ from chunkcache.store.url import redacted
 BENCH = "batch"
 STORE = "memory://?max_bytes=4GiB"
 BATCHES, LENGTHS = (2, 4, 8), (512, 1024, 2048, 4096)  # sequences and shared tokens that attention is timed for
-OWN_TOKENS = 48  # behind the shared ones
 OnPass = Callable[[int, int], None]
 
 
@@ -75,20 +67,35 @@ def workload(cases: Sequence[Case], chunks: int, questions: int, seed: int = 0) 
     return found
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How questions are answered.
+
+    Attributes:
+        policies: policy strings; full prefill always runs.
+        store: URL of a store that is used for nothing else, since it is cleared before each pass.
+        max_batch: sequences that are decoded together at most.
+        new_tokens: length of an answer at most.
+        rounds: how often all passes are run.
+    """
+
+    policies: Sequence[str]
+    store: str = STORE
+    max_batch: int = MAX_BATCH
+    new_tokens: int = 32
+    rounds: int = 1
+
+
 def bench_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[Case],
-    policies: Sequence[str],
+    batching: Batching,
     about: Mapping[str, Any],
     path: Path | None = None,
-    store: str = STORE,
-    max_batch: int = MAX_BATCH,
-    new_tokens: int = 32,
-    rounds: int = 1,
     on_pass: OnPass | None = None,
 ) -> Results:
-    """Answer `cases`, in their order and in groups, under full prefill and each of `policies`; and in plain batches.
+    """Answer `cases`, in their order and in groups, under full prefill and each policy; and in plain batches.
 
     The order of the ways goes round from policy to policy and from round to round: over three rounds each comes first
     once. Fewer leave some of the machine's drift in the figures.
@@ -97,30 +104,26 @@ def bench_batch(
         model: the model.
         tokenizer: its tokenizer.
         cases: what `workload` returned.
-        policies: policy strings; full prefill always runs.
+        batching: how they are answered.
         about: settings that say where the cases are from.
         path: the file of the results; None keeps them in memory.
-        store: URL of a store that is used for nothing else, since it is cleared before each pass.
-        max_batch: sequences that are decoded together at most.
-        new_tokens: length of an answer at most.
-        rounds: how often all passes are run.
         on_pass: called with (passes done, passes in all).
 
     Raises:
         PolicyError, StoreURLError: one is unknown.
         ResultsError: the file holds something else.
     """
-    names = list(dict.fromkeys([FULL, *policies]))
+    names = list(dict.fromkeys([FULL, *batching.policies]))
     settings = {
-        **about, "requests": len(cases), "policies": names, "store": redacted(store), "max_batch": max_batch,
-        "new_tokens": new_tokens, "rounds": rounds,
+        **about, "requests": len(cases), "policies": names, "store": redacted(batching.store),
+        "max_batch": batching.max_batch, "new_tokens": batching.new_tokens, "rounds": batching.rounds,
     }  # fmt: skip
-    with Results.open(path, BENCH, settings, ran_on(model)) as results, open_store(store) as opened:
+    with Results.open(path, BENCH, settings, ran_on(model)) as results, open_store(batching.store) as opened:
         llms = {name: chunkcache.wrap(model, tokenizer, store=opened, policy=name) for name in names}
-        passes = _Passes(llms, cases, max_batch, new_tokens)
+        passes = _Passes(llms, cases, batching.max_batch, batching.new_tokens)
         todo = [
             (round_, name, way)
-            for round_ in range(rounds)
+            for round_ in range(batching.rounds)
             for index, name in enumerate(names)
             for turn in range(len(WAYS))
             if (way := WAYS[(turn + round_ + index) % len(WAYS)]) != BATCHED or name == FULL
@@ -314,55 +317,3 @@ def _hits(llm: CachedLLM) -> dict[str, int]:
 def _kl(full: Tensor, other: Tensor) -> float:
     kl = torch.nn.functional.kl_div(other, full, reduction="sum", log_target=True)
     return max(float(kl), 0.0)
-
-
-@torch.no_grad()
-def time_attention(model: PreTrainedModel, sequences: int, tokens: int, repeats: int = 7) -> dict[str, Any]:
-    """Time a decoding step's attention over one copy of `tokens` shared KV, and with SDPA over a copy per sequence.
-
-    Random KV of the model's shape, in four layers by turns, so that no cache of the processor holds them all, and
-    none with a sliding window. Query heads that share a KV head go to SDPA as such, or packed as its rows: what is
-    faster counts. Medians in seconds per layer.
-    """
-    config = model.config.get_text_config(decoder=True)
-    heads, layers = config.num_attention_heads, 4
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=model.dtype, device=model.device)
-
-    query, own = some(sequences, heads, 1, dim), some(2, sequences, kv_heads, OWN_TOKENS, dim)
-    shared = [(some(kv_heads, tokens, dim), some(kv_heads, tokens, dim)) for _ in range(layers)]
-    cache = SharedCache(
-        PreTrainedConfig.from_dict({"num_hidden_layers": layers}), shared, [0] * sequences, OWN_TOKENS
-    )
-    whole = [
-        [torch.cat((part.expand(sequences, -1, -1, -1), mine), dim=2) for part, mine in zip(kv, own, strict=True)]
-        for kv in shared
-    ]
-    packed = query.view(sequences, kv_heads, -1, dim)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    ways: dict[str, Callable[[int], Tensor]] = {
-        "shared": lambda index: cache.attend(index, query, (own[0], own[1])),
-        "grouped": lambda index: attend(query, whole[index][0], whole[index][1], enable_gqa=heads != kv_heads),
-        "packed": lambda index: attend(packed, whole[index][0], whole[index][1]),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            for index in range(layers):
-                way(index)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first is to warm up
-                seconds[name].append((time.perf_counter() - started) / layers)
-    found = {name: statistics.median(each) for name, each in seconds.items()}
-    copies = min(found["grouped"], found["packed"])
-    return {
-        "kind": "attention", "sequences": sequences, "tokens": tokens, "shared_s": found["shared"],
-        "repeated_s": copies,
-    }  # fmt: skip

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from chunkcache.eval.intervals import LEAST, interval
-from chunkcache.eval.results import Results
+from chunkcache.eval.measure import lines, table
+from chunkcache.eval.results import FULL, Results
 
-FULL = "full"
 ONE_BY_ONE, BATCHED, GROUPED = "one by one", "plain batches", "grouped"
 WAYS = (ONE_BY_ONE, BATCHED, GROUPED)  # plain batches are under full prefill only
 
@@ -80,48 +80,42 @@ def _equal(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> fl
 
 
 def _passes_table(policies: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    def number(value: float | None, digits: int, scale: float = 1.0) -> str:
-        return "n/a" if value is None else f"{value / scale:.{digits}f}"
-
-    def times(gain: list[float] | None) -> str:
-        if gain is None:
-            return "n/a"
-        return f"{gain[0]:.2f}" + (f" [{gain[1]:.2f}, {gain[2]:.2f}]" if len(gain) > 1 else "")
-
+    columns = {
+        "policy": "{policy}", "way": "{way}", "requests/s": "{requests_per_s:.3f}", "gain": "{gain_text}",
+        "over plain": "{over_plain}", "new tokens/s": "{new_tokens_per_s:.1f}",
+        "prompt tokens/s": "{prompt_tokens_per_s:.0f}", "KV MiB, computed": "{kv_mib:.0f}",
+        "peak MiB, with store": "{peak_mib:.0f}", "loads": "{all_loads}", "computed": "{recomputed_share:.1%}",
+        "KL first": "{kl_first[0]:.4f}", "F1": "{f1[0]:.3f}", "equal": "{equal:.2f}",
+    }  # fmt: skip
     rows = [
-        [
-            policy, way, f"{found['requests_per_s']:.3f}", times(found["gain"]), times(found["gain_over_batches"]),
-            f"{found['new_tokens_per_s']:.1f}", f"{found['prompt_tokens_per_s']:.0f}",
-            number(found["kv_bytes"], 0, 2**20), number(found["peak_bytes"], 0, 2**20),
-            str(sum(found["loads"].values())), f"{found['recomputed_share']:.1%}", f"{found['kl_first'][0]:.4f}",
-            number(found["f1"] and found["f1"][0], 3), number(found["equal"], 2),
-        ]
+        {
+            **found, "policy": policy, "way": way, "gain_text": _times(found["gain"]),
+            "over_plain": _times(found["gain_over_batches"]), "all_loads": sum(found["loads"].values()),
+            "kv_mib": found["kv_bytes"] / 2**20, "peak_mib": found["peak_bytes"] and found["peak_bytes"] / 2**20,
+        }
         for policy, ways in policies.items()
         for way, found in ways.items()
     ]  # fmt: skip
-    columns = [
-        "policy", "way", "requests/s", "gain", "over plain", "new tokens/s", "prompt tokens/s", "KV MiB, computed",
-        "peak MiB, with store", "loads", "computed", "KL first", "F1", "equal",
-    ]  # fmt: skip
-    return {
-        "title": "offline batches (gain over one by one, and over plain batches; equal: answers as one by one)",
-        "columns": columns,
-        "rows": rows,
-    }
+    title = "offline batches (gain over one by one, and over plain batches; equal: answers as one by one)"
+    return table(title, columns, rows)
+
+
+def _times(gain: list[float] | None) -> str:
+    if gain is None:
+        return "n/a"
+    return f"{gain[0]:.2f}" + (f" [{gain[1]:.2f}, {gain[2]:.2f}]" if len(gain) > 1 else "")
 
 
 def _attention_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "title": "attention of a decoding step, per layer: KV shared once against a copy for each sequence",
-        "columns": ["sequences", "shared tokens", "shared ms", "copies ms", "ratio"],
-        "rows": [
-            [
-                str(row["sequences"]), str(row["tokens"]), f"{row['shared_s'] * 1e3:.3f}",
-                f"{row['repeated_s'] * 1e3:.3f}", f"{row['shared_s'] / row['repeated_s']:.2f}",
-            ]
-            for row in rows
-        ],
+    title = "attention of a decoding step, per layer: KV shared once against a copy for each sequence"
+    columns = {
+        "sequences": "{sequences}", "shared tokens": "{tokens}", "shared ms": "{shared_ms:.3f}",
+        "copies ms": "{copies_ms:.3f}", "ratio": "{ratio:.2f}",
     }  # fmt: skip
+    return table(title, columns, [
+        {**row, "shared_ms": row["shared_s"] * 1e3, "copies_ms": row["repeated_s"] * 1e3,
+         "ratio": row["shared_s"] / row["repeated_s"]} for row in rows
+    ])  # fmt: skip
 
 
 def _plots(
@@ -132,42 +126,26 @@ def _plots(
     plain = rates.get(FULL, {}).get(BATCHED)
     plots: list[dict[str, Any]] = []
     if whole:
-        plots.append(
-            {
-                "kind": "bars",
-                "title": "Offline batches",
-                "y": "requests per second",
-                "caption": "Questions over recurring chunks: in the order they come; in plain left-padded batches, "
-                "which prefill every prompt in full whatever the policy; and grouped by what they share.",
-                "groups": list(whole),
-                "series": [
-                    {"name": way, "values": [each.get(way, plain) for each in rates.values()]}
-                    for way in WAYS
-                    if way != BATCHED or plain is not None
-                ],
-            }
+        caption = (
+            "Questions over recurring chunks: in the order they come; in plain left-padded batches, which prefill "
+            "every prompt in full whatever the policy; and grouped by what they share."
         )
+        shown = [way for way in WAYS if way != BATCHED or plain is not None]
+        bars = [{"name": way, "values": [by_way.get(way, plain) for by_way in rates.values()]} for way in shown]
+        plots.append(
+            {"kind": "bars", "title": "Offline batches", "y": "requests per second", "caption": caption,
+             "groups": list(whole), "series": bars}
+        )  # fmt: skip
     if attention:
         gains = [(row["sequences"], row["tokens"], row["repeated_s"] / row["shared_s"]) for row in attention]
         series = [
             {
-                "name": f"{count} sequences",
-                "policy": None,
+                "name": f"{count} sequences", "policy": None, "simulated": False,
                 "points": [[tokens, gain] for sequences, tokens, gain in gains if sequences == count],
-                "simulated": False,
             }
             for count in sorted({sequences for sequences, *_ in gains})
-        ]
-        plots.append(
-            {
-                "kind": "lines",
-                "title": "Shared-prefix attention",
-                "x": "shared tokens",
-                "y": "times as fast as copies",
-                "logx": True,
-                "logy": False,
-                "caption": "Attention of one decoding step over one copy of the shared KV, against SDPA over copies.",
-                "series": series,
-            }
-        )
+        ]  # fmt: skip
+        caption = "Attention of one decoding step over one copy of the shared KV, against SDPA over copies."
+        title, y = "Shared-prefix attention", "times as fast as copies"
+        plots.append(lines(title, "shared tokens", y, caption, series, "x"))
     return plots

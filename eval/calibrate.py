@@ -57,7 +57,7 @@ def calibrate(
         tokenizer: its tokenizer.
         cases: prompts of the kind that will be asked.
         target: the policy whose KL Cache-Craft has to reach, on average over the cases.
-        guarded: the query policy whose ladder the guard is fitted for.
+        guarded: the query policy whose guard is fitted.
         parts: what to look for, of `PARTS`.
         on_step: called with (steps done, steps in all).
 

@@ -164,11 +164,7 @@ def overlapped_s(loading_s: float, steps: Sequence[Step], layers: int) -> float:
 
 
 def fit(
-    shape: Shape,
-    requests: Sequence[tuple[float, float]],
-    memory_bandwidth: float,
-    hbm_bandwidth: float,
-    source: str,
+    shape: Shape, requests: Sequence[tuple[float, float]], memory_bandwidth: float, hbm_bandwidth: float, source: str
 ) -> Machine:
     """Return a machine whose speed and overhead are fitted to full prefills, by least squares of relative errors.
 

@@ -41,6 +41,52 @@ class Case:
     answers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """All cases of one file."""
+
+    path: Path
+    cases: list[Case]
+
+    @classmethod
+    def read(cls, path: str | Path, merge: bool = True) -> DataSet:
+        """Read a JSON or JSON Lines file.
+
+        Args:
+            path: the file.
+            merge: join the paragraphs of HotpotQA and MuSiQue to chunks of about 512 tokens; else each is a chunk.
+
+        Raises:
+            DocumentError: the file cannot be read or is in no known format.
+        """
+        rows = _read_rows(Path(path))
+        reader = _reader(rows[0], path)
+        cases = [reader(row) for row in rows]
+        if merge and reader in (_hotpotqa, _musique):
+            cases = [replace(case, chunks=_merge(case.chunks)) for case in cases]
+        return cls(Path(path), cases)
+
+    def select(
+        self, chunks: int | None = None, limit: int | None = None, least: int = 1, fill: bool = False
+    ) -> list[Case]:
+        """Return cases with enough chunks.
+
+        Args:
+            chunks: use the first so many chunks of each case, and leave out cases that have fewer.
+            limit: return at most so many cases.
+            least: leave out cases that have fewer chunks than this.
+            fill: give cases that have fewer than `chunks` some of other cases, at random places (always the same).
+
+        Raises:
+            DocumentError: no case has enough chunks.
+        """
+        cases = self.cases if chunks is None or not fill else _filled_up(self.cases, chunks)
+        cases = [case for case in cases if len(case.chunks) >= max(least, chunks or 0)][:limit]
+        if not cases:
+            raise DocumentError(f"no case of {self.path} has {chunks or least} chunks; ask for fewer")
+        return [replace(case, chunks=case.chunks[:chunks]) for case in cases]
+
+
 def load_cases(
     path: str | Path,
     chunks: int | None = None,
@@ -49,30 +95,8 @@ def load_cases(
     merge: bool = True,
     fill: bool = False,
 ) -> list[Case]:
-    """Read the cases of a JSON or JSON Lines file.
-
-    Args:
-        path: the file.
-        chunks: use the first so many chunks of each case, and leave out cases that have fewer.
-        limit: return at most so many cases.
-        least: leave out cases that have fewer chunks than this.
-        fill: give cases that have fewer than `chunks` some of other cases, at random places (always the same).
-        merge: join the paragraphs of HotpotQA and MuSiQue to chunks of about 512 tokens; else each is a chunk.
-
-    Raises:
-        DocumentError: the file cannot be read, is in no known format, or no case has enough chunks.
-    """
-    rows = _read_rows(Path(path))
-    reader = _reader(rows[0], path)
-    cases = [reader(row) for row in rows]
-    if merge and reader in (_hotpotqa, _musique):
-        cases = [replace(case, chunks=_merge(case.chunks)) for case in cases]
-    if fill and chunks is not None:
-        cases = _filled_up(cases, chunks)
-    found = [case for case in cases if len(case.chunks) >= max(least, chunks or 0)][:limit]
-    if not found:
-        raise DocumentError(f"no case of {path} has {chunks or least} chunks; ask for fewer")
-    return [replace(case, chunks=case.chunks[:chunks]) for case in found]
+    """Read the cases of a JSON or JSON Lines file: `DataSet.read` and `DataSet.select`."""
+    return DataSet.read(path, merge).select(chunks, limit, least, fill)
 
 
 def _filled_up(cases: Sequence[Case], chunks: int) -> list[Case]:

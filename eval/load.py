@@ -37,6 +37,7 @@ from chunkcache.llm import CachedLLM
 from chunkcache.store import Budget, DiskStore, MemoryStore, Store, Tier, TieredStore
 from chunkcache.store.base import Heads
 
+BENCH = "load"
 MEMORY, DISK = "memory", "memory+disk"
 TIERS = (MEMORY, DISK)
 MEASURED, REAL = "measured", "real"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkcache.eval.load import MEASURED, REAL
+from chunkcache.eval.measure import lines, table
 from chunkcache.eval.queueing import Queue, Service, percentile, serve
-from chunkcache.eval.results import Results
+from chunkcache.eval.results import FULL, Results
 from chunkcache.eval.workload import poisson
 
 SEEDS = 20  # patterns of arrival that are pooled
@@ -22,7 +23,6 @@ TABLE_LOADS = (0.5, 0.8, 0.95)  # rates of the table, as shares of what full pre
 OVERLOAD = "overload"
 CLOSE = 0.1  # how far a simulation may be off the real run
 WINDOWS = 10  # of the hit rate over time
-FULL = "full"
 Rows = list[dict[str, Any]]
 
 
@@ -146,43 +146,39 @@ def _rates(stands: Sequence[Stand]) -> list[float]:
 def _tables(
     found: Sequence[Mapping[str, Any]], stands: Sequence[Stand], bound: float, checks: Sequence[dict[str, Any] | None]
 ) -> list[dict[str, Any]]:
-    tables = [_main_table(found, bound), _rate_table(stands), _cache_table(found)]
-    rows = []
-    for check in filter(None, checks):
-        cells = [check["policy"], _number(check["rate"]), f"{check['load']:.0%}"]
-        for p in (check["p50"], check["p90"]):
-            cells += [_number(p["real_s"]), _number(p["simulated_s"]), f"{p['difference']:+.1%}"]
-        own = f"{check['p50']['difference_own_services']:+.1%} / {check['p90']['difference_own_services']:+.1%}"
-        rows.append([*cells, "yes" if check["within_10_percent"] else "no", own])
-    if rows:
-        each = [f"{p} {what}" for p in ("p50", "p90") for what in ("real s", "simulated s", "difference")]
-        columns = [
-            "policy",
-            "requests/s",
-            "load",
-            *each,
-            "within 10 %",
-            "with the real run's own service times, p50 / p90",
-        ]
-        tables.append({"title": "Real runs beside their simulation", "columns": columns, "rows": rows})
-    return tables
+    place = {"policy": "{policy}", "budget": "{budget:g}", "tiers": "{tiers}"}
+    under_load = {
+        **place, "unloaded p50 s": "{unloaded_s[p50]:.3g}", "p90 s": "{unloaded_s[p90]:.3g}",
+        "requests/s where p90 doubles": "{rate_p90_doubled:.3g}",
+        f"requests/s with p90 within {_number(bound)} s": "{rate_at_bound:.3g}",
+        "p90 where full's has doubled": "{moved}",
+    }  # fmt: skip
+    caches = {
+        **place, "hit rate": "{hit_rate:.0%}", "of each tier": "{shares}", "stored at most": "{sizes}",
+    }  # fmt: skip
+    tables = [
+        table(
+            "Under load: service times measured, waiting simulated", under_load,
+            [{**figures, "moved": _moved(figures)} for figures in found],
+        ),
+        _rate_table(stands),
+        table("Caches: measured", caches, [_in_tiers(figures) for figures in found if figures["policy"] != FULL]),
+    ]  # fmt: skip
+    compared = {"policy": "{policy}", "requests/s": "{rate:.3g}", "load": "{load:.0%}"}
+    for p in ("p50", "p90"):
+        compared |= {f"{p} real s": f"{{{p}[real_s]:.3g}}", f"{p} simulated s": f"{{{p}[simulated_s]:.3g}}"}
+        compared |= {f"{p} difference": f"{{{p}[difference]:+.1%}}"}
+    compared["within 10 %"] = "{within}"
+    compared["with the real run's own service times, p50 / p90"] = (
+        "{p50[difference_own_services]:+.1%} / {p90[difference_own_services]:+.1%}"
+    )
+    rows = [{**check, "within": "yes" if check["within_10_percent"] else "no"} for check in checks if check]
+    return [*tables, *([table("Real runs beside their simulation", compared, rows)] if rows else [])]
 
 
-def _main_table(found: Sequence[Mapping[str, Any]], bound: float) -> dict[str, Any]:
-    rows = [
-        [
-            *_place(each),
-            _number(each["unloaded_s"]["p50"]),
-            _number(each["unloaded_s"]["p90"]),
-            _number(each["rate_p90_doubled"]),
-            _number(each["rate_at_bound"]),
-            _moved(each),
-        ]
-        for each in found
-    ]
-    columns = ["policy", "budget", "tiers", "unloaded p50 s", "p90 s", "requests/s where p90 doubles"]
-    columns += [f"requests/s with p90 within {_number(bound)} s", "p90 where full's has doubled"]
-    return {"title": "Under load: service times measured, waiting simulated", "columns": columns, "rows": rows}
+def _in_tiers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    shares = " + ".join(f"{share:.0%}" for share in figures["tier_hit_rate"].values())
+    return {**figures, "shares": shares, "sizes": " + ".join(map(_size, figures["stored_bytes"].values()))}
 
 
 def _moved(each: Mapping[str, Any]) -> str:
@@ -191,33 +187,12 @@ def _moved(each: Mapping[str, Any]) -> str:
     return OVERLOAD if each["p90_moved"] is None else f"{each['p90_moved']:+.0%}"
 
 
-def _cache_table(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rows = [
-        [
-            *_place(each),
-            f"{each['hit_rate']:.0%}",
-            " + ".join(f"{share:.0%}" for share in each["tier_hit_rate"].values()),
-            " + ".join(_size(nbytes) for nbytes in each["stored_bytes"].values()),
-        ]
-        for each in found
-        if each["policy"] != FULL
-    ]
-    columns = ["policy", "budget", "tiers", "hit rate", "of each tier", "stored at most"]
-    return {"title": "Caches: measured", "columns": columns, "rows": rows}
-
-
-def _place(each: Mapping[str, Any]) -> list[str]:
-    return [each["policy"], f"{each['budget']:g}", each["tiers"]]
-
-
 def _rate_table(stands: Sequence[Stand]) -> dict[str, Any]:
     group = _largest(stands)
-    chosen = [stand for stand in stands if stand.group == group]
-    base = next((s for s in chosen if s.policy == FULL), chosen[0])
+    compared = [stand for stand in stands if stand.group == group]
+    base = next((stand for stand in compared if stand.policy == FULL), compared[0])
     rates = [share * base.queue.capacity for share in TABLE_LOADS]
-    rows = []
-    for stand in chosen:
-        rows.append([stand.policy, *(_cell(stand.queue, rate) for rate in rates)])
+    rows = [[stand.policy, *(_cell(stand.queue, rate) for rate in rates)] for stand in compared]
     columns = ["policy", *(f"{_number(rate)} requests/s" for rate in rates)]
     return {"title": f"TTFT p50 / p90 / p99 in seconds, {_named(group)}", "columns": columns, "rows": rows}
 
@@ -234,59 +209,39 @@ def _cell(queue: Queue, rate: float) -> str:
 
 def _curves(stands: Sequence[Stand], rates: Sequence[float]) -> list[dict[str, Any]]:
     group = _largest(stands)
-    chosen = [stand for stand in stands if stand.group == group]
-    found = {
+    curves = {
         stand.policy: [(rate, stand.queue.ttfts(rate)) for rate in rates if rate < stand.queue.capacity]
-        for stand in chosen
+        for stand in stands
+        if stand.group == group
     }
-    return [
-        {
-            "kind": "lines",
-            "title": f"TTFT p{percent} against request rate",
-            "x": "requests per second",
-            "y": f"TTFT p{percent}, s",
-            "logx": True,
-            "logy": True,
-            "caption": f"{_named(group)}; service times measured one by one, waiting simulated, up to what "
-            "each can keep up with.",
-            "series": [
-                {
-                    "name": policy,
-                    "policy": policy,
-                    "points": [[rate, percentile(ttfts, percent)] for rate, ttfts in points],
-                    "simulated": True,
-                }
-                for policy, points in found.items()
-                if points
-            ],
-        }
-        for percent in PERCENTS
-    ]
+    caption = (
+        f"{_named(group)}; service times measured one by one, waiting simulated, up to what each can keep up with."
+    )
+    plots = []
+    for percent in PERCENTS:
+        series = [
+            _line(policy, policy, [[rate, percentile(ttfts, percent)] for rate, ttfts in points], simulated=True)
+            for policy, points in curves.items()
+            if points
+        ]
+        title, y = f"TTFT p{percent} against request rate", f"TTFT p{percent}, s"
+        plots.append(lines(title, "requests per second", y, caption, series, "xy"))
+    return plots
 
 
 def _budgets(found: Sequence[Mapping[str, Any]], bound: float) -> list[dict[str, Any]]:
     """Return throughput at the TTFT bound against the cache budget, a line per policy and tiers."""
-    lines: dict[tuple[str, str], list[list[float]]] = {}
-    for each in found:
-        if each["rate_at_bound"]:
-            lines.setdefault((each["policy"], each["tiers"]), []).append([each["budget"], each["rate_at_bound"]])
-    if len({each["budget"] for each in found}) < 2:
+    points: dict[tuple[str, str], list[list[float]]] = {}
+    for figures in found:
+        if figures["rate_at_bound"]:
+            place = (figures["policy"], figures["tiers"])
+            points.setdefault(place, []).append([figures["budget"], figures["rate_at_bound"]])
+    if len({figures["budget"] for figures in found}) < 2:
         return []
-    return [
-        {
-            "kind": "lines",
-            "title": "Throughput at the TTFT bound against the cache budget",
-            "x": "memory, share of all chunks' bytes",
-            "y": "requests per second",
-            "logx": False,
-            "logy": True,
-            "caption": f"The highest rate whose p90 TTFT stays within {_number(bound)} s; waiting simulated.",
-            "series": [
-                {"name": f"{policy}, {tiers}", "policy": policy, "points": sorted(points), "simulated": True}
-                for (policy, tiers), points in lines.items()
-            ],
-        }
-    ]
+    series = [_line(f"{policy}, {tiers}", policy, sorted(own), True) for (policy, tiers), own in points.items()]
+    title, x = "Throughput at the TTFT bound against the cache budget", "memory, share of all chunks' bytes"
+    caption = f"The highest rate whose p90 TTFT stays within {_number(bound)} s; waiting simulated."
+    return [lines(title, x, "requests per second", caption, series, "y")]
 
 
 def _over_time(stands: Sequence[Stand]) -> list[dict[str, Any]]:
@@ -294,20 +249,18 @@ def _over_time(stands: Sequence[Stand]) -> list[dict[str, Any]]:
     plots = []
     for group in dict.fromkeys(stand.group for stand in stands):
         series = [
-            {
-                "name": f"{stand.policy}, from {tier}",
-                "policy": stand.policy,
-                "points": _rolling(stand.rows, tier),
-                "simulated": False,
-            }
+            _line(f"{stand.policy}, from {tier}", stand.policy, _rolling(stand.rows, tier), simulated=False)
             for stand in stands
             if stand.group == group and stand.policy != FULL
             for tier in stand.rows[0]["tier_hits"]
         ]
-        labels = {"x": "requests", "y": "share of the chunks asked for", "logx": False, "logy": False}
-        head = {"kind": "lines", "title": f"Hit rate over time, {_named(group)}", **labels}
-        plots.append({**head, "caption": "Measured; each point is the mean over a window.", "series": series})
+        title, caption = f"Hit rate over time, {_named(group)}", "Measured; each point is the mean over a window."
+        plots.append(lines(title, "requests", "share of the chunks asked for", caption, series))
     return plots
+
+
+def _line(name: str, policy: str, points: list[list[float]], simulated: bool) -> dict[str, Any]:
+    return {"name": name, "policy": policy, "points": points, "simulated": simulated}
 
 
 def _rolling(rows: Rows, tier: str) -> list[list[float]]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import chunkcache
-from chunkcache.blend import parse_policy
-from chunkcache.eval.fidelity import ANSWER_TOKENS
 
 PACKAGE = Path(chunkcache.__file__).parent
-ROOMS = ("store", "blend", "retriever", "eval")  # links in the package
 SEED = 0  # decoding is greedy; the seed is for models that draw something even so
 
 
@@ -42,37 +39,46 @@ def ran_on(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def meta_data(model: PreTrainedModel, policies: Sequence[str], cases: Sequence[Any]) -> dict[str, Any]:
-    """Return what a measurement of policies over cases ran on, and with which settings."""
-    options = {policy: str(parse_policy(policy)) for policy in policies}
-    asked = {"policies": list(policies), "options": options, "prompts": len(cases), "seed": SEED}
-    return {**asked, "answer_tokens": ANSWER_TOKENS, **ran_on(model)}
+def code(package: Path = PACKAGE) -> str:
+    """Return the checksum of a package's source, by the paths of its modules: the same of a checkout and a wheel.
+
+    The commit's name is no part of it, nor whether a folder is one itself or a link to one.
+    """
+    checksum = hashlib.sha256()
+    for name, path in sorted(_modules(package)):
+        checksum.update(name.encode() + b"\0" + path.read_bytes())
+    return checksum.hexdigest()[:12]
 
 
-def code() -> str:
-    """Return the checksum of the package's source: of its files by name, whatever the commit is called."""
-    found = hashlib.sha256()
-    for path in sorted(
-        each for room in (PACKAGE, *(PACKAGE / name for name in ROOMS)) for each in room.rglob("*.py")
-    ):
-        found.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()[:12]
+def _modules(package: Path) -> Iterator[tuple[str, Path]]:
+    """Yield each module's path below the package, and its file; a folder that is linked twice counts once."""
+    seen = {package.resolve()}
+    for folder, folders, names in os.walk(package, followlinks=True):
+        real = {Path(folder, name).resolve(): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for path, name in real.items() if path not in seen)
+        seen |= real.keys()
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            yield path.relative_to(package).as_posix(), path
 
 
-def commit() -> str | None:
-    """Return the commit of the source tree, with `+` if its code was changed since; None outside of a checkout."""
-    folder = PACKAGE.resolve().parent
+def commit(package: Path = PACKAGE) -> str | None:
+    """Return the commit of the source tree, with `+` if its code was changed since.
+
+    None where no repository tracks the package: an installed copy may lie in the folder of another project's.
+    """
+    folders = {package.resolve(), *(entry.resolve() for entry in package.iterdir() if entry.is_symlink())}
     try:
-        head = _git(folder, "rev-parse", "--short=10", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--", "chunkcache", *ROOMS)
+        _git(package, "ls-files", "--error-unmatch", "--", "__init__.py")
+        head = _git(package, "rev-parse", "--short=10", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--", *map(str, sorted(folders)))
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")
 
 
 def _git(folder: Path, *command: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *command], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
+    run = subprocess.run(["git", "-C", str(folder), *command], check=True, capture_output=True, text=True)
+    return run.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,94 +20,45 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.eval.answers import f1
-from chunkcache.eval.compare import FULL
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
-from chunkcache.eval.machine import SEED, meta_data
+from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.machine import SEED
+from chunkcache.eval.measure import OnStep, averages, finite, table, time_prefill, warm_up
+from chunkcache.eval.results import FULL, Results, Row
 from chunkcache.llm import CachedLLM, PrefillOutput
 from chunkcache.retriever.order import ServedOrders
 
+BENCH = "order"
 POLICIES = ("prefix", "cachecraft:alpha=0.3", "query")
 TOLERANCES = (0, 1, 2, 4)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One request under one policy and tolerance. KL in nats, of the first token.
-
-    Attributes:
-        policy: the policy.
-        tolerance: places that a chunk could move.
-        request: number of the request.
-        moved: share of its chunks that did.
-        exact_share: tokens reused exactly, of all.
-        recomputed_share: token-layers computed, of all.
-        ttft_s: time to first token, arranging included.
-        ttft_ratio: over that of full prefill of the retriever's order, timed beside it.
-        kl: full prefill of the retriever's order against the policy over the new order.
-        agreement: share of the tokens of that full prefill's greedy answer that the policy would have chosen too.
-        f1: of the policy's greedy answer against the accepted ones; None if there are none.
-        order_kl, order_agreement, order_f1: the same for full prefill of the new order.
-        own_kl: full prefill of the new order against the policy over it.
-    """
-
-    policy: str
-    tolerance: int
-    request: int
-    moved: float
-    exact_share: float
-    recomputed_share: float
-    ttft_s: float
-    ttft_ratio: float
-    kl: float
-    agreement: float
-    f1: float | None
-    order_kl: float
-    order_agreement: float
-    order_f1: float | None
-    own_kl: float
-
-
-@dataclass
-class OrderBench:
-    """The rows of a run, and what it ran on."""
-
-    meta: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-
-    def summaries(self) -> list[dict[str, Any]]:
-        """Return means for each policy and tolerance, of the times medians."""
-        groups: dict[tuple[str, int], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault((row.policy, row.tolerance), []).append(row)
-        return [_summary(policy, tolerance, rows) for (policy, tolerance), rows in groups.items()]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return meta data, summaries and rows as plain dicts for JSON."""
-        return {"meta": self.meta, "summary": self.summaries(), "rows": [asdict(row) for row in self.rows]}
+STORE = "memory://?max_bytes=2GiB"  # one for each policy and tolerance
 
 
 def bench_order(
+    results: Results,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Case],
     policies: Sequence[str] = POLICIES,
     tolerances: Sequence[int] = TOLERANCES,
-    store: str = "memory://?max_bytes=2GiB",
-    on_request: Callable[[int, int], None] | None = None,
-    on_rows: Callable[[OrderBench], None] | None = None,
-) -> OrderBench:
+    on_request: OnStep | None = None,
+) -> Results:
     """Serve `requests` one after the other, under each policy and tolerance with a store of its own.
 
     Args:
+        results: gets a row of each request, policy and tolerance: the share of its chunks that `moved`; `exact_share`
+            of the tokens reused exactly, `recomputed_share` of the token-layers; `ttft_s`, arranging included, and
+            `ttft_ratio` over full prefill of the retriever's order, timed beside it. The policy over the new order
+            against that full prefill: `kl` of the first token in nats, `agreement` (share of its greedy answer's
+            tokens that the policy would have chosen too), `f1` of the policy's own answer (None without accepted
+            ones). `order_kl`, `order_agreement`, `order_f1`: the same for full prefill of the new order; `own_kl`:
+            from that to the policy. Requests that are there already are served again, but not measured.
         model: the model.
         tokenizer: its tokenizer.
         requests: questions and their chunks in the retriever's order; see `similar`.
         policies: the policies.
         tolerances: places that a chunk may move; 0 is the retriever's order.
-        store: URL of each store.
         on_request: called with (requests done, requests in all).
-        on_rows: called with all there is so far, after every request.
 
     Raises:
         PolicyError: a policy is unknown.
@@ -115,24 +66,40 @@ def bench_order(
     torch.manual_seed(SEED)
     full = chunkcache.wrap(model, tokenizer, policy=FULL)
     runs = [
-        _Run(policy, tolerance, chunkcache.wrap(model, tokenizer, store=store, policy=policy))
+        _Run(policy, tolerance, chunkcache.wrap(model, tokenizer, store=STORE, policy=policy))
         for policy in policies
         for tolerance in tolerances
     ]
-    for run in runs:  # kernels and allocators settle on a short prompt that is not measured
-        run.llm.prefill("Is this only to warm up?", [chunk[:200] for chunk in requests[0].chunks[:2]])
-    meta = meta_data(model, [FULL, *policies], requests)
-    bench = OrderBench({**meta, "tolerances": list(tolerances), "store": store})
-    for index, case in enumerate(requests):
-        over = _FullPrefills(full, case)
-        turn = index % len(runs)
-        for run in [*runs[turn:], *runs[:turn]]:
-            bench.rows.append(run.serve(index, case, over))
-        if on_rows is not None:
-            on_rows(bench)
+    warm_up([run.llm for run in runs], requests[0])
+    for number, case in enumerate(requests):
+        turn = number % len(runs)
+        order = [*runs[turn:], *runs[:turn]]
+        if sum(row["request"] == number for row in results.rows) < len(runs):
+            reference = _FullPrefills(full, case)
+            for run in order:
+                results.add({"request": number, **run.measure(case, reference)})
+        else:
+            for run in order:
+                run.replay(case)
         if on_request is not None:
-            on_request(index + 1, len(requests))
-    return bench
+            on_request(number + 1, len(requests))
+    return results
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return means for each policy and tolerance, of the times medians, and a table of them."""
+    means = ("moved", "exact_share", "recomputed_share", "kl", "agreement", "f1",
+             "order_kl", "order_agreement", "order_f1", "own_kl")  # fmt: skip
+    of = dict.fromkeys(means, statistics.mean) | dict.fromkeys(("ttft_s", "ttft_ratio"), statistics.median)
+    sums = averages(results.rows, ("policy", "tolerance"), "request", of)
+    columns = {
+        "policy": "{policy}", "tolerance": "{tolerance}", "moved": "{moved:.3f}", "exact": "{exact_share:.3f}",
+        "recomputed": "{recomputed_share:.3f}", "TTFT ratio": "{ttft_ratio:.3f}", "KL": "{kl:.3f}",
+        "own KL": "{own_kl:.3f}", "agreement": "{agreement:.3f}", "F1": "{f1:.3f}", "full: KL": "{order_kl:.3f}",
+        "full: agreement": "{order_agreement:.3f}", "full: F1": "{order_f1:.3f}",
+    }  # fmt: skip
+    title = "requests in sequence (KL to full prefill of the retriever's order, in nats; full: that of the new order)"
+    return {"orders": sums, "tables": [table(title, columns, sums)], "plots": []}
 
 
 @dataclass(frozen=True)
@@ -149,10 +116,7 @@ class _FullPrefills:
 
     def __init__(self, llm: CachedLLM, case: Case) -> None:
         self._llm, self._case = llm, case
-        started = time.perf_counter()
-        start = llm.prefill(case.question, case.chunks)
-        int(start.logits.argmax())  # the first token id, on the host
-        self.ttft_s = time.perf_counter() - started
+        self.ttft_s, start = time_prefill(llm, case)
         tokens, forced = greedy_answer(llm, start, ANSWER_TOKENS)
         self.first = _Answered(tokens, forced, _f1(llm, tokens, case))
         self._by_order = {case.chunks: self.first}
@@ -174,61 +138,58 @@ class _Run:
         self.policy, self.tolerance, self.llm = policy, tolerance, llm
         self._orders = ServedOrders()
 
-    def serve(self, index: int, case: Case, over: _FullPrefills) -> Row:
-        chosen = self.llm.resolve_policy(None)
-        if chosen.reuses and not chosen.stores_in_context:
+    def replay(self, case: Case) -> None:
+        """Serve a request for what `measure` leaves in the store."""
+        served = self._serve(case)[2]
+        if case.answers:
+            self.llm.prefill(served.question, served.chunks)
+
+    def measure(self, case: Case, reference: _FullPrefills) -> Row:
+        """Serve a request, and return the fields of its row."""
+        ttft_s, order, served, start = self._serve(case)
+        stats, first, new = start.stats, reference.first, reference.of(served.chunks)
+        forced = forced_answer(self.llm, start, first.tokens)
+        own_answer = None
+        if case.answers:  # where the policy remembers, now all of the prompt is stored
+            start = self.llm.prefill(served.question, served.chunks)
+            own_answer = _f1(self.llm, greedy_answer(self.llm, start, ANSWER_TOKENS)[0], case)
+        return {
+            "policy": self.policy,
+            "tolerance": self.tolerance,
+            "moved": statistics.mean(place != i for place, i in enumerate(order)) if order else 0.0,
+            "exact_share": stats.exact_tokens / stats.tokens,
+            "recomputed_share": stats.recomputed_share,
+            "ttft_s": ttft_s,
+            "ttft_ratio": ttft_s / reference.ttft_s,
+            **_fidelity("", measure_fidelity(first.forced, forced)),
+            "f1": own_answer,
+            **_fidelity("order_", measure_fidelity(first.forced, new.forced)),
+            "order_f1": new.f1,
+            "own_kl": finite(measure_fidelity(new.forced, forced).kl_first),
+        }
+
+    def _serve(self, case: Case) -> tuple[float, list[int], Case, PrefillOutput]:
+        """Return the time to first token, the order of the chunks, the request in that order, and its prefill."""
+        policy = self.llm.resolve_policy(None)
+        if policy.reuses and not policy.stores_in_context:
             self.llm.precompute(case.chunks)
         started = time.perf_counter()
         order = self._orders.arrange(case.chunks, self.tolerance)
-        chunks = tuple(case.chunks[i] for i in order)
-        start = self.llm.prefill(case.question, chunks)
-        int(start.logits.argmax())  # the first token id, on the host
-        ttft_s = time.perf_counter() - started
-        self._orders.record(chunks)
-        stats, first, new = start.stats, over.first, over.of(chunks)
-        forced = forced_answer(self.llm, start, first.tokens)
-        both, alone = measure_fidelity(first.forced, forced), measure_fidelity(first.forced, new.forced)
-        return Row(
-            policy=self.policy,
-            tolerance=self.tolerance,
-            request=index,
-            moved=statistics.mean(place != i for place, i in enumerate(order)) if order else 0.0,
-            exact_share=stats.exact_tokens / stats.tokens,
-            recomputed_share=stats.recomputed_share,
-            ttft_s=ttft_s,
-            ttft_ratio=ttft_s / over.ttft_s,
-            kl=both.kl_first,
-            agreement=both.agreement,
-            f1=self._own_f1(case, chunks),
-            order_kl=alone.kl_first,
-            order_agreement=alone.agreement,
-            order_f1=new.f1,
-            own_kl=measure_fidelity(new.forced, forced).kl_first,
-        )
+        served = replace(case, chunks=tuple(case.chunks[i] for i in order))
+        arranged_s = time.perf_counter() - started
+        ttft_s, start = time_prefill(self.llm, served)
+        self._orders.record(served.chunks)
+        return arranged_s + ttft_s, order, served, start
 
-    def _own_f1(self, case: Case, chunks: tuple[str, ...]) -> float | None:
-        """Score what the policy answers itself; where it remembers, now all of the prompt is stored."""
-        if not case.answers:
-            return None
-        start: PrefillOutput = self.llm.prefill(case.question, chunks)
-        return _f1(self.llm, greedy_answer(self.llm, start, ANSWER_TOKENS)[0], case)
+
+def _fidelity(prefix: str, fidelity: Fidelity) -> Row:
+    return {f"{prefix}kl": finite(fidelity.kl_first), f"{prefix}agreement": fidelity.agreement}
 
 
 def _f1(llm: CachedLLM, tokens: Sequence[int], case: Case) -> float | None:
     if not case.answers:
         return None
     return f1(str(llm.tokenizer.decode(list(tokens), skip_special_tokens=True)), case.answers)
-
-
-def _summary(policy: str, tolerance: int, rows: Sequence[Row]) -> dict[str, Any]:
-    found: dict[str, Any] = {"policy": policy, "tolerance": tolerance, "requests": len(rows)}
-    for name in asdict(rows[0]):
-        if name in ("policy", "tolerance", "request"):
-            continue
-        values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-        mean = statistics.median if name.startswith("ttft") else statistics.mean
-        found[name] = mean(values) if values else None
-    return found
 
 
 def similar(
@@ -255,23 +216,3 @@ def similar(
             requests.append(Case(case.question, tuple(chunks), case.answers))
     draw.shuffle(requests)
     return requests
-
-
-def repeated_share(sequences: Iterable[Sequence[Hashable]], tolerance: int) -> float:
-    """Return the share of chunks that begin a request just as they began an earlier one, without any model.
-
-    Args:
-        sequences: names of the chunks of each request, in the retriever's order.
-        tolerance: places that a chunk may move.
-    """
-    orders = ServedOrders(limit=100_000)
-    served: set[tuple[Hashable, ...]] = set()
-    repeated = total = 0
-    for names in sequences:
-        new = [names[i] for i in orders.arrange(names, tolerance)]
-        orders.record(new)
-        beginnings = [tuple(new[: i + 1]) for i in range(len(new))]
-        repeated += sum(beginning in served for beginning in beginnings)
-        total += len(new)
-        served.update(beginnings)
-    return repeated / total if total else 0.0

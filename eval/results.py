@@ -21,6 +21,8 @@ from chunkcache.errors import ResultsError
 
 FORMAT = 1
 SUFFIX = ".jsonl"
+FULL = "full"  # the policy that all are compared with
+PEER = "peer:"  # what a peer's name has before it where policies are named
 Row = dict[str, Any]
 
 

@@ -6,7 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chunkcache.errors import DocumentError
+from chunkcache.eval.measure import seconds_of, table
+from chunkcache.eval.results import Results, Row
 from chunkcache.retriever import Document, Embedder, Retriever, VectorIndex, split
 from chunkcache.retriever.embedder import OnProgress
 from chunkcache.retriever.index import Vectors
 from chunkcache.retriever.keywords import Keywords, words
 
+BENCH = "retrieval"
 MODES = ("dense", "keyword", "hybrid")
+KS = (5, 10)
 
 
 @dataclass(frozen=True)
@@ -38,64 +43,22 @@ class Question:
 
 
 @dataclass(frozen=True)
-class ModeResult:
-    """What one search mode found.
+class Setup:
+    """How documents are indexed and searched.
 
     Attributes:
-        mode: the mode.
-        recall: by k, the share of a question's supporting documents that have a chunk among the best k, averaged over
-            the questions.
-        found: by k, how many supporting documents were found, over all questions.
-        query_ms: median milliseconds of a search, the embedding of the query included.
-    """
-
-    mode: str
-    recall: dict[int, float]
-    found: dict[int, int]
-    query_ms: float
-
-
-@dataclass(frozen=True)
-class RetrievalBench:
-    """Recall and speed over one corpus.
-
-    Attributes:
-        documents: documents indexed.
-        added: of these, such as came from the questions' own context.
-        chunks: their chunks.
-        passages: vectors of these.
+        ks: how many chunks are looked at.
+        modes: search modes to compare.
         index: kind of the vector index.
-        questions: questions that count: at least one of their supporting documents is in the corpus.
-        questions_whole: of these, such as have all of them there.
-        questions_given: all questions.
-        facts: supporting documents that are in the corpus, over all questions.
-        facts_given: all of them.
-        split_per_s: documents split in a second.
-        embed_per_s: documents whose chunks are cut to passages and embedded in a second.
-        index_per_s: documents entered in the vector and the keyword index in a second.
-        build_per_s: documents a second, all of it together, as `Retriever.build` does it.
-        modes: what each mode found.
+        size: tokens of a chunk, at most.
+        add_context: also index the documents that came with the questions and have titles that are not there yet.
     """
 
-    documents: int
-    added: int
-    chunks: int
-    passages: int
-    index: str
-    questions: int
-    questions_whole: int
-    questions_given: int
-    facts: int
-    facts_given: int
-    split_per_s: float
-    embed_per_s: float
-    index_per_s: float
-    build_per_s: float
-    modes: tuple[ModeResult, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values for JSON."""
-        return asdict(self)
+    ks: Sequence[int] = KS
+    modes: Sequence[str] = MODES
+    index: str = "auto"
+    size: int = 512
+    add_context: bool = False
 
 
 def load_questions(path: str | Path) -> list[Question]:
@@ -119,37 +82,41 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def bench_retrieval(
+    results: Results,
     documents: Sequence[Document],
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
-    ks: Sequence[int] = (5, 10),
-    modes: Sequence[str] = MODES,
+    setup: Setup | None = None,
     embedder: Embedder | None = None,
-    index: str = "auto",
-    size: int = 512,
-    add_context: bool = False,
     on_progress: OnProgress | None = None,
-) -> RetrievalBench:
+) -> Results:
     """Index documents, ask questions, and measure both.
 
     Only supporting documents that are in the corpus count, by title or id.
 
     Args:
+        results: gets a row of `kind` index and one of `kind` search for each mode; all of them, or none if they are
+            there. Of the index: `documents`, those `added` from the questions' context, `chunks`, `passages`
+            (vectors), kind of `index`; `questions` that have a supporting document in the corpus, `questions_whole`
+            that have all there, `questions_given`; their supporting documents `facts` and `facts_given`; and
+            documents per second `split_per_s`, `embed_per_s` (cut to passages, too), `index_per_s` (vectors and
+            keywords), `build_per_s` (all of it, by `Retriever.build`). Of a search, by k: `recall`, the mean share of
+            a question's supporting documents that have a chunk among the best k, and `hits`, how many these are over
+            all questions; and `query_ms`, the median with the query's embedding.
         documents: the corpus.
         questions: what is asked.
         tokenizer: bounds the chunks.
-        ks: how many chunks are looked at.
-        modes: search modes to compare.
+        setup: of index and searches.
         embedder: as in `Retriever.build`.
-        index: kind of the vector index.
-        size: tokens of a chunk, at most.
-        add_context: also index the documents that came with the questions and have titles that are not there yet.
         on_progress: called with (passages embedded, passages in all).
 
     Raises:
         DocumentError: no question has a supporting document in the corpus.
     """
-    corpus = [*documents, *(_context(documents, questions) if add_context else ())]
+    setup = setup or Setup()
+    if all(results.done(kind="search", mode=mode) for mode in setup.modes):
+        return results
+    corpus = [*documents, *(_context(documents, questions) if setup.add_context else ())]
     names = {name for document in corpus for name in (document.id, document.title)}
     wanted = [(question, {name for name in question.documents if name in names}) for question in questions]
     asked = [(question, facts) for question, facts in wanted if facts]
@@ -159,59 +126,104 @@ def bench_retrieval(
         )
 
     timed = _Timed(embedder or Embedder())
-    split_s = sum(_seconds(split, document, tokenizer, size=size) for document in corpus)
+    split_s = sum(seconds_of(partial(split, document, tokenizer, size=setup.size)) for document in corpus)
     started = time.perf_counter()
-    retriever = Retriever.build(corpus, tokenizer, embedder=timed, size=size, index=index, on_progress=on_progress)
+    retriever = Retriever.build(
+        corpus, tokenizer, embedder=timed, size=setup.size, index=setup.index, on_progress=on_progress
+    )
     retriever.search(questions[0].text, mode="keyword")  # the keyword index is made at the first search
     build_s = time.perf_counter() - started
     embed_s, vectors = timed.seconds, timed.vectors
-    kind = VectorIndex(timed.dim, index)
-    index_s = _seconds(kind.add, np.arange(len(vectors)), vectors)
-    index_s += _seconds(lambda: Keywords([words(chunk.text) for chunk in retriever.chunks]))
+    index = VectorIndex(timed.dim, setup.index)
+    index_s = seconds_of(lambda: index.add(np.arange(len(vectors)), vectors))
+    index_s += seconds_of(lambda: Keywords([words(chunk.text) for chunk in retriever.chunks]))
 
     titles = {document.id: document.title for document in corpus}
-    return RetrievalBench(
-        documents=len(corpus),
-        added=len(corpus) - len(documents),
-        chunks=len(retriever.chunks),
-        passages=len(vectors),
-        index=kind.kind,
-        questions=len(asked),
-        questions_whole=sum(len(facts) == len(question.documents) for question, facts in asked),
-        questions_given=len(questions),
-        facts=sum(len(facts) for _, facts in asked),
-        facts_given=sum(len(question.documents) for question in questions),
-        split_per_s=len(corpus) / split_s,
-        embed_per_s=len(corpus) / embed_s,
-        index_per_s=len(corpus) / index_s,
-        build_per_s=len(corpus) / build_s,
-        modes=tuple(_ask(retriever, mode, asked, ks, titles) for mode in modes),
+    searches = [_search(retriever, mode, asked, setup.ks, titles) for mode in setup.modes]
+    results.add(
+        {
+            "kind": "index",
+            "documents": len(corpus),
+            "added": len(corpus) - len(documents),
+            "chunks": len(retriever.chunks),
+            "passages": len(vectors),
+            "index": index.kind,
+            "questions": len(asked),
+            "questions_whole": sum(len(facts) == len(question.documents) for question, facts in asked),
+            "questions_given": len(questions),
+            "facts": sum(len(facts) for _, facts in asked),
+            "facts_given": sum(len(question.documents) for question in questions),
+            "split_per_s": len(corpus) / split_s,
+            "embed_per_s": len(corpus) / embed_s,
+            "index_per_s": len(corpus) / index_s,
+            "build_per_s": len(corpus) / build_s,
+        }
     )
+    for row in searches:
+        results.add(row)
+    return results
 
 
-def _ask(
+def summary(results: Results) -> dict[str, Any]:
+    """Return what was indexed, what each search found, the speed of precomputing if it was measured; and tables."""
+    latest: dict[str, Row] = {str(row.get("mode", row["kind"])): row for row in results.rows}
+    index, precompute = latest.pop("index"), latest.pop("precompute", None)
+    searches = list(latest.values())
+    speed = {
+        "documents": "{documents}", "split": "{split_per_s:.0f}", "embedded": "{embed_per_s:.0f}",
+        "indexed": "{index_per_s:.0f}", "all together": "{build_per_s:.0f}",
+    }  # fmt: skip
+    shown = [{**row, **{f"at_{k}": share for k, share in row["recall"].items()}} for row in searches]
+    recalls = {f"recall@{k}": f"{{at_{k}:.3f}}" for k in searches[0]["recall"]} if searches else {}
+    tables = [
+        table(
+            "{documents} documents, {chunks} chunks, {passages} vectors ({index}): a second".format_map(index),
+            speed,
+            [index],
+        ),
+        table(
+            "{questions} of {questions_given} questions, {facts} of {facts_given} supporting documents are "
+            "there".format_map(index),
+            {"search": "{mode}", **recalls, "ms": "{query_ms:.1f}"},
+            shown,
+        ),
+    ]
+    if precompute is not None:
+        rates = {"packed": precompute["packed_per_s"], "one by one": precompute["one_by_one_per_s"]}
+        both = [
+            {"way": way, "rate": rate, "both": 1 / (1 / rate + 1 / index["build_per_s"])}
+            for way, rate in rates.items()
+        ]
+        title = "{documents} documents, {chunks} chunks, {tokens} tokens: documents a second".format_map(precompute)
+        columns = {"chunks": "{way}", "precomputed": "{rate:.2f}", "with indexing": "{both:.2f}"}
+        tables.append(table(title, columns, both))
+    return {"index": index, "searches": searches, "precompute": precompute, "tables": tables, "plots": []}
+
+
+def _search(
     retriever: Retriever,
     mode: str,
     asked: Sequence[tuple[Question, set[str]]],
     ks: Sequence[int],
     titles: dict[str, str],
-) -> ModeResult:
-    found: dict[int, list[int]] = {k: [] for k in ks}
+) -> Row:
+    hits: dict[int, list[int]] = {k: [] for k in ks}
     times = []
     for question, facts in asked:
         started = time.perf_counter()
-        hits = retriever.search(question.text, max(ks), mode=mode)
+        ranked = retriever.search(question.text, max(ks), mode=mode)
         times.append(time.perf_counter() - started)
         for k in ks:
-            ids = {hit.chunk.document_id for hit in hits[:k]}
-            found[k].append(len(facts & (ids | {titles[name] for name in ids})))
+            ids = {hit.chunk.document_id for hit in ranked[:k]}
+            hits[k].append(len(facts & (ids | {titles[name] for name in ids})))
     sizes = [len(facts) for _, facts in asked]
-    return ModeResult(
-        mode=mode,
-        recall={k: statistics.mean(n / size for n, size in zip(found[k], sizes, strict=True)) for k in ks},
-        found={k: sum(found[k]) for k in ks},
-        query_ms=1000 * statistics.median(times),
-    )
+    return {
+        "kind": "search",
+        "mode": mode,
+        "recall": {k: statistics.mean(n / size for n, size in zip(hits[k], sizes, strict=True)) for k in ks},
+        "hits": {k: sum(hits[k]) for k in ks},
+        "query_ms": 1000 * statistics.median(times),
+    }
 
 
 class _Timed(Embedder):
@@ -250,22 +262,16 @@ def _question(row: dict[str, Any]) -> Question:
 
 def _context(documents: Sequence[Document], questions: Sequence[Question]) -> list[Document]:
     ids, titles = {document.id for document in documents}, {document.title for document in documents}
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for question in questions:
         for title, text in question.context:
             if title not in titles and text.strip():
-                found.setdefault(title, text)
+                texts.setdefault(title, text)
     added = []
-    for title, text in found.items():
+    for title, text in texts.items():
         name = title
         while name in ids:
             name += "'"
         ids.add(name)
         added.append(Document(name, title, text))
     return added
-
-
-def _seconds(work: Any, *args: Any, **options: Any) -> float:
-    started = time.perf_counter()
-    work(*args, **options)
-    return time.perf_counter() - started

@@ -17,10 +17,12 @@ from typing import Any
 from chunkcache.errors import InputError
 from chunkcache.eval.cluster import POLICIES, ROUTES, Cluster, Run, Sizes
 from chunkcache.eval.costs import Costs, Machine, Reuse, Shape, fit, predicted
+from chunkcache.eval.measure import lines, table
 from chunkcache.eval.queueing import percentile
 from chunkcache.eval.results import Results, read_folder
 from chunkcache.eval.workload import at_rate, check_rate, poisson, zipf_draws
 
+BENCH = "simulation"
 LOADS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # rates, as shares of full prefill's capacity
 PERCENTS = (50, 90, 99)
 BUSY = 0.99  # load from which on the queue grows for as long as requests come
@@ -242,20 +244,15 @@ def _tables(by_policy: Mapping[str, Sequence[Row]]) -> list[Row]:
         at = {row["rate"]: row for row in own}
         rows.append([name, *(_cell(at[rate]) if rate in at else "" for rate in chosen)])
     columns = ["policy", *(f"{rate:.3g} requests/s" for rate in chosen)]
-    shares = [
-        [
-            name,
-            *(f"{last['chunks'][where]:.0%}" for where in ("memory", "redis", "computed")),
-            f"{last['link_busy']:.0%}",
-            f"{last['load']:.0%}",
-        ]
-        for name, own in by_policy.items()
-        for last in own[-1:]
-    ]
-    from_where = ["policy", "from memory", "from Redis", "computed", "reading from Redis", "load"]
+    origins = {
+        "policy": "{policy}", "from memory": "{chunks[memory]:.0%}", "from Redis": "{chunks[redis]:.0%}",
+        "computed": "{chunks[computed]:.0%}", "reading from Redis": "{link_busy:.0%}", "load": "{load:.0%}",
+    }  # fmt: skip
     return [
         {"title": "Simulated: TTFT p50 / p90 / p99 in seconds", "columns": columns, "rows": rows},
-        {"title": "Simulated: where chunks came from, at the highest rate", "columns": from_where, "rows": shares},
+        table(
+            "Simulated: where chunks came from, at the highest rate", origins, [own[-1] for own in by_policy.values()]
+        ),
     ]
 
 
@@ -265,26 +262,19 @@ def _cell(row: Row) -> str:
 
 
 def _fit_tables(checks: Sequence[Row]) -> list[Row]:
-    rows = [
-        [each["policy"], str(each["requests"]), f"{each['measured_s']:.3g}", f"{each['predicted_s']:.3g}",
-         f"{each['error']:+.0%}", f"{each['error_size']:.0%}"]
-        for each in checks
-    ]  # fmt: skip
-    columns = ["policy", "requests", "measured s", "expected s", "error", "its size"]
+    columns = {
+        "policy": "{policy}", "requests": "{requests}", "measured s": "{measured_s:.3g}",
+        "expected s": "{predicted_s:.3g}", "error": "{error:+.0%}", "its size": "{error_size:.0%}",
+    }  # fmt: skip
     title = "The cost model, fitted to full prefill, on other policies (medians)"
-    return [{"title": title, "columns": columns, "rows": rows}] if rows else []
+    return [table(title, columns, checks)] if checks else []
 
 
 def _plot(by_policy: Mapping[str, Sequence[Row]], name: str, about: str) -> Row:
     series = [
-        {
-            "name": policy,
-            "policy": policy,
-            "points": points,
-            "simulated": True,
-        }
+        {"name": policy, "policy": policy, "points": points, "simulated": True}
         for policy, rows in by_policy.items()
         if (points := [[row["rate"], row["ttft_s"][name]] for row in rows if row["load"] < BUSY])
     ]
-    plot = {"kind": "lines", "title": f"Simulated: TTFT {name} against request rate", "x": "requests per second"}
-    return {**plot, "y": f"TTFT {name}, s", "logx": True, "logy": True, "caption": about, "series": series}
+    title, y = f"Simulated: TTFT {name} against request rate", f"TTFT {name}, s"
+    return lines(title, "requests per second", y, about, series, "xy")

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from chunkcache.eval.compare import FULL, PEER
 from chunkcache.eval.intervals import Interval, interval, paired
-from chunkcache.eval.results import Results
+from chunkcache.eval.results import FULL, PEER, Results
 
 Row = dict[str, Any]
 SCORES = ("f1", "em", "rouge_l")

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import click
-
-from chunkcache.cli.options import model_options
-from chunkcache.eval.commands.batch import bench_batch
-from chunkcache.eval.commands.load import bench_load, bench_simulate
-from chunkcache.eval.commands.report import bench_report
-from chunkcache.eval.commands.requests import bench_heatmap, bench_quality, bench_ttft, peers_options, policies_option
+from chunkcache.eval.commands.batch import BatchOptions, bench_batch
+from chunkcache.eval.commands.load import LoadOptions, SimulateOptions, bench_load, bench_simulate
+from chunkcache.eval.commands.options import (
+    FOLDER,
+    ModelOptions,
+    OutputOptions,
+    Policies,
+    argument,
+    command,
+    count,
+    option,
+)  # fmt: skip
+from chunkcache.eval.commands.report import ReportOptions, bench_report
+from chunkcache.eval.commands.requests import (
+    COMPARED,
+    HeatmapOptions,
+    PeerOptions,
+    RequestOptions,
+    TtftOptions,
+    bench_heatmap,
+    bench_quality,
+    bench_ttft,
+)  # fmt: skip
 
 LENGTHS = (1000, 2000, 3000, 4000, 6000, 7900)  # tokens of chunks
 GROWING = ("full", "cacheblend:ratio=0.15", "query")  # policies whose growth with the context is measured
@@ -21,71 +38,54 @@ BUDGETS = (1.25, 0.3)  # memory for chunk KV under load, as shares of all chunks
 VALIDATED = 0.6  # load at which the requests are also sent on the wall clock
 
 
-@click.command("all")
-@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for the results and the report; an interrupted run goes on there.",
-)
-@click.option(
-    "--chunks",
-    "counts",
-    multiple=True,
-    default=(5, 10),
-    show_default=True,
-    type=click.IntRange(1),
-    help="Chunks per prompt; may be given several times.",
-)
-@click.option("--prompts", default=50, show_default=True, type=click.IntRange(1), help="Prompts of each kind.")
-@click.option(
-    "--tokens",
-    "lengths",
-    multiple=True,
-    default=LENGTHS,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Context lengths, in tokens of chunks; may be given several times.",
-)
-@click.option("--requests", default=40, show_default=True, type=click.IntRange(2), help="Requests under load.")
-@policies_option
-@peers_options
-@model_options
-@click.option("--without-texts", is_flag=True, help="No questions and answers in the report.")
-@click.pass_context  # fmt: skip
-def bench_all(
-    ctx: click.Context,
-    data: tuple[Path, ...],
-    out: Path,
-    counts: tuple[int, ...],
-    prompts: int,
-    lengths: tuple[int, ...],
-    requests: int,
-    policies: tuple[str, ...],
-    peers: Path | None,
-    peer_prompts: int | None,
-    peer_names: tuple[str, ...],
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    without_texts: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AllOptions:
+    """Every measurement."""
+
+    data: Annotated[tuple[Path, ...], argument()]
+    out: Annotated[Path, option(type=FOLDER, help="Folder for the results and the report; an interrupted run goes on "
+                                "there.")]  # fmt: skip
+    counts: Annotated[tuple[int, ...], count("Chunks per prompt; may be given several times.", "--chunks")] = (5, 10)
+    prompts: Annotated[int, count("Prompts of each kind.")] = 50
+    lengths: Annotated[tuple[int, ...], count("Context lengths, in tokens of chunks; may be given several times.",
+                                              "--tokens")] = LENGTHS  # fmt: skip
+    requests: Annotated[int, count("Requests under load.", least=2)] = 40
+    policies: Policies = COMPARED
+    peers: PeerOptions
+    model: ModelOptions
+    without_texts: Annotated[bool, option(help="No questions and answers in the report.")] = False
+
+
+@command("all")
+def bench_all(options: AllOptions) -> None:
     """Measure everything on DATA, and write the report: speed, quality, growth with length, load, batches.
 
     Lengths are measured on the first of DATA, load and batches on the last.
     """
-    where = {"model_name": model_name, "device": device, "dtype": dtype, "out": out}
-    asked = {**where, "policies": policies, "fill": True}
-    for each in data:
-        for chunks in counts:
-            one = {"data": (each,), "counts": (chunks,), "prompts": prompts}
-            ctx.invoke(bench_quality, **one, **asked, peers=peers, peer_prompts=peer_prompts, peer_names=peer_names)
-    ctx.invoke(bench_ttft, **where, data=data[:1], lengths=lengths, prompts=2, policies=GROWING)
-    load: dict[str, Any] = {"requests": requests, "chunks": 2, "documents": 20, "warm": True}
-    ctx.invoke(bench_load, **where, **load, data=data[-1], budgets=BUDGETS, validated=(VALIDATED,))
-    ctx.invoke(bench_simulate, out=out)
-    ctx.invoke(bench_batch, **where, data=data[-1])
-    ctx.invoke(bench_heatmap, **where, policies=policies)
-    command = shlex.join(["chunkcache", *(Path(each).name if Path(each).exists() else each for each in sys.argv[1:])])
-    ctx.invoke(bench_report, folder=out, without_texts=without_texts, command=command)
+    data, policies, model, output = options.data, options.policies, options.model, OutputOptions(out=options.out)
+    for source in data:
+        for chunks in options.counts:
+            bench_quality.run(
+                RequestOptions(
+                    data=(source,), counts=(chunks,), prompts=options.prompts, policies=policies, fill=True,
+                    peers=options.peers, model=model, output=output,
+                )
+            )  # fmt: skip
+    bench_ttft.run(
+        TtftOptions(data=data[:1], lengths=options.lengths, prompts=2, policies=GROWING, model=model, output=output)
+    )
+    bench_load.run(
+        LoadOptions(
+            data=data[-1], requests=options.requests, chunks=2, documents=20, warm=True, budgets=BUDGETS,
+            validated=(VALIDATED,), model=model, output=output,
+        )
+    )  # fmt: skip
+    bench_simulate.run(SimulateOptions(output=output))
+    bench_batch.run(BatchOptions(data=data[-1], model=model, output=output))
+    bench_heatmap.run(HeatmapOptions(policies=policies, model=model, output=output))
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    bench_report.run(
+        ReportOptions(
+            source=options.out, without_texts=options.without_texts, command=shlex.join(["chunkcache", *words])
+        )
+    )

@@ -2,71 +2,54 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 from rich.markup import escape
 
-from chunkcache.cli.console import err, progress, table
-from chunkcache.cli.console import out as console
-from chunkcache.cli.inputs import load
-from chunkcache.cli.options import data_options, json_option, model_options
+from chunkcache.cli.console import err, out, progress, table
 from chunkcache.errors import DocumentError
-from chunkcache.eval.commands.inputs import read_cases
+from chunkcache.eval.commands.options import AsJson, ModelOptions, PromptOptions, check_policies, command, option
+from chunkcache.eval.commands.show import show_json
 
 
-@click.command()
-@data_options
-@click.option(
-    "--target",
-    default="cacheblend:ratio=0.15",
-    show_default=True,
-    help="Policy whose fidelity cachecraft has to reach.",
-)
-@click.option("--guarded", default="query", show_default=True, help="Query policy whose guard is fitted.")
-@click.option(
-    "--only", type=click.Choice(["guard", "cachecraft"]), help="Look for one of both; the other is left as it was."
-)
-@model_options
-@click.option("--out", type=click.Path(path_type=Path), help="File to write; by default in the cache folder.")
-@json_option
-def calibrate(
-    data: Path,
-    chunks: int,
-    prompts: int,
-    skip: int,
-    target: str,
-    guarded: str,
-    only: str | None,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(PromptOptions):
+    """A calibration on prompts of one data set."""
+
+    target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
+    guarded: Annotated[str, option(help="Query policy whose guard is fitted.")] = "query"
+    only: Annotated[str | None, option(type=click.Choice(["guard", "cachecraft"]), help="Look for one of both; the "
+                                       "other is left as it was.")] = None  # fmt: skip
+    model: ModelOptions
+    out: Annotated[Path | None, option(help="File to write; by default in the cache folder.")] = None
+    as_json: AsJson = False
+
+
+@command("calibrate")
+def calibrate(options: CalibrateOptions) -> None:
     """Find what cachecraft:alpha=auto and query:guard=X need to know of a model, on prompts of DATA."""
-    from chunkcache.blend import parse_policy
     from chunkcache.engine.calibration import load_calibration
     from chunkcache.eval.calibrate import PARTS
     from chunkcache.eval.calibrate import calibrate as run
 
-    for policy in (target, guarded):
-        parse_policy(policy)
-    cases = read_cases(data, chunks, prompts, skip)
+    check_policies((options.target, options.guarded))
+    cases = options.cases()
     if len(cases) < 10:
         raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
-    model, tokenizer = load(model_name, device, dtype)
+    model, tokenizer = options.model.load()
+    parts = PARTS if options.only is None else (options.only,)
     with progress("calibrating") as on_step:
-        found = run(model, tokenizer, cases, target, guarded, (only,) if only else PARTS, on_step)
-    found = found.over(load_calibration(found.fingerprint, out if out and out.exists() else None))
-    path = found.save(out)
-    if as_json:
-        click.echo(json.dumps({"file": str(path), **asdict(found)}, indent=2))
+        fitted = run(model, tokenizer, cases, options.target, options.guarded, parts, on_step)
+    earlier = options.out if options.out and options.out.exists() else None
+    fitted = fitted.over(load_calibration(fitted.fingerprint, earlier))
+    path = fitted.save(options.out)
+    if options.as_json:
+        show_json({"file": str(path), **asdict(fitted)})
     else:
-        _show_calibration(found.report, found.alpha)
+        _show_calibration(fitted.report, fitted.alpha)
         err.print(f"[dim]written to {escape(str(path))}[/]")
 
 
@@ -78,12 +61,12 @@ def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
             for r in craft["tried"]
         ]
         rows.append([craft["target"], f"{craft['target_kl_first']:.4f}", f"{craft['target_kl_mean']:.4f}", ""])
-        found = f"alpha = {alpha}" if craft["met"] else f"target not reached; alpha = {alpha}"
-        console.print(table(f"cachecraft: {found}", ["alpha", "KL first", "KL mean", "recomputed"], rows))
+        outcome = f"alpha = {alpha}" if craft["met"] else f"target not reached; alpha = {alpha}"
+        out.print(table(f"cachecraft: {outcome}", ["alpha", "KL first", "KL mean", "recomputed"], rows))
     if "guard" in report:
         rows = [
             [f"{r['bound']}", f"{r['broken']:.1%}", f"{r['full']:.1%}", f"{r['passes']:.2f}", f"{r['kl_first']:.4f}"]
             for r in report["guard"]
         ]
         title = f"guard of {report['guarded']} (cross-validated)"
-        console.print(table(title, ["bound", "broken", "full prefill", "passes", "KL first"], rows))
+        out.print(table(title, ["bound", "broken", "full prefill", "passes", "KL first"], rows))

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-import click
 from rich.markup import escape
 
 from chunkcache.cli.console import out, status, table, wide
-from chunkcache.cli.options import json_option
 from chunkcache.errors import ChunkCacheError
+from chunkcache.eval.commands.options import FOLDER, AsJson, argument, command, option
+from chunkcache.eval.commands.show import show_json
 
 
-@click.command("peers")
-@click.option(
-    "--into",
-    "folder",
-    required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for their environments, one each; about 3 GB for all.",
-)
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@json_option
-def bench_peers(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SetUpOptions:
+    """Environments of peers."""
+
+    folder: Annotated[Path, option("--into", type=FOLDER, help="Folder for their environments, one each; about 3 GB "
+                                   "for all.")]  # fmt: skip
+    names: Annotated[tuple[str, ...], argument(metavar="[NAME]...")] = ()
+    as_json: AsJson = False
+
+
+@command("peers")
+def bench_peers(options: SetUpOptions) -> None:
     """Set up peers (transformers, transformers-prefix, kvboost, kvboost-cacheblend, llama.cpp), by default all.
 
     Each is installed by pip, with pinned versions, into an environment of its own. One that cannot be installed here
@@ -33,18 +34,21 @@ def bench_peers(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
     """
     from chunkcache.eval.peers import PEERS, setup_peers
 
+    folder = options.folder
     with status("looking at what is there") as on_status:
-        found = setup_peers(folder.absolute(), names, on_status)
-    if as_json:
-        click.echo(json.dumps([asdict(each) for each in found], indent=2))
+        outcomes = setup_peers(folder.absolute(), options.names, on_status)
+    if options.as_json:
+        show_json([asdict(peer) for peer in outcomes])
     else:
-        rows = [[each.name, PEERS[each.name].about, _versions(each.versions)] for each in found if not each.skipped]
+        rows = [
+            [peer.name, PEERS[peer.name].about, _versions(peer.versions)] for peer in outcomes if not peer.skipped
+        ]
         if rows:
             wide(table(f"peers in {folder}", ["peer", "what it does", "versions"], rows))
-        for each in found:
-            if each.skipped:
-                out.print(f"[yellow]skipped {each.name}:[/] {escape(each.skipped)}")
-    if all(each.skipped for each in found):
+        for peer in outcomes:
+            if peer.skipped:
+                out.print(f"[yellow]skipped {peer.name}:[/] {escape(peer.skipped)}")
+    if all(peer.skipped for peer in outcomes):
         raise ChunkCacheError(f"no peer could be set up in {folder}; the reasons stand above")
 
 

@@ -3,262 +3,239 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from rich.markup import escape
 
-from chunkcache.cli.console import err, out, progress, status, table, wide
-from chunkcache.cli.inputs import load
-from chunkcache.cli.options import json_option, model_options, options, out_option
+from chunkcache.cli.console import err, progress, status, table, wide
+from chunkcache.cli.inputs import indexed
 from chunkcache.errors import DocumentError, PeerError
-from chunkcache.eval.commands.inputs import read_cases, retrieved_cases
+from chunkcache.eval.commands.inputs import EXAMPLES, about, draw_questions, read_cases, retrieved_cases
+from chunkcache.eval.commands.options import (
+    ModelOptions,
+    OutputOptions,
+    Policies,
+    argument,
+    check_policies,
+    command,
+    count,
+    option,
+)  # fmt: skip
+from chunkcache.eval.commands.show import show_json, show_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from chunkcache.eval import Case, Results
+    from chunkcache.eval.data import DataSet
     from chunkcache.eval.peers import Peer
-    from chunkcache.eval.report.parts import Cell
 
+SET_UP = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+STORES = ("memory://?max_bytes=4GiB",)
 COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
 
-policies_option = click.option(
-    "--policy", "policies", multiple=True, default=COMPARED, show_default=True, help="May be given several times."
-)
-peers_options = options(
-    click.option("--peers", type=click.Path(path_type=Path, exists=True, file_okay=False),
-                 help="Folder of `bench peers`: what is set up there is measured, too."),
-    click.option("--peer-prompts", type=click.IntRange(1), help="Run them on the first so many prompts only."),
-    click.option("--peer", "peer_names", multiple=True, help="Only this peer; may be given several times."),
-)  # fmt: skip
-prompt_options = options(
-    click.option("--prompts", default=20, show_default=True, type=click.IntRange(1), help="Prompts to run."),
-    click.option("--skip", default=0, show_default=True, type=click.IntRange(0), help="Prompts to leave out first."),
-    click.option(
-        "--questions",
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="JSON Lines with question and answers: DATA is then a corpus that is searched for the chunks.",
-    ),
-    click.option("--fill", is_flag=True, help="Give cases with too few chunks some of other cases."),
-)
-compare_options = options(
-    click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path)),
-    click.option("--chunks", "counts", multiple=True, default=(5,), show_default=True, type=click.IntRange(1),
-                 help="Chunks per prompt; may be given several times."),
-    prompt_options,
-    policies_option,
-    peers_options,
-    click.option("--chunk-tokens", type=click.IntRange(1), help="Cut chunks to so many tokens."),
-    click.option("--store", "stores", multiple=True, default=("memory://?max_bytes=4GiB",), show_default=True,
-                 help="URL of a store; may be given several times."),
-    click.option("--cold", is_flag=True, help="Nothing is precomputed: requests compute their chunks on the clock."),
-    click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Times each prompt is run."),
-    model_options,
-    out_option,
-    json_option,
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class PeerOptions:
+    """The peers that are measured, too."""
+
+    folder: Annotated[Path | None, option("--peers", type=SET_UP, help="Folder of `bench peers`: what is set up "
+                                          "there is measured, too.")] = None  # fmt: skip
+    peer_prompts: Annotated[int | None, count("Run them on the first so many prompts only.")] = None
+    peer_names: Annotated[tuple[str, ...], option("--peer", help="Only this peer; may be given several times.")] = ()
 
 
-@dataclass(frozen=True)
-class _Set:
-    """Prompts, and the settings that tell them from others."""
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """Requests one at a time."""
 
-    name: str
-    cases: list[Case]
-    about: dict[str, Any]
+    data: Annotated[tuple[Path, ...], argument()]
+    counts: Annotated[tuple[int, ...], count("Chunks per prompt; may be given several times.", "--chunks")] = (5,)
+    prompts: Annotated[int, count("Prompts to run.")] = 20
+    skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
+    questions: Annotated[Path | None, option(type=FILE, help="JSON Lines with question and answers: DATA is then a "
+                                             "corpus that is searched for the chunks.")] = None  # fmt: skip
+    fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
+    policies: Policies = COMPARED
+    peers: PeerOptions = PeerOptions()
+    chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
+    stores: Annotated[tuple[str, ...], option("--store", help="URL of a store; may be given several times.")] = STORES
+    cold: Annotated[bool, option(help="Nothing is precomputed: requests compute their chunks on the clock.")] = False
+    rounds: Annotated[int, count("Times each prompt is run.")] = 1
+    model: ModelOptions
+    output: OutputOptions
+
+    def about(self, data: Path) -> dict[str, Any]:
+        """Return the settings that tell the prompts of a data file from others."""
+        from chunkcache.eval.data import checksum
+
+        questions = None if self.questions is None else checksum(self.questions)
+        return {
+            **about(data), "questions_sha256": questions, "skip": self.skip, "fill": self.fill,
+            "chunk_tokens": self.chunk_tokens,
+        }  # fmt: skip
 
 
-@click.command("ttft")
-@compare_options
-@click.option(
-    "--tokens",
-    "lengths",
-    multiple=True,
-    type=click.IntRange(1),
-    help="Instead of --chunks: prompts of so many tokens of chunks; may be given several times.",
-)
-def bench_ttft(lengths: tuple[int, ...], **asked: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TtftOptions(RequestOptions):
+    """Requests one at a time, also of growing lengths."""
+
+    lengths: Annotated[tuple[int, ...], count("Instead of --chunks: prompts of so many tokens of chunks; may be "
+                                              "given several times.", "--tokens")] = ()  # fmt: skip
+
+
+@command("ttft")
+def bench_ttft(options: TtftOptions) -> None:
     """Measure the time to first token on the prompts of DATA, against full prefill, and where it goes."""
-    _run("ttft", asked, lengths)
+    if options.questions is not None and options.lengths:
+        raise DocumentError("--tokens makes prompts of chunks as they come; leave --questions out")
+    _measure("ttft", options, options.lengths)
 
 
-@click.command("quality")
-@compare_options
-def bench_quality(**asked: Any) -> None:
+@command("quality")
+def bench_quality(options: RequestOptions) -> None:
     """Measure answers and fidelity to full prefill on the prompts of DATA, and the time to first token with them."""
-    _run("quality", asked)
+    _measure("quality", options)
 
 
-def _sets(asked: dict[str, Any], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Set]:
-    """Return the prompts of each data file: with each number of chunks, or `prompts` of each length."""
-    from chunkcache.eval.data import cut, prompts_of_lengths
+def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = ()) -> None:
+    """Measure all prompts over all stores, each into a file of its own, and show what they come to."""
+    from chunkcache.eval import Comparison, compare
+    from chunkcache.eval.report import build_report
 
-    found = []
-    for data in asked["data"]:
-        about = _about(data, asked)
-        if lengths:
-            cases = prompts_of_lengths(
-                read_cases(data, 0, 100, asked["skip"], quiet=True), lengths, asked["prompts"], tokenizer
-            )
-            found.append(_Set(f"{data.stem}-lengths", cases, {**about, "chunks": None, "tokens": list(lengths)}))
-        for chunks in () if lengths else asked["counts"]:
-            if asked["questions"] is not None:
-                cases = retrieved_cases(data, asked["questions"], chunks, asked["chunk_tokens"] or 512,
-                                        asked["prompts"], asked["skip"], tokenizer)  # fmt: skip
-            else:
-                cases = read_cases(data, chunks, asked["prompts"], asked["skip"], asked["fill"])
-                cases = cut(cases, asked["chunk_tokens"], tokenizer)
-            found.append(_Set(f"{data.stem}-{chunks}", cases, {**about, "chunks": chunks, "tokens": None}))
-    return found
+    check_policies(options.policies)
+    sources = _sources(options)
+    model, tokenizer = options.model.load()
+    found: dict[str, Results] = {}
+    with started_peers(options.peers, options.model.model_name, model, tokenizer) as peers:
+        for prompts, cases, settings in _prompts(options, lengths, sources, tokenizer):
+            for number, store in enumerate(options.stores, start=1):
+                several = f"-{number}-{store.partition(':')[0]}" if len(options.stores) > 1 else ""
+                name = f"{bench}-{prompts}{several}"
+                comparison = Comparison(
+                    options.policies, store, options.cold, options.rounds, bench == "quality",
+                    options.peers.peer_prompts,
+                )  # fmt: skip
+                with progress(name) as on_prompt:
+                    found[name] = compare(
+                        model, tokenizer, cases, comparison, about=settings, path=options.output.path(name),
+                        peers=peers, on_prompt=on_prompt,
+                    )  # fmt: skip
+                if not options.output.as_json:
+                    show_report({name: found[name]})
+    if options.output.as_json:
+        show_json(build_report(found))
 
 
-def _check(asked: dict[str, Any], lengths: Sequence[int]) -> None:
-    """Refuse what cannot be measured, before the model is loaded."""
-    from chunkcache.blend import parse_policy
-    from chunkcache.eval.data import load_cases
+def _sources(options: RequestOptions) -> dict[Path, DataSet]:
+    """Read each data file once, before the model is loaded; a corpus is read when it is searched."""
+    from chunkcache.eval.data import DataSet
 
-    for policy in asked["policies"]:
-        parse_policy(policy)
-    stems = [data.stem for data in asked["data"]]
+    stems = [data.stem for data in options.data]
     for stem in stems:
         if stems.count(stem) > 1:
             raise DocumentError(f"two data files are called {stem!r}; results go by that name, so rename one")
-    if asked["questions"] is not None and lengths:
-        raise DocumentError("--tokens makes prompts of chunks as they come; leave --questions out")
-    for data in () if asked["questions"] is not None else asked["data"]:
-        load_cases(data, limit=1)
+    return {} if options.questions is not None else {data: DataSet.read(data) for data in options.data}
 
 
-def _about(data: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    from chunkcache.eval.data import checksum
+def _prompts(
+    options: RequestOptions,
+    lengths: Sequence[int],
+    sources: Mapping[Path, DataSet],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[tuple[str, list[Case], dict[str, Any]]]:
+    """Yield name, prompts and settings: of each data file, with each number of chunks, or of all `lengths`."""
+    from chunkcache.eval.data import cut, prompts_of_lengths
+    from chunkcache.retriever import load_documents
 
-    questions = asked["questions"]
-    return {
-        "data": data.stem,
-        "data_sha256": checksum(data),
-        "questions_sha256": None if questions is None else checksum(questions),
-        "skip": asked["skip"],
-        "fill": asked["fill"],
-        "chunk_tokens": asked["chunk_tokens"],
-    }
-
-
-def _run(bench: str, asked: dict[str, Any], lengths: Sequence[int] = ()) -> None:
-    """Measure all sets over all stores, each into a file of its own, and show what they come to."""
-    from chunkcache.eval import compare
-
-    _check(asked, lengths)
-    folder: Path | None = asked["out"]
-    model, tokenizer = load(asked["model_name"], asked["device"], asked["dtype"])
-    found: dict[str, Results] = {}
-    with started_peers(asked["peers"], asked["peer_names"], asked["model_name"], model, tokenizer) as peers:
-        for each in _sets(asked, lengths, tokenizer):
-            for number, store in enumerate(asked["stores"], start=1):
-                several = f"-{number}-{store.partition(':')[0]}" if len(asked["stores"]) > 1 else ""
-                name = f"{bench}-{each.name}{several}"
-                path = None if folder is None else folder / f"{name}.jsonl"
-                with progress(name) as on_prompt:
-                    found[name] = compare(
-                        model, tokenizer, each.cases, asked["policies"], each.about, path, store,
-                        asked["cold"], asked["rounds"], bench == "quality", peers, asked["peer_prompts"], on_prompt,
-                    )  # fmt: skip
-                if not asked["as_json"]:
-                    show({name: found[name]})
-    if asked["as_json"]:
-        from chunkcache.eval.report import build_report
-
-        click.echo(json.dumps(build_report(found), indent=2))
+    for data in options.data:
+        settings = options.about(data)
+        if lengths:
+            cases = read_cases(sources[data], 0, 100, options.skip, quiet=True)
+            cases = prompts_of_lengths(cases, lengths, options.prompts, tokenizer)
+            yield f"{data.stem}-lengths", cases, {**settings, "chunks": None, "tokens": list(lengths)}
+            continue
+        if options.questions is not None:
+            retriever = indexed(load_documents(data), tokenizer, options.chunk_tokens or 512)
+            questions = draw_questions(options.questions, options.skip + options.prompts, 0)[options.skip :]
+        for chunks in options.counts:
+            if options.questions is not None:
+                cases = retrieved_cases(retriever, questions, chunks)
+            else:
+                cases = read_cases(sources[data], chunks, options.prompts, options.skip, options.fill)
+                cases = cut(cases, options.chunk_tokens, tokenizer)
+            yield f"{data.stem}-{chunks}", cases, {**settings, "chunks": chunks, "tokens": None}
 
 
 @contextmanager
 def started_peers(
-    folder: Path | None,
-    names: Sequence[str],
-    model_name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    options: PeerOptions, model_name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[Peer]]:
-    """Start the peers of these names, or all that are set up; one that cannot serve the model is left out."""
-    if folder is None:
+    """Start the peers that are asked for, or all that are set up; one that cannot serve the model is left out."""
+    if options.folder is None:
         yield []
         return
     import torch
 
     from chunkcache.eval.peers import PEERS, Peer, peer_weights
 
+    folder = options.folder.absolute()
     if model.device.type != "cpu":
         raise PeerError(f"peers run on the CPU, and the model is on {model.device}: pass --device cpu with --peers")
     with ExitStack() as running:
-        found = []
-        for name in names or PEERS:
+        peers = []
+        for name in options.peer_names or PEERS:
             try:
                 with status(f"starting {name}"):
-                    weights = peer_weights(name, folder.absolute(), model_name, model, tokenizer)
-                    peer = Peer.start(name, folder.absolute(), weights, torch.get_num_threads())
+                    weights = peer_weights(name, folder, model_name, model, tokenizer)
+                    peer = Peer.start(name, folder, weights, torch.get_num_threads())
             except PeerError as error:
                 err.print(f"[yellow]without {name}:[/] {escape(str(error))}")
             else:
-                found.append(running.enter_context(peer))
-        yield found
+                peers.append(running.enter_context(peer))
+        yield peers
 
 
-def show(results: dict[str, Results]) -> None:
-    """Print the tables of some results, as the report has them."""
-    from chunkcache.eval.report import build_report
-    from chunkcache.eval.report.sections import views
+@dataclass(frozen=True, kw_only=True)
+class HeatmapOptions:
+    """One prompt under several policies."""
 
-    def text(cell: Cell) -> str:
-        return escape(f"{cell.text} {cell.note}".strip())
-
-    for view in views(build_report(results)):
-        out.print(f"\n[bold]{escape(view.title)}[/]: {escape(view.lead)}")
-        for each in view.tables:
-            wide(table(each.title, each.columns, [[text(cell) for cell in row] for row in each.rows]))
+    data: Annotated[Path | None, argument()] = None
+    chunks: Annotated[int, count("Chunks of the prompt.")] = 4
+    prompt: Annotated[int, count("Which prompt of DATA.", least=0)] = 0
+    policies: Policies = COMPARED
+    model: ModelOptions
+    output: OutputOptions
 
 
-@click.command("heatmap")
-@click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("--chunks", default=4, show_default=True, type=click.IntRange(1), help="Chunks of the prompt.")
-@click.option("--prompt", default=0, show_default=True, type=click.IntRange(0), help="Which prompt of DATA.")
-@policies_option
-@model_options
-@out_option
-@json_option
-def bench_heatmap(
-    data: Path | None,
-    chunks: int,
-    prompt: int,
-    policies: Sequence[str],
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+@command("heatmap")
+def bench_heatmap(options: HeatmapOptions) -> None:
     """Note which tokens of a prompt each policy recomputes: one of DATA, or one over the example documents."""
-    from chunkcache.eval.data import checksum
     from chunkcache.eval.heatmap import heatmap
     from chunkcache.eval.report import build_report
 
-    case = _example(chunks) if data is None else read_cases(data, chunks, 1, prompt)[0]
-    about: dict[str, Any] = {"data": None, "chunks": chunks}
-    if data is not None:
-        about = {"data": data.stem, "data_sha256": checksum(data), "prompt": prompt, "chunks": chunks}
-    model, tokenizer = load(model_name, device, dtype)
+    settings: dict[str, Any] = {"data": None, "chunks": options.chunks}
+    if options.data is None:
+        case = _example(options.chunks)
+    else:
+        case = read_cases(options.data, options.chunks, 1, options.prompt)[0]
+        settings = {**about(options.data), "prompt": options.prompt, "chunks": options.chunks}
+    model, tokenizer = options.model.load()
     with status("prefilling"):
-        path = None if out is None else out / "heatmap.jsonl"
-        found = heatmap(model, tokenizer, case, list(dict.fromkeys(policies)), about, path)
-    if as_json:
-        click.echo(json.dumps(build_report({"heatmap": found}), indent=2))
+        names = list(dict.fromkeys(options.policies))
+        results = heatmap(model, tokenizer, case, names, settings, options.output.path("heatmap"))
+    if options.output.as_json:
+        show_json(build_report({"heatmap": results}))
         return
     rows = []
-    for policy in found.settings["policies"]:
-        shares = [row["share"] for row in found.rows if row["policy"] == policy and row["role"].startswith("chunk")]
+    for policy in results.settings["policies"]:
+        shares = [row["share"] for row in results.rows if row["policy"] == policy and row["role"].startswith("chunk")]
         touched = sum(share > 0 for share in shares)
         rows.append([policy, str(len(shares)), str(touched), f"{sum(shares) / len(shares):.1%}"])
     wide(table("tokens of the chunks", ["policy", "tokens", "recomputed", "share of token-layers"], rows))
@@ -267,7 +244,6 @@ def bench_heatmap(
 def _example(chunks: int) -> Case:
     """Return the first packaged question, over pieces of the document that answers it and of others."""
     from chunkcache.eval import Case
-    from chunkcache.eval.commands.inputs import EXAMPLES
     from chunkcache.retriever import load_documents
 
     first = json.loads((EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()[0])

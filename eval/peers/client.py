@@ -198,8 +198,4 @@ def _python(name: str, folder: Path, spec: PeerSpec) -> Path:
 
 def _environ(threads: int) -> dict[str, str]:
     """Return the environment variables of a peer: no network, and so many threads."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -22,6 +22,7 @@ from filelock import FileLock
 from chunkcache.eval.peers.registry import PEERS, PeerSpec, log_of, python_in, spec_of
 
 STAMP = "chunkcache-peer.json"
+VENV = (sys.executable, "-m", "venv")  # makes an environment
 TIMEOUT_S = 3600.0  # for one environment; llama.cpp is compiled
 
 
@@ -74,7 +75,7 @@ def _environment(folder: Path, spec: PeerSpec, on_status: Callable[[str], None])
     try:
         with log.open("w", encoding="utf-8") as output:
             for command in (
-                [sys.executable, "-m", "venv", str(home)],
+                [*VENV, str(home)],
                 [str(python_in(folder, spec.environment)), "-m", "pip", "install", "--disable-pip-version-check",
                  "--no-input", "--requirement", str(spec.requirements)],
             ):  # fmt: skip

@@ -22,6 +22,13 @@ SUMMARIES = {  # where each bench's summary(results) is
     "simulation": "chunkcache.eval.simulate",
     "batch": "chunkcache.eval.batch_summary",
     "heatmap": "chunkcache.eval.report.heat",
+    "store": "chunkcache.eval.stores",
+    "selection": "chunkcache.eval.ablation",
+    "packing": "chunkcache.eval.packing",
+    "retrieval": "chunkcache.eval.retrieval",
+    "chain": "chunkcache.eval.chain",
+    "order": "chunkcache.eval.order",
+    "hints": "chunkcache.eval.hints",
 }
 ORDER = tuple(SUMMARIES)  # of the sections
 KEPT = ("prompt", "round", "policy", "tokens", "ttft_s", "recomputed_share", "kl_first", "kl_mean", "agreement",
@@ -94,7 +101,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def _place(name: str, results: Results) -> tuple[int, str, float, str]:
-    """Return by what sections are sorted: bench, data set, number of chunks; ladders of lengths come last."""
+    """Return by what sections are sorted: bench, data set, number of chunks; growing lengths come last."""
     data, chunks = results.settings.get("data"), results.settings.get("chunks")
     return ORDER.index(results.bench), str(data), float("inf") if chunks is None else chunks, name
 

@@ -22,6 +22,7 @@ class Cell:
 
     @property
     def known(self) -> bool:
+        """Whether there is a value."""
         return self.text != UNKNOWN
 
 

@@ -29,7 +29,7 @@ def readme_tables(report: dict[str, Any]) -> str:
         if machine_line(section) != machine:  # said once for all tables that it holds for
             machine = machine_line(section)
             shown.append(machine)
-        shown += [_heading(section), md_table(growth_table(section) if _is_ladder(section) else _table(section))]
+        shown += [_heading(section), md_table(growth_table(section) if _grows(section) else _table(section))]
     return "\n\n".join(shown)
 
 
@@ -45,13 +45,13 @@ def replace_between(text: str, tables: str) -> str:
     return "\n".join([*lines[: lines.index(BEGIN) + 1], "", tables, "", *lines[lines.index(END) :]])
 
 
-def _is_ladder(section: dict[str, Any]) -> bool:
+def _grows(section: dict[str, Any]) -> bool:
     return bool(section["summary"].get("growth"))
 
 
 def _heading(section: dict[str, Any]) -> str:
     settings, summary = section["settings"], section["summary"]
-    what = "context lengths" if _is_ladder(section) else f"{settings['chunks']} chunks"
+    what = "context lengths" if _grows(section) else f"{settings['chunks']} chunks"
     prompts = f"{summary['prompts']} prompts of {token_range(summary)}"
     return f"{md_code(settings['data'])}, {what}, {prompts}:"
 

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from chunkcache.eval.compare import FULL, PEER
 from chunkcache.eval.fidelity import ANSWER_TOKENS
 from chunkcache.eval.report.parts import Cell, Plot, Series, Table, number
+from chunkcache.eval.results import FULL, PEER
 
 Section = dict[str, Any]
 EXACT = 1e-4  # nats; what is not above it is drawn at the edge of the Pareto plot
@@ -120,10 +120,7 @@ def _fidelity(summary: dict[str, Any]) -> Table:
 
 def _quality(summary: dict[str, Any]) -> Table:
     rows = [
-        [
-            Cell(name_of(policy)),
-            *(number(each[name]) for score in QUALITY for name in (score, f"{score}_diff")),
-        ]
+        [Cell(name_of(policy)), *(number(each[name]) for score in QUALITY for name in (score, f"{score}_diff"))]
         for policy, each in by_policy(summary).items()
     ]
     columns = ["policy", *(column for score in QUALITY.values() for column in (score, f"{score} − full"))]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from chunkcache.eval.compare import PEER
 from chunkcache.eval.report import requests
 from chunkcache.eval.report.parts import Plot, Table, table_of
+from chunkcache.eval.results import PEER
 
 Facts = dict[str, str]
 LONGEST = 400  # characters of a setting
@@ -16,6 +16,13 @@ TITLES = {
     "simulation": "Load, simulated",
     "batch": "Batches",
     "heatmap": "Which tokens were recomputed",
+    "store": "Stores",
+    "selection": "Selections",
+    "packing": "Packing",
+    "retrieval": "Retrieval",
+    "chain": "LangChain",
+    "order": "Order of chunks",
+    "hints": "Hints to the store",
 }
 
 
@@ -28,6 +35,7 @@ class Piece:
 
     @property
     def recomputed(self) -> float:
+        """Share of its token-layers that were."""
         return sum(share for _, share in self.tokens) / len(self.tokens)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from chunkcache.eval.compare import FULL, PEER
+from chunkcache.eval.results import FULL, PEER
 
 COLOURS = 10  # --c1 .. --c10; --c0 is full prefill's grey
 PARTS = 9  # --s1 .. --s9, for what is no policy's

@@ -9,7 +9,8 @@ from support.llm import TEXTS, chat_tokenizer, plain, prompt_ids, tiny_model, wr
 
 from chunkcache.blend.hydragen import SharedCache
 from chunkcache.eval import batch, batch_summary
-from chunkcache.eval.batch import bench_batch, plain_batches, summary, time_attention, workload
+from chunkcache.eval.attention_time import time_attention
+from chunkcache.eval.batch import Batching, bench_batch, plain_batches, summary, workload
 from chunkcache.eval.data import Case
 
 CASES = [Case(f"Question {number}, on the bridge?", TEXTS[number % 2 :], ("1931",)) for number in range(4)]
@@ -24,7 +25,7 @@ def few_lengths(monkeypatch):
 def run(path=None, policies=("full", "reuse", "query:ratio=0.3"), **options):
     cases = workload(CASES, 2, 2)
     model, tokenizer = tiny_model(), chat_tokenizer()
-    return bench_batch(model, tokenizer, cases, policies, {"data": "tiny"}, path, new_tokens=4, **options)
+    return bench_batch(model, tokenizer, cases, Batching(policies, new_tokens=4, **options), {"data": "tiny"}, path)
 
 
 def test_the_questions_of_a_set_share_chunks_and_neighbouring_sets_one():

@@ -13,7 +13,7 @@ from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model
 
 import chunkcache
 from chunkcache.errors import PeerError, PolicyError, ResultsError
-from chunkcache.eval import Case, Results, compare, measure_fidelity, summary
+from chunkcache.eval import Case, Comparison, Results, compare, measure_fidelity, summary
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.store import MemoryStore
 
@@ -23,7 +23,7 @@ POLICIES = ("full", "prefix", "reuse", "cacheblend:ratio=1", "query")
 
 @pytest.fixture(scope="module")
 def results():
-    return compare(tiny_model(), chat_tokenizer(), CASES, POLICIES)
+    return compare(tiny_model(), chat_tokenizer(), CASES, Comparison(POLICIES))
 
 
 def test_every_policy_has_a_row_for_every_prompt(results):
@@ -53,7 +53,9 @@ def test_stages_add_up_to_the_time_to_first_token(results):
 
 def test_warm_requests_hit_and_cold_ones_compute_within_the_clock(results):
     assert {row["hits"] for row in results.rows if row["policy"] == "reuse"} == {len(TEXTS)}
-    cold = compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], cold=True, rounds=2, answers=False)
+    cold = compare(
+        tiny_model(), chat_tokenizer(), CASES[:1], Comparison(["reuse"], cold=True, rounds=2, answers=False)
+    )
     for row in cold.rows:
         if row["policy"] == "reuse":
             assert (row["hits"], row["misses"]) == (0, len(TEXTS))
@@ -68,7 +70,9 @@ def test_answers_are_scored_where_there_are_accepted_ones(results):
 
 
 def test_a_second_round_does_not_find_what_the_first_left(results):
-    twice = compare(tiny_model(), chat_tokenizer(), CASES[:1], ["prefix", "cachecraft"], rounds=2, answers=False)
+    twice = compare(
+        tiny_model(), chat_tokenizer(), CASES[:1], Comparison(["prefix", "cachecraft"], rounds=2, answers=False)
+    )
     for name in ("prefix", "cachecraft"):
         first, second = (row for row in twice.rows if row["policy"] == name)
         assert second["recomputed_share"] >= first["recomputed_share"]
@@ -78,7 +82,7 @@ def test_what_the_store_held_is_left_alone():
     store = MemoryStore()
     chunkcache.wrap(tiny_model(), chat_tokenizer(), store=store).precompute(TEXTS)
     before = {entry.key for entry in store.entries()}
-    compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], store=store, cold=True, answers=False)
+    compare(tiny_model(), chat_tokenizer(), CASES[:1], Comparison(["reuse"], store=store, cold=True, answers=False))
     assert before
     assert {entry.key for entry in store.entries()} == before
 
@@ -89,8 +93,10 @@ def test_warming_up_leaves_nothing_of_the_first_prompt(results):
 
 
 def test_policies_find_nothing_that_others_left(results):
-    alone = compare(tiny_model(), chat_tokenizer(), CASES, ["query:ratio=0.3"], answers=False)
-    beside = compare(tiny_model(), chat_tokenizer(), CASES, ["prefix", "reuse", "query:ratio=0.3"], answers=False)
+    alone = compare(tiny_model(), chat_tokenizer(), CASES, Comparison(["query:ratio=0.3"], answers=False))
+    beside = compare(
+        tiny_model(), chat_tokenizer(), CASES, Comparison(["prefix", "reuse", "query:ratio=0.3"], answers=False)
+    )
     shares = [
         [row["recomputed_share"] for row in run.rows if row["policy"].startswith("query")] for run in (alone, beside)
     ]
@@ -105,10 +111,10 @@ def test_an_interrupted_run_goes_on(tmp_path, results):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare(*args, ["reuse"], {"data": "a"}, path, on_prompt=interrupt)
+        compare(*args, Comparison(["reuse"]), about={"data": "a"}, path=path, on_prompt=interrupt)
     first = path.read_text()
     path.write_text(first + '{"prompt": 1, "pol')  # the power went
-    compare(*args, ["reuse"], {"data": "a"}, path)
+    compare(*args, Comparison(["reuse"]), about={"data": "a"}, path=path)
     assert path.read_text().startswith(first)
     assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()[1:]] == [0, 0, 1, 1]
 
@@ -116,16 +122,16 @@ def test_an_interrupted_run_goes_on(tmp_path, results):
 def test_rows_of_other_settings_are_never_mixed(tmp_path):
     path = tmp_path / "requests.jsonl"
     args = (tiny_model(), chat_tokenizer(), CASES[:1])
-    compare(*args, ["reuse"], {"data": "a"}, path, answers=False)
+    compare(*args, Comparison(["reuse"], answers=False), about={"data": "a"}, path=path)
     with pytest.raises(ResultsError, match="data='a'"):
-        compare(*args, ["reuse"], {"data": "b"}, path, answers=False)
+        compare(*args, Comparison(["reuse"], answers=False), about={"data": "b"}, path=path)
     with pytest.raises(ResultsError, match="options="):
-        compare(*args, ["prefix"], {"data": "a"}, path, answers=False)
+        compare(*args, Comparison(["prefix"], answers=False), about={"data": "a"}, path=path)
 
 
 def test_a_policy_that_cannot_run_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(PolicyError, match="nonsense"):
-        compare(tiny_model(), chat_tokenizer(), CASES, ["nonsense"], path=tmp_path / "requests.jsonl")
+        compare(tiny_model(), chat_tokenizer(), CASES, Comparison(["nonsense"]), path=tmp_path / "requests.jsonl")
     assert not list(tmp_path.iterdir())
 
 
@@ -154,7 +160,7 @@ class _Echo:
 
 def test_a_peer_has_rows_beside_the_policies():
     peer = _Echo()
-    results: Results = compare(tiny_model(), chat_tokenizer(), CASES[:1], ["reuse"], peers=[peer])  # type: ignore[list-item]
+    results: Results = compare(tiny_model(), chat_tokenizer(), CASES[:1], Comparison(["reuse"]), peers=[peer])  # type: ignore[list-item]
     row = next(row for row in results.rows if row["policy"] == "peer:echo")
     assert row["ttft_s"] == 0.5
     assert row["stages"] is row["kl_first"] is None
@@ -178,7 +184,7 @@ class _Broken(_Echo):
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_peer_that_fails_does_not_end_the_run(ended):
     peer = _Broken(ended=ended)
-    results = compare(tiny_model(), chat_tokenizer(), CASES, ["reuse"], peers=[peer])  # type: ignore[list-item]
+    results = compare(tiny_model(), chat_tokenizer(), CASES, Comparison(["reuse"]), peers=[peer])  # type: ignore[list-item]
     first, second = (row for row in results.rows if row["policy"] == "peer:echo")
     assert (first["ttft_s"], first["error"]) == (None, "no such luck")
     assert (second["ttft_s"] is None) == ended

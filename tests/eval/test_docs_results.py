@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chunkcache.errors import ResultsError
-from chunkcache.eval.report import read_report, readme_tables, replace_between
+from chunkcache.eval.report import read_report, readme_tables, replace_between, write_report
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +43,13 @@ def test_every_section_says_what_it_ran_on():
             continue
         assert {"model", "device", "threads", "torch", "transformers", "commit"} <= section["ran_on"].keys()
         assert not section["ran_on"]["commit"].endswith("+"), "measured on code that is in no commit"
+
+
+def test_the_page_is_made_of_the_report_and_the_tables_are_those_of_the_repository(tmp_path):
+    html, markdown, plain = write_report(read_report(REPORT), tmp_path / "report.html")
+    assert html.stat().st_size > 100_000
+    assert markdown.read_text(encoding="utf-8") == REPORT.with_suffix(".md").read_text(encoding="utf-8")
+    assert plain.read_bytes() == REPORT.read_bytes()
 
 
 def test_a_readme_without_marks_is_an_error():

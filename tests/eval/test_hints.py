@@ -8,61 +8,71 @@ from dataclasses import replace
 import pytest
 
 from chunkcache.errors import DocumentError
-from chunkcache.eval.hints import (
-    VARIANTS,
-    Retrieval,
-    Trace,
-    Variant,
-    bench_hints,
-    block_trace,
-    session_trace,
-    zipf_trace,
-)
+from chunkcache.eval import Results
+from chunkcache.eval.hints import BENCH, VARIANTS, Variant, bench_hints, summary
+from chunkcache.eval.traces import Retrieval, Trace, block_trace, session_trace, zipf_trace
 
 LRU, LFU = Variant("lru", "lru"), Variant("lfu", "lfu")
-HINTS = Variant("lfu, hints", "lfu", stores_in_context=True, hints={"least": 0.0})
+HINTS = Variant("lfu, hints", "lfu", remembers=True, hints={"least": 0.0})
 
 
 def trace(*retrievals, chunks=10):
     return Trace("made", 0, (4,) * chunks, tuple(Retrieval(*each) for each in retrievals))
 
 
-def rates(found):
-    return {(row.budget, row.variant): (row.held, row.ready, row.fetched) for row in found.rows}
+def replay(*args, **options):
+    return bench_hints(Results(BENCH, {}, {}), *args, **options)
+
+
+def rates(results):
+    return {(row["budget"], row["variant"]): (row["held"], row["ready"], row["fetched"]) for row in results.rows}
 
 
 def test_what_is_counted_is_what_the_nearest_tier_held():
     again = trace(((0, 1),), ((0, 2),), ((3, 4),), ((0, 1),))
-    found = rates(bench_hints([again], (0.2, 1.0), [LRU, HINTS], in_time=1))
+    found = rates(replay([again], (0.2, 1.0), [LRU, HINTS], in_time=1))
     assert found[1.0, "lru"] == (3 / 8, 3 / 8, 5 / 8)
     assert found[0.2, "lru"] == (1 / 8, 1 / 8, 7 / 8)
     assert found[1.0, HINTS.name] == (3 / 8, 6 / 8, 5 / 8)  # one of what is missing is fetched in time
-    nothing = rates(bench_hints([again], (1.0,), [HINTS], in_time=0))
+    nothing = rates(replay([again], (1.0,), [HINTS], in_time=0))
     assert nothing[1.0, HINTS.name] == (3 / 8, 3 / 8, 5 / 8)
 
 
 def test_guesses_are_fetched_before_the_next_retrieval():
     guessed = trace(((0,), (1, 2)), ((1,), (2,)), ((2,), ()))
-    assert rates(bench_hints([guessed], (1.0,), [LRU, HINTS]))[1.0, HINTS.name] == (2 / 3, 1.0, 1.0)
+    assert rates(replay([guessed], (1.0,), [LRU, HINTS]))[1.0, HINTS.name] == (2 / 3, 1.0, 1.0)
     wary = replace(HINTS, hints={"least": 0.5})
-    assert rates(bench_hints([guessed], (1.0,), [wary]))[1.0, HINTS.name][0] == 0
+    assert rates(replay([guessed], (1.0,), [wary]))[1.0, HINTS.name][0] == 0
 
 
 def test_a_run_repeats_itself():
     traces = [zipf_trace(seed, retrievals=25, documents=20) for seed in (0, 1)]
-    one, other = (bench_hints(traces, (0.05, 0.2), VARIANTS[::2]) for _ in range(2))
-    assert one.as_dict() == other.as_dict()
+    one, other = (replay(traces, (0.05, 0.2), VARIANTS[::2]) for _ in range(2))
+    assert one.rows == other.rows
     runs = 2 * len(VARIANTS[::2])
     assert len(one.rows) == 2 * runs
-    [lru, *_] = one.summaries()
+    [lru, *_] = summary(one)["variants"]
     assert (lru["variant"], lru["held_gain"], lru["seeds"]) == ("lru", 0, 2)
-    assert lru["held"] == pytest.approx((one.rows[0].held + one.rows[runs].held) / 2)
-    json.dumps(one.as_dict())
+    assert lru["held"] == pytest.approx((one.rows[0]["held"] + one.rows[runs]["held"]) / 2)
+    del other.rows[3:]
+    assert bench_hints(other, traces, (0.05, 0.2), VARIANTS[::2]).rows == one.rows  # it goes on
+
+
+def test_gains_are_over_lru_where_there_is_one():
+    traces = [zipf_trace(seed, retrievals=25, documents=20) for seed in (0, 1)]
+    results = replay(traces, (0.2,), [LRU, HINTS])
+    lru, hints = summary(results)["variants"]
+    assert hints["held_gain"] == pytest.approx(hints["held"] - lru["held"])
+    assert hints["held_gain_spread"] > 0
+    results.rows = [row for row in results.rows if row["variant"] != "lru"]
+    [hints] = summary(results)["variants"]
+    assert hints["held_gain"] is None
+    assert summary(results)["tables"][0]["rows"][0][4] == "n/a"
 
 
 def test_hints_raise_the_hit_rate_over_lru_on_follow_ups():
     traces = [zipf_trace(0, retrievals=500, documents=40)]
-    found = rates(bench_hints(traces, (0.1,), [LRU, Variant("lfu, hints", "lfu", stores_in_context=True, hints={})]))
+    found = rates(replay(traces, (0.1,), [LRU, Variant("lfu, hints", "lfu", remembers=True, hints={})]))
     assert found[0.1, "lfu, hints"][0] > found[0.1, "lru"][0] + 0.01
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pip
 import pytest
 import torch
 from click.testing import CliRunner
 from support.llm import QUESTION, TEXTS, chat_tokenizer, plain, saved_model, tiny_model, wrapped
+from transformers import AutoModelForCausalLM
 
 from chunkcache.errors import PeerError
 from chunkcache.eval.commands.peers import bench_peers
@@ -33,6 +35,13 @@ def model_folder(tmp_path_factory):
     return Path(saved_model(tmp_path_factory.mktemp("model")))
 
 
+@pytest.fixture(scope="module", params=["transformers", "transformers-prefix"])
+def running(request, model_folder):
+    """A running peer, which takes seconds to start: whatever it was asked before, it answers the same."""
+    with Peer.start(request.param, Path("nowhere"), model_folder, 1, python=PYTHON) as peer:
+        yield peer
+
+
 @pytest.fixture
 def speaking(monkeypatch, tmp_path):
     """Return what starts a peer whose worker is a script of the test's own."""
@@ -48,37 +57,33 @@ def speaking(monkeypatch, tmp_path):
 LOADED = 'print(json.dumps({"ok": True, "versions": {}, "settings": {}}), flush=True)\nsys.stdin.readline()\n'
 
 
-@pytest.mark.parametrize("name", ["transformers", "transformers-prefix"])
-def test_answers_are_those_of_generate(name, model_folder):
+def test_answers_are_those_of_generate(running):
     model = tiny_model()
-    with Peer.start(name, Path("nowhere"), model_folder, 1, python=PYTHON) as peer:
-        assert peer.versions["transformers"]
-        assert peer.settings["dtype"] == "float32"
-        for prompt in (PROMPT, OTHER, PROMPT, [[*PREFIX[:2], 20], [9]], [[], [9, 10], [11]]):
-            peer.warm(prompt)
-            for _ in range(2):
-                answer = peer.answer(prompt, 6)
-                ids = torch.tensor([[token for part in prompt for token in part]])
-                assert answer.token_ids == plain(model, ids, max_new_tokens=6, do_sample=False)
-                assert answer.ttft_s > 0
-                with torch.no_grad():
-                    torch.testing.assert_close(answer.logits, model(ids).logits[0, -1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_prompt_other_than_the_one_warmed_for_is_answered_right(model_folder):
-    model = tiny_model()
-    with Peer.start("transformers-prefix", Path("nowhere"), model_folder, 1, python=PYTHON) as peer:
-        peer.warm(PROMPT)
-        for prompt in ([PREFIX], [PREFIX[:3]], [PREFIX[:2], [30, 31]], [[40, 41]]):
+    assert running.versions["transformers"]
+    assert running.settings["dtype"] == "float32"
+    for prompt in (PROMPT, OTHER, PROMPT, [[*PREFIX[:2], 20], [9]], [[], [9, 10], [11]]):
+        running.warm(prompt)
+        for _ in range(2):
+            answer = running.answer(prompt, 6)
             ids = torch.tensor([[token for part in prompt for token in part]])
-            assert peer.answer(prompt, 4).token_ids == plain(model, ids, max_new_tokens=4, do_sample=False)
+            assert answer.token_ids == plain(model, ids, max_new_tokens=6, do_sample=False)
+            assert answer.ttft_s > 0
+            with torch.no_grad():
+                torch.testing.assert_close(answer.logits, model(ids).logits[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_error_of_the_peer_is_told_and_it_goes_on(model_folder):
-    with Peer.start("transformers", Path("nowhere"), model_folder, 1, python=PYTHON) as peer:
-        with pytest.raises(PeerError, match=r"transformers could not do its part \(answer\): IndexError"):
-            peer.answer([[999_999]], 1)
-        assert peer.answer(PROMPT, 1).token_ids
+def test_a_prompt_other_than_the_one_warmed_for_is_answered_right(running):
+    model = tiny_model()
+    running.warm(PROMPT)
+    for prompt in ([PREFIX], [PREFIX[:3]], [PREFIX[:2], [30, 31]], [[40, 41]]):
+        ids = torch.tensor([[token for part in prompt for token in part]])
+        assert running.answer(prompt, 4).token_ids == plain(model, ids, max_new_tokens=4, do_sample=False)
+
+
+def test_an_error_of_the_peer_is_told_and_it_goes_on(running):
+    with pytest.raises(PeerError, match=rf"{running.name} could not do its part \(answer\): IndexError"):
+        running.answer([[999_999]], 1)
+    assert running.answer(PROMPT, 1).token_ids
 
 
 def test_a_model_that_cannot_be_loaded_is_told(tmp_path):
@@ -158,11 +163,12 @@ def test_parts_make_up_the_prompt():
 # --- weights
 
 
-def test_the_saved_model_is_written_once_and_is_the_same(tmp_path, model_folder):
+def test_the_saved_model_is_written_once_and_is_the_same(tmp_path):
     path = peer_weights("transformers", tmp_path, "anything", tiny_model(), chat_tokenizer())
-    with Peer.start("transformers", tmp_path, path, 1, python=PYTHON) as peer:
-        ids = torch.tensor([[token for part in PROMPT for token in part]])
-        assert peer.answer(PROMPT, 3).token_ids == plain(tiny_model(), ids, max_new_tokens=3, do_sample=False)
+    saved = AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
+    wanted = tiny_model().state_dict()
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
     (path / "mark").touch()
     assert (peer_weights("kvboost", tmp_path, "anything", tiny_model(), chat_tokenizer()) / "mark").exists()
 
@@ -210,7 +216,12 @@ def test_a_gguf_file_is_written_again_as_float32(tmp_path):
 
 @pytest.fixture
 def installing(monkeypatch, tmp_path):
-    """Let two peers share one environment whose requirements name nothing that is to be downloaded."""
+    """Let two peers share one environment whose requirements name nothing that is to be downloaded.
+
+    It runs the tests' own pip: to give it one of its own takes seconds.
+    """
+    monkeypatch.setattr(environments, "VENV", (*environments.VENV, "--without-pip"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(pip.__file__).parents[1]))
     requirements = tmp_path / "requirements"
     requirements.mkdir()
     (requirements / "none.txt").write_text("# nothing\n")

@@ -8,7 +8,8 @@ import pytest
 from support.tokenizer import tiny_tokenizer
 
 from chunkcache.errors import DocumentError
-from chunkcache.eval.retrieval import Question, bench_retrieval, load_questions
+from chunkcache.eval import Results
+from chunkcache.eval.retrieval import BENCH, Question, Setup, bench_retrieval, load_questions, summary
 from chunkcache.retriever import Document, Embedder
 
 FERRY, BREAD, COMET = (
@@ -30,8 +31,12 @@ def embedder():
     return Embedder()
 
 
-def bench(questions, embedder, **options):
-    return bench_retrieval(DOCUMENTS, questions, tiny_tokenizer(), ks=(1, 2), embedder=embedder, **options)
+def bench(questions, embedder, on_progress=None, **options):
+    """Return the rows of the index and of the searches."""
+    results, setup = Results(BENCH, {}, {}), Setup(ks=(1, 2), **options)
+    bench_retrieval(results, DOCUMENTS, questions, tiny_tokenizer(), setup, embedder, on_progress)
+    sums = summary(results)
+    return sums["index"], sums["searches"]
 
 
 @pytest.mark.parametrize("lines", [True, False])
@@ -60,26 +65,39 @@ def test_only_facts_that_are_in_the_corpus_count(embedder):
         Question("Where does the ferry sail to?", ("Bread", "Comet")),  # the ferry comes first, the bread second
         Question("When was the comet seen?", ("Comet",)),
     ]
-    found = bench(questions, embedder)
-    assert (found.questions, found.questions_whole, found.questions_given) == (2, 1, 3)
-    assert (found.facts, found.facts_given) == (2, 4)
-    assert (found.documents, found.added, found.chunks, found.passages, found.index) == (2, 0, 2, 2, "flat")
-    dense = found.modes[0]
-    assert (dense.mode, dense.recall, dense.found) == ("dense", {1: 0.5, 2: 1.0}, {1: 1, 2: 2})
-    assert [mode.mode for mode in found.modes] == ["dense", "keyword", "hybrid"]
-    assert min(found.split_per_s, found.embed_per_s, found.index_per_s, found.build_per_s, dense.query_ms) > 0
-    assert json.loads(json.dumps(found.as_dict()))["modes"][0]["recall"] == {"1": 0.5, "2": 1.0}
+    index, searches = bench(questions, embedder)
+    assert [index[name] for name in ("questions", "questions_whole", "questions_given")] == [2, 1, 3]
+    assert (index["facts"], index["facts_given"]) == (2, 4)
+    assert [index[name] for name in ("documents", "added", "chunks", "passages", "index")] == [2, 0, 2, 2, "flat"]
+    dense = searches[0]
+    assert (dense["mode"], dense["recall"], dense["hits"]) == ("dense", {"1": 0.5, "2": 1.0}, {"1": 1, "2": 2})
+    assert [search["mode"] for search in searches] == ["dense", "keyword", "hybrid"]
+    assert min(dense["query_ms"], *(index[f"{step}_per_s"] for step in ("split", "embed", "index", "build"))) > 0
+
+
+def test_it_goes_on_with_the_searches_that_are_missing(embedder):
+    results, questions = Results(BENCH, {}, {}), [Question("How is bread baked?", ("b.md",))]
+    measure = (results, DOCUMENTS, questions, tiny_tokenizer(), Setup(), embedder)
+    bench_retrieval(*measure)
+    assert [row["kind"] for row in bench_retrieval(*measure).rows] == ["index", *["search"] * 3]
+    del results.rows[2:]
+    sums = summary(bench_retrieval(*measure))
+    assert [search["mode"] for search in sums["searches"]] == ["dense", "keyword", "hybrid"]
+    speed, searches = sums["tables"]
+    assert [row[0] for row in searches["rows"]] == ["dense", "keyword", "hybrid"]
+    assert searches["columns"] == ["search", "recall@5", "recall@10", "ms"]
+    assert speed["rows"][0][0] == "2"
 
 
 def test_the_questions_own_context_is_added_where_titles_are_missing(tmp_path, embedder):
     (tmp_path / "q").write_text(json.dumps([HOTPOT]))
     questions = load_questions(tmp_path / "q")
     seen = []
-    found = bench(questions, embedder, add_context=True, modes=["keyword"], on_progress=lambda *at: seen.append(at))
-    assert (found.documents, found.added, found.facts, found.facts_given) == (3, 1, 2, 2)
-    assert found.modes[0].recall == {1: 0.5, 2: 1.0}
+    index, [search] = bench(questions, embedder, lambda *at: seen.append(at), add_context=True, modes=["keyword"])
+    assert [index[name] for name in ("documents", "added", "facts", "facts_given")] == [3, 1, 2, 2]
+    assert search["recall"] == {"1": 0.5, "2": 1.0}
     assert seen[-1] == (3, 3)
-    assert bench(questions, embedder).facts == 1
+    assert bench(questions, embedder)[0]["facts"] == 1
 
 
 def test_questions_about_other_documents_are_refused(embedder):

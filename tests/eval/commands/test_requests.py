@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from support.llm import TEXTS, saved_model
 
+from chunkcache.eval.data import DataSet
 from chunkcache.eval.results import read_folder
 
 
@@ -51,7 +53,7 @@ def test_ttft_has_no_answers_and_several_data_sets_and_chunk_counts(bench, data,
     assert all(row["answer"] is None for each in read_folder(folder).values() for row in each.rows)
 
 
-def test_a_ladder_of_lengths_has_exponents(bench, data):
+def test_growing_lengths_have_exponents(bench, data):
     code, out, _ = bench(
         "ttft", data, "--tokens", "40", "--tokens", "80", "--policy", "reuse", "--prompts", "1", "--json"
     )
@@ -75,10 +77,19 @@ def test_the_same_command_goes_on_and_another_is_refused(bench, data, tmp_path):
 
 
 def test_prompts_with_too_few_chunks_are_filled_when_asked(bench, data):
-    args = (data, "--chunks", "4", "--prompts", "2", "--policy", "reuse")
+    rows = json.loads(Path(data).read_text())
+    for number, row in enumerate(rows):
+        row["ctxs"].append({"title": "", "text": f"Number {number} is of this prompt alone."})
+    Path(data).write_text(json.dumps(rows))
+    args = (data, "--chunks", "5", "--prompts", "2", "--policy", "reuse", "--json")
     code, _, err = bench("ttft", *args)
     assert code == 2
-    assert "4 chunks" in err
+    assert "5 chunks" in err
+    code, out, err = bench("ttft", *args, "--fill")
+    assert code == 0, err
+    [section] = json.loads(out)["sections"]
+    assert section["settings"]["fill"]
+    assert section["summary"]["prompts"] == 2
 
 
 def test_chunks_are_cut_when_asked(bench, data):
@@ -96,6 +107,15 @@ def test_several_stores_have_results_of_their_own(bench, data, tmp_path):
     assert code == 0
     names = [each["name"] for each in json.loads(out)["sections"]]
     assert names == ["ttft-texts-2-1-memory", "ttft-texts-2-2-disk"]
+
+
+def test_a_data_file_is_read_once_whatever_is_measured_on_it(bench, data, monkeypatch):
+    read = []
+    read_file = DataSet.read
+    monkeypatch.setattr(DataSet, "read", lambda path: read.append(path) or read_file(path))
+    code, _, err = bench("ttft", data, *FEW, "--chunks", "3")
+    assert code == 0, err
+    assert read == [Path(data)]
 
 
 def test_two_files_of_one_name_are_refused(bench, data, tmp_path):

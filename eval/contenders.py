@@ -1,0 +1,216 @@
+"""What takes part in a comparison: a policy of ours, or a peer. Each is timed and judged on one prompt at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
+
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+import chunkcache
+from chunkcache.blend import Policy, layer_kv, parse_policy
+from chunkcache.errors import PeerError
+from chunkcache.eval.answers import exact_match, f1, rouge_l
+from chunkcache.eval.data import Case
+from chunkcache.eval.fidelity import ANSWER_TOKENS, first_kl, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.measure import finite
+from chunkcache.eval.memory import PeakMemory
+from chunkcache.eval.results import FULL, PEER
+from chunkcache.llm import CachedLLM
+from chunkcache.store import Store
+
+if TYPE_CHECKING:
+    from chunkcache.eval.peers.client import Peer
+
+logger = logging.getLogger("chunkcache")
+
+_OWN_STORE = "memory://?max_bytes=2GiB"
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One timed prefill: the fields of its row, and what is needed to judge it."""
+
+    fields: dict[str, Any]
+    outcome: Any
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Full prefill's greedy answer: token ids, the log-probabilities `[tokens, vocab]` behind them, and its text."""
+
+    ids: list[int]
+    log_probs: Tensor
+
+
+class Contender(Protocol):
+    """A policy or a peer."""
+
+    name: str
+
+    def prepare(self, case: Case, again: bool) -> None:
+        """Get ready what may be computed before the prompt is known, outside of the clock."""
+
+    def time(self, case: Case) -> Shot:
+        """Prefill, on the clock."""
+
+    def judge(self, case: Case, shot: Shot, reference: Reference) -> dict[str, Any]:
+        """Return the fields of a row on fidelity and answers; uses the shot up."""
+
+
+class PolicyContender:
+    """A policy of ours, over a store of its own or one that it shares."""
+
+    def __init__(self, name: str, policy: Policy, llm: CachedLLM, cold: bool) -> None:
+        self.name = name
+        self.llm = llm
+        self.policy = llm.resolve_policy(policy)
+        self._cold = cold
+
+    @property
+    def options(self) -> str:
+        """The policy with nothing left open, and which fit of the guard it runs with."""
+        guard = self.llm.tuning.guard(self.policy)
+        fit = "" if guard is None else f", guard fit {hashlib.sha256(repr(guard).encode()).hexdigest()[:12]}"
+        return f"{self.policy}{fit}"
+
+    def prepare(self, case: Case, again: bool) -> None:
+        """Compute what may be before the prompt is known: the chunks."""
+        if again and (self.policy.stores_in_context or self.policy.versioned):
+            self.llm.forget()  # what it stored of this very prompt
+        if self.policy.reuses and not self.policy.stores_in_context and not self._cold:
+            self.llm.precompute(case.chunks, policy=self.name)
+
+    def time(self, case: Case) -> Shot:
+        """Prefill, on the clock."""
+        if self._cold:
+            self.llm.forget()
+        with PeakMemory(self.llm.model.device) as peak:
+            started = time.perf_counter()
+            start = self.llm.prefill(case.question, case.chunks, policy=self.name)
+            int(start.logits.argmax())  # the first token id, on the host
+            ttft_s = time.perf_counter() - started
+        stats = start.stats
+        fields = {
+            "tokens": stats.tokens,
+            "ttft_s": ttft_s,
+            "stages": stats.stages(ttft_s),
+            "recomputed_share": stats.recomputed_share,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "fallbacks": stats.fallbacks,
+            "peak_ratio": None if peak.nbytes is None else peak.nbytes / kv_bytes(start.cache),
+        }
+        return Shot(fields, start)
+
+    def judge(self, case: Case, shot: Shot, reference: Reference) -> dict[str, Any]:
+        """Return the fields of a row on fidelity and answers; uses the shot up."""
+        ids, start = reference.ids, shot.outcome
+        log_probs = reference.log_probs if self.name == FULL else forced_answer(self.llm, start, ids)
+        fidelity = measure_fidelity(reference.log_probs, log_probs)
+        if fidelity.agreement < 1:
+            if any(start.cache.is_sliding):  # what slid out of the window is gone
+                start = self.llm.prefill(case.question, case.chunks, policy=self.name)
+            elif len(ids) > 1:
+                start.cache.crop(1 - len(ids))
+            ids = greedy_answer(self.llm, start, ANSWER_TOKENS)[0]
+        measured = {name: finite(value) for name, value in asdict(fidelity).items()}
+        return {**measured, **_answered(self.llm.tokenizer, case, ids, reference)}
+
+
+class PeerContender:
+    """A peer, which is given token ids; one that has ended is left out from then on."""
+
+    def __init__(self, peer: Peer, llm: CachedLLM, cold: bool) -> None:
+        self.name = PEER + peer.name
+        self._peer = peer
+        self._llm = llm
+        self._cold = cold
+        self._failed: str | None = None
+
+    def prepare(self, case: Case, again: bool) -> None:
+        """Compute what may be before the prompt is known: the chunks."""
+        if not self._cold:
+            self._try(partial(self._peer.warm, self._parts(case)))
+
+    def time(self, case: Case) -> Shot:
+        """Prefill, on the clock."""
+        parts = self._parts(case)
+        answer = self._try(partial(self._peer.answer, parts, ANSWER_TOKENS))
+        ttft_s = None if answer is None else answer.ttft_s
+        return Shot({"tokens": sum(map(len, parts)), "ttft_s": ttft_s, "error": self._failed}, answer)
+
+    def judge(self, case: Case, shot: Shot, reference: Reference) -> dict[str, Any]:
+        """Return the fields of a row on fidelity and answers; uses the shot up."""
+        answer = shot.outcome
+        if answer is None:
+            return {}
+        full = reference.log_probs[0]
+        comparable = answer.logits is not None and answer.logits.shape == full.shape
+        kl = finite(first_kl(full, answer.logits)) if comparable else None
+        return {"kl_first": kl, **_answered(self._llm.tokenizer, case, answer.token_ids, reference)}
+
+    def _try(self, ask: Callable[[], Any]) -> Any:
+        """Ask the peer; one that has ended is left out from then on."""
+        if self._failed is not None and self._peer.ended:
+            return None
+        try:
+            self._failed = None
+            return ask()
+        except PeerError as error:
+            self._failed = str(error).partition(". It said")[0]
+            logger.warning("%s fails: %s", self.name, error)
+            return None
+
+    def _parts(self, case: Case) -> list[list[int]]:
+        from chunkcache.eval.peers.client import parts
+
+        return parts(self._llm.prompts.build(case.question, case.chunks))
+
+
+def policy_contenders(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str | Store, cold: bool
+) -> list[PolicyContender]:
+    """Return the policies, each over what it would find if it ran alone.
+
+    Those that compute chunks behind the same lead-in share them; with another, the first chunk of a prompt would be
+    found exact. One that stores chunks in their context gets a store of its own, for the same reason.
+    """
+    run = uuid4().hex
+    shared: dict[int, CachedLLM] = {}
+    contenders = []
+    for name in names:
+        policy = parse_policy(name)
+        if policy.stores_in_context or policy.versioned:
+            llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
+        else:
+            lead = policy.lead_in()
+            if lead not in shared:
+                shared[lead] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {lead}")
+            llm = shared[lead]
+        contenders.append(PolicyContender(name, policy, llm, cold))
+    return contenders
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Return the size of all keys and values in `cache`."""
+    return sum(part.nbytes for index in range(len(cache.layers)) for part in layer_kv(cache, index))
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, case: Case, ids: Sequence[int], reference: Reference
+) -> dict[str, Any]:
+    """Return the fields of a row that say what was answered, and how good that is."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    found = {"same_answer": list(ids) == reference.ids, "question": case.question, "answer": text}
+    if case.answers:
+        scores = {"f1": f1(text, case.answers), "em": exact_match(text, case.answers)}
+        found |= {"accepted": list(case.answers), **scores, "rouge_l": rouge_l(text, case.answers)}
+    return found
