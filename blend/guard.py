@@ -152,11 +152,12 @@ class GuardedSelection:
         bound: in nats.
 
     Attributes:
+        model: as given.
         outcome: what was done; None before the prefill, and where nothing inexact was reused.
     """
 
     def __init__(self, model: GuardModel, bound: float) -> None:
-        self._model, self._bound = model, bound
+        self.model, self._bound = model, bound
         self.outcome: Guarded | None = None
 
     def __call__(self, decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCache, policy: Policy) -> Tensor:
@@ -170,7 +171,7 @@ class GuardedSelection:
         passes = 0
         with closing(guard_steps(decoder, plan, prompt_tokens, cache, policy.escalation())) as steps:
             for step in steps:
-                predicted = self._model.predict(passes, step.signals, self._bound)
+                predicted = self.model.predict(passes, step.signals, self._bound)
                 passes += 1
                 if predicted <= self._bound:
                     self.outcome = Guarded(self._bound, passes, predicted, full=False)

@@ -7,19 +7,21 @@ from every tier when the change returns. What a search finds is on its way to th
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from chunkcache.engine.generation import Generation, TextStream, check_options, with_length
+from chunkcache.deprecated import renamed_options
+from chunkcache.engine.engine import PreparedRequest
+from chunkcache.engine.generation import Generation, check_options
+from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKey
-from chunkcache.library.library import Progress
+from chunkcache.library import Progress
 from chunkcache.llm import CachedLLM
-from chunkcache.prompt.builder import Prompt, PromptChunk
+from chunkcache.prompt import PromptChunk
 from chunkcache.retriever import Change
 from chunkcache.retriever.order import ServedOrders, distinct
 from chunkcache.store.hints import Hints
@@ -46,14 +48,15 @@ class Answer:
 
 
 class Corpus:
-    """Some documents, and who answers questions over them.
+    """A retriever and a wrapped model whose index and KV store are updated together.
 
     Args:
         llm: the wrapped model.
         retriever: holds the documents; change them through the corpus only.
         system: system prompt of all questions; None for the chat template's own.
         policy: which reused tokens are recomputed; None for the wrapper's.
-        ahead: whether the KV of documents are computed when they are added or updated, or when they are asked for.
+        precompute: whether the KV of documents are computed when they are added or updated, or else when they are
+            asked for.
         reorder: by how many ranks a chunk may leave the retriever's order, so that more chunks stand behind the same
             ones as in an earlier prompt. That helps policies that store chunks in their context: `prefix`,
             `cachecraft`. 0 keeps the order.
@@ -71,20 +74,22 @@ class Corpus:
         *,
         system: str | None = None,
         policy: str | Policy | None = None,
-        ahead: bool = True,
+        precompute: bool = True,
         reorder: int = 0,
         hints: bool = True,
+        **renamed: Any,
     ) -> None:
+        precompute = renamed_options(renamed, {"ahead": "precompute"}, "Corpus").get("precompute", precompute)
         if reorder < 0:
             raise InputError(f"reorder = {reorder} is no number of ranks: give 0 or more")
         self.llm, self.retriever = llm, retriever
         llm.resolve_policy(policy)  # refuses one that is unknown
         self._system, self._policy = system, policy
-        self._ahead, self._reorder = ahead, reorder
+        self._precompute, self._reorder = precompute, reorder
         self._orders = ServedOrders()
         self._hints = Hints(llm.store, likely=2 * _GUESSES) if hints else None
         self._changing = threading.Lock()  # or index and store might see two changes in different orders
-        self._key = lru_cache(maxsize=_KEYS)(self._find_key)
+        self._key = lru_cache(maxsize=_KEYS)(self._key_of)
 
     def precompute(self, on_progress: Progress | None = None) -> int:
         """Compute and store the KV of every chunk that the store lacks; return how many these were.
@@ -97,7 +102,7 @@ class Corpus:
         """Add documents, and compute the KV of their chunks; see `Retriever.add`."""
         with self._changing:
             change = self.retriever.add(documents)
-            if self._ahead:
+            if self._precompute:
                 self._compute(change.added, on_progress)
             return change
 
@@ -111,7 +116,14 @@ class Corpus:
             change = self.retriever.update(document)
             if change.added or change.removed:
                 texts = [chunk.text for chunk in (*change.kept, *change.added)]
-                self.llm.update_document(document.id, texts, self._system, on_progress, self._policy, self._ahead)
+                self.llm.update_document(
+                    document.id,
+                    texts,
+                    system=self._system,
+                    policy=self._policy,
+                    on_progress=on_progress,
+                    compute=self._precompute,
+                )
             return change
 
     def delete(self, document_id: str) -> Change:
@@ -161,8 +173,9 @@ class Corpus:
         earlier, and goes on where that ends; KV of both are reused.
         """
         owners = [hit.chunk.document_id for hit in hits]
-        self.llm.know([hit.chunk.text for hit in hits], self._system, self._policy, owners)
-        chunks = [hits[index].chunk for index in distinct([hit.chunk.text for hit in hits])]
+        texts = [hit.chunk.text for hit in hits]
+        self.llm.register(texts, system=self._system, policy=self._policy, documents=owners)
+        chunks = [hits[index].chunk for index in distinct(texts)]
         runs = _runs(chunks)
         names = [tuple(self._key(chunk.text) for chunk in run) for run in runs]
         order = self._orders.arrange(names, self._reorder)
@@ -177,38 +190,40 @@ class Corpus:
 
         Options are those of `CachedLLM.generate`, but for system prompt and policy, which are the corpus's.
         """
-        hits, asked = self._asked(question, k, options)
-        return Answer(self.llm.answer(*asked, partial(self._sweep, hits)), hits)
+        hits, request = self._prepare(question, k, options)
+        return Answer(self._answer(hits, request), hits)
 
     def stream(self, question: str, k: int = 4, **options: Any) -> tuple[TextStream, list[Hit]]:
         """Answer like `generate`, piece by piece; returns the stream, and the chunks it is asked over."""
-        hits, asked = self._asked(question, k, options)
-        return self.llm.answer_in_pieces(*asked, partial(self._sweep, hits)), hits
+        hits, request = self._prepare(question, k, options)
+        return self.llm.engine.stream(request, partial(self._answer, hits)), hits
 
-    def _asked(
-        self, question: str, k: int, options: dict[str, Any]
-    ) -> tuple[list[Hit], tuple[Prompt, Policy, float, dict[str, Any]]]:
-        """Return what a question is asked over, and how `llm.answer` is asked."""
+    def _prepare(self, question: str, k: int, options: dict[str, Any]) -> tuple[list[Hit], PreparedRequest]:
+        """Return what a question is asked over, and the request."""
         check_options(options)
-        given = with_length(options, options.pop("max_new_tokens", None))
         hits = self.search(question, k)
-        started = time.perf_counter()  # as for everyone: the chunks are in hand
-        prompt = self.llm.prompts.build(question, self.passages(hits), self._system)
-        return hits, (prompt, self.llm.resolve_policy(self._policy), started, given)
+        length = options.pop("max_new_tokens", None)
+        return hits, self.llm.engine.prepare(
+            lambda: self.llm.prompts.build(question, self.passages(hits), self._system), self._policy, length, options
+        )
 
-    def _sweep(self, hits: Sequence[Hit], *_: object) -> None:
-        """Delete KV of chunks that were changed away while a request that had found them went on to compute them."""
+    def _answer(self, hits: Sequence[Hit], request: PreparedRequest) -> Generation:
+        """Answer, and delete KV of chunks that were changed away while the request went on to compute them."""
+        generation = self.llm.engine.generate(request)
         gone = {hit.chunk.text for hit in hits if not self.retriever.has(hit.chunk)}
         gone -= {chunk.text for chunk in self.retriever.chunks} if gone else set()
         if gone:
-            self.llm.forget(texts=sorted(gone))
+            self.llm.delete(texts=sorted(gone))
+        return generation
 
     def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
         texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
-        return self.llm.precompute(texts, self._system, on_progress, self._policy, owners).computed
+        return self.llm.precompute(
+            texts, system=self._system, policy=self._policy, documents=owners, on_progress=on_progress
+        ).computed
 
-    def _find_key(self, text: str) -> ChunkKey:
-        return self.llm.keys([text], self._system, self._policy)[0]
+    def _key_of(self, text: str) -> ChunkKey:
+        return self.llm.keys([text], system=self._system, policy=self._policy)[0]
 
 
 def _runs(chunks: Sequence[Chunk]) -> list[list[Chunk]]:

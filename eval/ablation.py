@@ -104,13 +104,10 @@ def by_sentence(seen: Seen) -> Tensor:
 
 def by_quota(seen: Seen, count: int) -> Tensor:
     """Choose the same share of every chunk."""
-    segments = [segment for segment in seen.plan.segments if not segment.exact]
-    total = sum(segment.length for segment in segments)
+    spans = [span for span in seen.plan.reused if not span.exact]
+    total = sum(map(len, spans))
     score = default(seen)
-    parts = [
-        segment.start + score[segment.start : segment.end].topk(count * segment.length // total).indices
-        for segment in segments
-    ]
+    parts = [span.start + score[span.start : span.stop].topk(count * len(span) // total).indices for span in spans]
     return torch.cat(parts)
 
 
@@ -211,10 +208,10 @@ def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
     llm.prefill(case.question, case.chunks, policy=look)
     plan, attention = look.seen[0]
     norms = torch.zeros(len(attention), attention.shape[2], len(plan))
-    for segment in plan.segments:
-        for index, layer in enumerate(segment.kv.layers):
-            norm = dense(layer)[1, :, segment.first : segment.first + segment.length].float().norm(dim=-1)
-            norms[index, :, segment.start : segment.end] = norm.repeat_interleave(norms.shape[1] // len(norm), 0)
+    for span in plan.reused:
+        for index, layer in enumerate(span.kv.layers if span.kv else ()):
+            norm = dense(layer)[1, :, span.offset : span.offset + len(span)].float().norm(dim=-1)
+            norms[index, :, span.start : span.stop] = norm.repeat_interleave(norms.shape[1] // len(norm), 0)
     ends = [str(llm.tokenizer.decode([token])).rstrip().endswith((".", "!", "?")) for token in plan.token_ids]
     sentences = torch.tensor([0, *ends[:-1]]).cumsum(0)
     return Seen(plan, attention.cpu(), norms, torch.zeros(len(plan)), sentences)
@@ -223,9 +220,9 @@ def _look(llm: CachedLLM, case: Case, lead: int) -> Seen:
 def _distance(plan: Plan, other: Plan) -> Tensor:
     """Return `[tokens]` the mean distance over layers between the stored values of two plans of one prompt."""
     distance = torch.zeros(len(plan))
-    for a, b in zip(plan.segments, other.segments, strict=True):
-        if not a.exact:
-            distance[a.start : a.end] = _between(a.kv, b.kv)[a.first : a.first + a.length]
+    for a, b in zip(plan.reused, other.reused, strict=True):
+        if not a.exact and a.kv is not None and b.kv is not None:
+            distance[a.start : a.stop] = _between(a.kv, b.kv)[a.offset : a.offset + len(a)]
     return distance
 
 

@@ -259,8 +259,8 @@ class _Passes:
         elif way == BATCHED:
             plain_batches(llm, requests, 2, lambda batch: None, {"max_new_tokens": 2, "do_sample": False})
         start = llm.prefill("Is this to warm up?", chunks)
-        layers = range(len(start.cache.layers))
-        return sum(part.nbytes / part.shape[2] for index in layers for part in layer_kv(start.cache, index))
+        layers = range(len(start.past_key_values.layers))
+        return sum(part.nbytes / part.shape[2] for index in layers for part in layer_kv(start.past_key_values, index))
 
 
 def plain_batches(

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
-from chunkcache.blend import Policy, parse_policy
+from chunkcache.blend import FusedCache, Policy, parse_policy
 from chunkcache.blend.cachecraft import CacheCraft
-from chunkcache.blend.guard import GuardModel, Signals
+from chunkcache.blend.guard import GuardModel, Signals, guard_steps
 from chunkcache.blend.query import Query
 from chunkcache.engine.calibration import Calibration
+from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PolicyError
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
@@ -89,7 +90,7 @@ def calibrate(
         found, report["cachecraft"] = _least_alpha(target, wanted, reached)
     if "guard" in parts:
         guard = GuardModel.fit(steps, BOUNDS, BROKEN)
-        outcomes = [[[signals.moved, signals.entropy, kl] for signals, kl in guard_steps] for guard_steps in steps]
+        outcomes = [[[signals.moved, signals.entropy, kl] for signals, kl in pairs] for pairs in steps]
         report |= {"guarded": str(base), "guard": _cross_validated(steps), "climbed": outcomes}
     return Calibration(llm.fingerprint, found, guard, report)
 
@@ -110,9 +111,13 @@ def _measure(llm: CachedLLM, full: _Full, policy: Policy) -> tuple[Fidelity, flo
 def _rungs(llm: CachedLLM, full: _Full, policy: Query) -> list[tuple[Signals, float]]:
     """Return the signals and the true KL of the first token at every step of a guarded prefill."""
     llm.precompute(full.case.chunks, policy=policy)
-    outcomes = llm.guard_steps(full.case.question, full.case.chunks, policy)
+    prompt = llm.prompts.build(full.case.question, full.case.chunks)
+    plan = llm.engine.planner.plan(prompt, policy, RequestStats(str(policy)))
+    decoder = llm.engine.decoder.shadow()
+    cache = FusedCache(decoder.config, plan, decoder.rotaries)
+    steps = guard_steps(decoder, plan, len(plan), cache, policy.escalation())
     first = full.log_probs[:1]
-    return [(step.signals, measure_fidelity(first, step.log_probs[None]).kl_first) for step in outcomes]
+    return [(step.signals, measure_fidelity(first, step.log_probs[None]).kl_first) for step in steps]
 
 
 def _least_alpha(

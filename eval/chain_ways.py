@@ -16,7 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda, RunnablePassthrough
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from chunkcache.engine.generation import TextStream
+from chunkcache.engine.streaming import TextStream
 from chunkcache.eval.answers import f1
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS

@@ -173,7 +173,7 @@ def compare(
                     on_prompt(index + 1, len(cases))
         finally:
             for contender in ours:
-                contender.llm.forget()
+                contender.llm.delete(tenant=True)
     return results
 
 

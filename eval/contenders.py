@@ -77,21 +77,21 @@ class PolicyContender:
     @property
     def options(self) -> str:
         """The policy with nothing left open, and which fit of the guard it runs with."""
-        guard = self.llm.tuning.guard(self.policy)
-        fit = "" if guard is None else f", guard fit {hashlib.sha256(repr(guard).encode()).hexdigest()[:12]}"
+        guard = self.llm.engine.tuning.selection(self.policy)
+        fit = "" if guard is None else f", guard fit {hashlib.sha256(repr(guard.model).encode()).hexdigest()[:12]}"
         return f"{self.policy}{fit}"
 
     def prepare(self, case: Case, again: bool) -> None:
         """Compute what may be before the prompt is known: the chunks."""
         if again and (self.policy.stores_in_context or self.policy.versioned):
-            self.llm.forget()  # what it stored of this very prompt
+            self.llm.delete(tenant=True)  # what it stored of this very prompt
         if self.policy.reuses and not self.policy.stores_in_context and not self._cold:
             self.llm.precompute(case.chunks, policy=self.name)
 
     def time(self, case: Case) -> Shot:
         """Prefill, on the clock."""
         if self._cold:
-            self.llm.forget()
+            self.llm.delete(tenant=True)
         with PeakMemory(self.llm.model.device) as peak:
             started = time.perf_counter()
             start = self.llm.prefill(case.question, case.chunks, policy=self.name)
@@ -106,7 +106,7 @@ class PolicyContender:
             "hits": stats.hits,
             "misses": stats.misses,
             "fallbacks": stats.fallbacks,
-            "peak_ratio": None if peak.nbytes is None else peak.nbytes / kv_bytes(start.cache),
+            "peak_ratio": None if peak.nbytes is None else peak.nbytes / kv_bytes(start.past_key_values),
         }
         return Shot(fields, start)
 
@@ -116,10 +116,10 @@ class PolicyContender:
         log_probs = reference.log_probs if self.name == FULL else forced_answer(self.llm, start, ids)
         fidelity = measure_fidelity(reference.log_probs, log_probs)
         if fidelity.agreement < 1:
-            if any(start.cache.is_sliding):  # what slid out of the window is gone
+            if any(start.past_key_values.is_sliding):  # what slid out of the window is gone
                 start = self.llm.prefill(case.question, case.chunks, policy=self.name)
             elif len(ids) > 1:
-                start.cache.crop(1 - len(ids))
+                start.past_key_values.crop(1 - len(ids))
             ids = greedy_answer(self.llm, start, ANSWER_TOKENS)[0]
         measured = {name: finite(value) for name, value in asdict(fidelity).items()}
         return {**measured, **_answered(self.llm.tokenizer, case, ids, reference)}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chunkcache.llm import CachedLLM, PrefillOutput
+from chunkcache.engine.engine import PrefillOutput
+from chunkcache.llm import CachedLLM
 
 ANSWER_TOKENS = 16  # length of the greedy answer that fidelity is measured over
 
@@ -46,7 +47,7 @@ def greedy_answer(llm: CachedLLM, start: PrefillOutput, max_tokens: int) -> tupl
         if ids[-1] in stop or len(ids) == max_tokens:
             break
         token = torch.tensor([[ids[-1]]], device=llm.model.device)
-        logits = llm.model(input_ids=token, past_key_values=start.cache, use_cache=True).logits[0, -1]
+        logits = llm.model(input_ids=token, past_key_values=start.past_key_values, use_cache=True).logits[0, -1]
     return ids, torch.stack(rows)
 
 
@@ -56,7 +57,7 @@ def forced_answer(llm: CachedLLM, start: PrefillOutput, answer: list[int]) -> Te
     rows = start.logits[None].float()
     if len(answer) > 1:
         tokens = torch.tensor([answer[:-1]], device=llm.model.device)
-        more = llm.model(input_ids=tokens, past_key_values=start.cache, use_cache=True).logits[0]
+        more = llm.model(input_ids=tokens, past_key_values=start.past_key_values, use_cache=True).logits[0]
         rows = torch.cat((rows, more.float()))
     return rows.log_softmax(-1)
 

@@ -13,7 +13,7 @@ import chunkcache
 from chunkcache.eval.data import Case
 from chunkcache.eval.machine import ran_on
 from chunkcache.eval.results import Results
-from chunkcache.prompt.builder import Prompt
+from chunkcache.prompt import Prompt
 
 BENCH = "heatmap"
 
@@ -49,7 +49,7 @@ def heatmap(
                 continue
             if llm.resolve_policy(policy).reuses and not llm.resolve_policy(policy).stores_in_context:
                 llm.precompute(case.chunks, policy=policy)
-            cache: Any = llm.prefill(case.question, case.chunks, policy=policy).cache
+            cache: Any = llm.prefill(case.question, case.chunks, policy=policy).past_key_values
             counts = torch.bincount(torch.cat(cache.computed_rows), minlength=len(roles))
             shares = (counts / len(cache.layers)).tolist()
             for index, (token, role, share) in enumerate(zip(prompt.token_ids, roles, shares, strict=True)):
@@ -61,6 +61,6 @@ def heatmap(
 def _roles(prompt: Prompt) -> list[str]:
     """Return for each token what it is part of."""
     roles = ["prefix"] * len(prompt.prefix)
-    for number, each in enumerate(prompt.placed, start=1):
-        roles += ["prefix"] * (each.start - len(roles)) + [f"chunk {number}"] * (each.end - each.start)
+    for number, span in enumerate(prompt.spans, start=1):
+        roles += ["prefix"] * (span.start - len(roles)) + [f"chunk {number}"] * len(span)
     return roles + ["question"] * (len(prompt.token_ids) - len(roles))

@@ -31,8 +31,7 @@ from chunkcache.blend import Policy, parse_policy
 from chunkcache.errors import InputError
 from chunkcache.eval.results import Results
 from chunkcache.eval.workload import Request, Workload, at_rate
-from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.library.encoder import TokenIds
+from chunkcache.kv import ChunkKey, ChunkKV, TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Budget, DiskStore, MemoryStore, Store, Tier, TieredStore
 from chunkcache.store.base import Heads

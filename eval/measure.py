@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from chunkcache.engine.engine import PrefillOutput
 from chunkcache.eval.data import Case
 from chunkcache.eval.results import Results, Row
-from chunkcache.llm import CachedLLM, PrefillOutput
+from chunkcache.llm import CachedLLM
 
 OnStep = Callable[[int, int], None]  # called with (steps done, steps in all)
 Average = Callable[[list[float]], float]

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
+from chunkcache.engine.engine import PrefillOutput
 from chunkcache.eval.answers import f1
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.machine import SEED
 from chunkcache.eval.measure import OnStep, averages, finite, table, time_prefill, warm_up
 from chunkcache.eval.results import FULL, Results, Row
-from chunkcache.llm import CachedLLM, PrefillOutput
+from chunkcache.llm import CachedLLM
 from chunkcache.retriever.order import ServedOrders
 
 BENCH = "order"

@@ -14,9 +14,9 @@ import chunkcache
 from chunkcache.blend import Decoder, layer_kv, parse_policy
 from chunkcache.eval.measure import OnStep, seconds_of, table
 from chunkcache.eval.results import Results, Row
-from chunkcache.kv import ChunkKV
+from chunkcache.kv import ChunkKV, TokenIds
 from chunkcache.kv.quantised import dense
-from chunkcache.library.encoder import Encoder, TokenIds
+from chunkcache.library.encoder import Encoder
 from chunkcache.llm import DEFAULT_POLICY
 from chunkcache.retriever import Document, split
 
@@ -119,7 +119,7 @@ class _Ways:
         self._encoder = Encoder(self._decoder)
         self.prompts = chunkcache.wrap(model, tokenizer).prompts
         prefix = self.prompts.prefix(None)
-        lead_in = self.prompts.lead_in(parse_policy(DEFAULT_POLICY).lead_in())
+        lead_in = self.prompts.lead_in[-parse_policy(DEFAULT_POLICY).lead_in() :]
         self.contexts = {
             behind: next(self._encoder.encode(None, [ids]))
             for behind, ids in zip(_BEHIND, (prefix, (*prefix, *lead_in)), strict=True)

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
+from chunkcache.engine.engine import PrefillOutput
 from chunkcache.errors import StoreURLError
 from chunkcache.eval.contenders import kv_bytes
 from chunkcache.eval.data import Case
@@ -26,7 +27,7 @@ from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.raw_copy import raw_copy
 from chunkcache.eval.results import Results, Row
 from chunkcache.kv import ChunkKey, ChunkKV
-from chunkcache.llm import CachedLLM, PrefillOutput
+from chunkcache.llm import CachedLLM
 from chunkcache.store import DiskStore, MemoryStore, Store
 from chunkcache.store.url import redacted
 
@@ -77,14 +78,14 @@ def bench_stores(
 
     def measure(number: int, case: Case) -> Iterator[Row]:
         for llm in llms.values():
-            llm.forget()
+            llm.delete(tenant=True)
         llms[MEMORY].precompute(case.chunks)
         held = {entry.key: kv for entry in memory.entries() if (kv := memory.peek(entry.key)) is not None}
         return _rows(number, case, llms, held)
 
     measure_prompts(results, cases, len(llms), measure, on_prompt)
     for llm in llms.values():
-        llm.forget()
+        llm.delete(tenant=True)
     return results
 
 
@@ -201,13 +202,13 @@ def _costs(url: str, store: Store, chunk_kv: Mapping[ChunkKey, ChunkKV], data: t
 def _timed(llm: CachedLLM, case: Case) -> tuple[float, PrefillOutput]:
     ttft_s, output = time_prefill(llm, case)
     llm.store.flush()
-    return ttft_s, replace(output, cache=DynamicCache())  # several at once would fill the memory
+    return ttft_s, replace(output, past_key_values=DynamicCache())  # several at once would fill the memory
 
 
 def _peak_ratio(llm: CachedLLM, case: Case) -> float | None:
     """Return the peak memory of a request over its KV; measuring it would slow down a request that is timed."""
     with PeakMemory(llm.model.device) as peak:
-        cache = llm.prefill(case.question, case.chunks).cache
+        cache = llm.prefill(case.question, case.chunks).past_key_values
     return None if peak.nbytes is None else peak.nbytes / kv_bytes(cache)
 
 

@@ -89,7 +89,7 @@ def _outermost(nodes: list[LexborNode]) -> list[LexborNode]:
     return [node for node in nodes if node.mem_id not in inner]
 
 
-def _text(root: LexborNode, *, main: bool, visible: bool = False) -> str:
+def _text(root: LexborNode, *, main: bool, visible: bool = False) -> str:  # noqa: C901 - one state machine
     """Return the text below a node; not navigation unless `visible`, nor, out of the main part, header and footer."""
     out: list[str] = []
     line: list[str] = []

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -111,31 +111,16 @@ class Retriever:
         documents: Sequence[Document],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        embedder: Embedder | None = None,
-        size: int = 512,
-        overlap: int = 0,
-        index: str = "auto",
-        mode: str = "hybrid",
-        reranker: Reranker | None = None,
-        candidates: int = 20,
         on_progress: OnProgress | None = None,
+        **options: Any,
     ) -> Retriever:
         """Split documents into chunks of at most `size` tokens of the generation tokenizer, and index them.
 
-        The arguments are those of the class. `on_progress(done, total)` counts embedded passages. Raises
+        `options` are those of the class. `on_progress(done, total)` counts embedded passages. Raises
         DocumentError when the documents have no text, InputError when two have the same id or a value is out of
         range, and ModelNotFoundError when the default embedder is not installed.
         """
-        retriever = cls(
-            tokenizer,
-            embedder=embedder,
-            size=size,
-            overlap=overlap,
-            index=index,
-            mode=mode,
-            reranker=reranker,
-            candidates=candidates,
-        )
+        retriever = cls(tokenizer, **options)
         if not retriever.add(documents, on_progress).added:
             raise DocumentError(f"{len(documents)} documents have no text: give at least one that has some")
         return retriever

@@ -1,4 +1,4 @@
-"""An index in a folder, and back:
+"""Saves an index in a folder, and loads it.
 
     manifest.json           what it was built with, and size and SHA-256 of the others
     vectors-<digest>.faiss  the vectors of all passages

@@ -3,78 +3,58 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import click
 
 from chunkcache.cli.console import out, progress, table
 from chunkcache.cli.inputs import answer, indexed, load
 from chunkcache.cli.options import (
+    FOLDER,
     STORE_VARIABLE,
-    device_options,
-    json_option,
-    model_options,
-    policy_option,
-    retrieval_options,
-    system_option,
+    AsJson,
+    ChunkTokens,
+    ModelOptions,
+    PolicyName,
+    System,
+    argument,
+    command,
+    count,
+    option,
 )
 from chunkcache.errors import InputError
 
+MODES = click.Choice(["hybrid", "dense", "keyword"])
 
-@click.command()
-@click.argument("questions", nargs=-1, required=True)
-@click.option("--docs", required=True, type=click.Path(path_type=Path), help="Folder or file of documents.")
-@click.option(
-    "--index",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder to keep the index in: the next time only documents that have changed are read into it.",
-)
-@model_options
-@retrieval_options
-@click.option(
-    "--search",
-    "mode",
-    type=click.Choice(["hybrid", "dense", "keyword"]),
-    default="hybrid",
-    show_default=True,
-    help="How chunks are searched for.",
-)
-@policy_option
-@click.option(
-    "--store",
-    envvar=STORE_VARIABLE,
-    default="memory://?max_bytes=2GiB",
-    show_default=True,
-    show_envvar=True,
-    help="URL of the chunk KV store.",
-)
-@system_option
-@click.option(
-    "--precompute",
-    type=click.Choice(["all", "retrieved"]),
-    default="all",
-    show_default=True,
-    help="Chunks to compute ahead: of the whole folder, or those retrieved for the questions.",
-)
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@json_option
-def ask(
-    questions: tuple[str, ...],
-    docs: Path,
-    index: Path | None,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    top_k: int,
-    chunk_tokens: int,
-    mode: str,
-    policy: str,
-    store: str,
-    system: str | None,
-    precompute: str,
-    max_new_tokens: int,
-    as_json: bool,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """Questions over a folder of documents."""
+
+    questions: Annotated[tuple[str, ...], argument(required=True)]
+    docs: Annotated[Path, option(help="Folder or file of documents.")]
+    index: Annotated[Path | None, option(type=FOLDER, help="Folder to keep the index in: the next time only "
+                                         "documents that have changed are read into it.")] = None  # fmt: skip
+    model: ModelOptions
+    top_k: Annotated[int, count("Chunks per prompt.")] = 4
+    chunk_tokens: ChunkTokens = 256
+    mode: Annotated[str, option("--search", type=MODES, help="How chunks are searched for.")] = "hybrid"
+    policy: PolicyName = "query"
+    store: Annotated[str, option(envvar=STORE_VARIABLE, show_envvar=True, help="URL of the chunk KV store.")] = (
+        "memory://?max_bytes=2GiB"
+    )
+    system: System = None
+    precompute: Annotated[str, option(type=click.Choice(["all", "retrieved"]), help="Chunks to compute ahead: of the "
+                                      "whole folder, or those retrieved for the questions.")] = "all"  # fmt: skip
+    max_new_tokens: Annotated[int, count()] = 64
+    as_json: AsJson = False
+
+
+@command("ask")
+def ask(options: AskOptions) -> None:
     """Answer QUESTIONS over the documents in --docs."""
     from chunkcache.blend import parse_policy
     from chunkcache.corpus import Corpus
@@ -82,49 +62,63 @@ def ask(
     from chunkcache.retriever import load_documents
     from chunkcache.store import open_store
 
-    chosen, opened = parse_policy(policy), open_store(store)  # bad input shows before any work
-    for question in questions:
+    chosen, opened = parse_policy(options.policy), open_store(options.store)  # bad input shows before any work
+    for question in options.questions:
         if not question.strip():
             raise InputError(f"the question is empty ({question!r}); pass the text to be answered")
-    documents = load_documents(docs)
-    model, tokenizer = load(model_name, device, dtype)
+    documents = load_documents(options.docs)
+    model, tokenizer = options.model.load()
     llm = wrap(model, tokenizer, store=opened, policy=chosen)
-    everything = precompute == "all"
-    corpus = Corpus(llm, indexed(documents, tokenizer, chunk_tokens, index), system=system, ahead=everything)
+    everything = options.precompute == "all"
+    retriever = indexed(documents, tokenizer, options.chunk_tokens, options.index)
+    corpus = Corpus(llm, retriever, system=options.system, precompute=everything)
     with progress("precomputing chunks") as on_progress:
         corpus.sync(documents, on_progress)
         if everything:
             corpus.precompute(on_progress)
-    if index is not None and corpus.retriever.unsaved:
-        corpus.retriever.save(index)
-    found = [corpus.search(question, top_k, mode) for question in questions]
+    if options.index is not None and retriever.unsaved:
+        retriever.save(options.index)
+    results = [corpus.search(question, options.top_k, options.mode) for question in options.questions]
     if not everything:
-        chunks = [hit.chunk for hits in found for hit in hits]
+        chunks = [hit.chunk for hits in results for hit in hits]
+        texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
         with progress("precomputing chunks") as on_progress:
-            owners = [chunk.document_id for chunk in chunks]
-            llm.precompute([chunk.text for chunk in chunks], system, on_progress, documents=owners)
-    answers = [
-        answer(llm, question, hits, corpus.passages(hits), system, max_new_tokens, quiet=as_json)
-        for question, hits in zip(questions, found, strict=True)
-    ]
-    if as_json:
+            llm.precompute(texts, system=options.system, documents=owners, on_progress=on_progress)
+    answers = []
+    for question, hits in zip(options.questions, results, strict=True):
+        begin = partial(
+            llm.stream,
+            question,
+            corpus.passages(hits),
+            system=options.system,
+            max_new_tokens=options.max_new_tokens,
+        )
+        answers.append(answer(question, hits, begin, quiet=options.as_json))
+    if options.as_json:
         click.echo(json.dumps({"answers": answers, "store": opened.stats().as_dict()}, indent=2))
 
 
-@click.command("check-model")
-@click.argument("model_name", metavar="MODEL")
-@device_options
-@json_option
-def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """A model to be checked."""
+
+    model_name: Annotated[str, argument(metavar="MODEL")]
+    device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
+    dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    as_json: AsJson = False
+
+
+@command("check-model")
+def check_model(options: CheckOptions) -> None:
     """Say whether MODEL is supported, and show the figures of its self-check."""
     from chunkcache.blend import Decoder, self_check
     from chunkcache.library.fingerprint import fingerprint
 
-    model, tokenizer = load(model_name, device, dtype)
+    model, tokenizer = load(options.model_name, options.device, options.dtype)
     decoder = Decoder(model)
     check = self_check(decoder)
     facts = {
-        "model": model_name,
+        "model": options.model_name,
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -133,7 +127,7 @@ def check_model(model_name: str, device: str | None, dtype: str, as_json: bool) 
         "fingerprint": fingerprint(model, tokenizer),
         **check.as_dict(),
     }
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     rows = [[name.replace("_", " "), f"{v:.2g}" if isinstance(v, float) else str(v)] for name, v in facts.items()]

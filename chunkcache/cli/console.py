@@ -26,6 +26,7 @@ class Bar:
         self._said_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
         self._bars.update(self._task, completed=done, total=total)
         if not err.is_terminal and time.monotonic() - self._said_at > SAY_EVERY:
             self._said_at = time.monotonic()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from chunkcache.errors import InputError
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only a command that needs them does
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from chunkcache.llm import CachedLLM
-    from chunkcache.prompt.builder import PromptChunk
+    from chunkcache.engine.streaming import TextStream
     from chunkcache.retriever import Hit, Retriever
 
 
 def load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, saying what goes on."""
     with status(f"loading {name}") as on_status:
         from chunkcache.models import load_model
 
@@ -45,19 +45,11 @@ def indexed(
     return retriever
 
 
-def answer(
-    llm: CachedLLM,
-    question: str,
-    hits: Sequence[Hit],
-    chunks: Sequence[str | PromptChunk],
-    system: str | None,
-    max_new_tokens: int,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Stream one answer to stdout unless `quiet`; return it with its sources and stats."""
+def answer(question: str, hits: Sequence[Hit], begin: Callable[[], TextStream], quiet: bool) -> dict[str, Any]:
+    """Stream the answer that `begin` begins to stdout unless `quiet`; return it with its sources and stats."""
     if not quiet:
         err.print(f"[bold]{escape(question)}[/]")
-    stream = llm.stream(question, chunks, system=system, max_new_tokens=max_new_tokens)
+    stream = begin()
     for piece in stream:
         if not quiet:
             click.echo(piece, nl=False)

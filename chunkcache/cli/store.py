@@ -8,17 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from chunkcache.cli.console import err, out, progress, size_text, span_text, table, wide
-from chunkcache.cli.options import (
-    json_option,
-    store_option,
-    where_options,
-)
+from chunkcache.cli.options import AsJson, FilterOptions, StoreOptions, command, option
 from chunkcache.errors import ChunkCacheError, InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import: only a command that runs does
@@ -44,18 +40,24 @@ def store_commands() -> None:
     """
 
 
-@store_commands.command()
-@store_option
-@json_option
-def stats(url: str, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class StatsOptions:
+    """A store to be summed up."""
+
+    store: StoreOptions
+    as_json: AsJson = False
+
+
+@command("stats")
+def stats(options: StatsOptions) -> None:
     """Show what each tier holds, and how it was used.
 
     Hits, misses and what went wrong are counted by each process for itself, so here they are this command's own.
     What a tier remembers is how often each entry was used.
     """
-    with opened(url) as store:
+    with opened(options.store.url) as store:
         facts = {name: _facts(tier) for name, tier in store.tiers().items()}
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps({"tiers": facts}, indent=2))
         return
     names = next(iter(facts.values()))
@@ -64,32 +66,26 @@ def stats(url: str, as_json: bool) -> None:
     err.print("[dim]from hits on: counted since this command opened the store[/]")
 
 
-@store_commands.command("ls")
-@store_option
-@where_options
-@click.option(
-    "--sort",
-    type=click.Choice(list(_SORTS)),
-    default="used",
-    show_default=True,
-    help="Last or most used, oldest, or largest first.",
-)
-@click.option("--limit", type=click.IntRange(1), help=f"Entries to show; {SHOWN} by default, all with --json.")
-@click.option("--full", is_flag=True, help="Show keys, models and tenants in full.")
-@json_option
-def list_entries(
-    url: str,
-    model: str | None,
-    tenant: str | None,
-    document: str | None,
-    sort: str,
-    limit: int | None,
-    full: bool,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """Entries to be listed."""
+
+    store: StoreOptions
+    where: FilterOptions
+    sort: Annotated[
+        str, option(type=click.Choice(list(_SORTS)), help="Last or most used, oldest, or largest first.")
+    ] = "used"
+    limit: Annotated[int | None, option(type=click.IntRange(1), help=f"Entries to show; {SHOWN} by default, all with "
+                                        "--json.")] = None  # fmt: skip
+    full: Annotated[bool, option(help="Show keys, models and tenants in full.")] = False
+    as_json: AsJson = False
+
+
+@command("ls")
+def list_entries(options: ListOptions) -> None:
     """List entries. Names of tenants and documents are not in a store, only hashes of them."""
-    with opened(url) as store:
-        where = find_where(store, model, tenant, document)
+    with opened(options.store.url) as store:
+        where = find_where(store, options.where)
         held: dict[str, list[str]] = {}  # names of tiers, by key
         entries: dict[str, Entry] = {}
         for name, tier in store.tiers().items():
@@ -97,31 +93,37 @@ def list_entries(
                 held.setdefault(entry.key.digest, []).append(name)
                 entries.setdefault(entry.key.digest, entry)
         several = len(store.tiers()) > 1
-    ordered = sorted(entries.values(), key=_SORTS[sort])
-    shown = ordered[: limit or (None if as_json else SHOWN)]
-    if as_json:
+    ordered = sorted(entries.values(), key=_SORTS[options.sort])
+    shown = ordered[: options.limit or (None if options.as_json else SHOWN)]
+    if options.as_json:
         rows = [{**asdict(e), "key": e.key.digest, "tiers": held[e.key.digest]} for e in shown]
         click.echo(json.dumps({"entries": rows, "total": len(ordered)}, indent=2))
         return
-    columns = _columns(shown, full)
+    columns = _columns(shown, options.full)
     if several:
         columns["tiers"] = [" ".join(held[e.key.digest]) for e in shown]
     columns = {name: cells for name, cells in columns.items() if any(cells)}  # most stores have no tenants, TTL, pins
     total = size_text(sum(e.nbytes for e in ordered))
-    title = f"{len(ordered)} entries, {total}" + f"; the first {len(shown)}" * (len(shown) < len(ordered))
+    title = f"{len(ordered)} entries, {total}" + (f"; the first {len(shown)}" if len(shown) < len(ordered) else "")
     wide(table(title, list(columns), list(zip(*columns.values(), strict=True))))
 
 
-@store_commands.command()
-@store_option
-@where_options
-@json_option
-def verify(url: str, model: str | None, tenant: str | None, document: str | None, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Entries to be verified."""
+
+    store: StoreOptions
+    where: FilterOptions
+    as_json: AsJson = False
+
+
+@command("verify")
+def verify(options: VerifyOptions) -> None:
     """Read every entry, check every byte, and delete what is damaged. Exits with 1 if anything was."""
-    with opened(url) as store:
-        where = find_where(store, model, tenant, document)
+    with opened(options.store.url) as store:
+        where = find_where(store, options.where)
         found = {name: _verify(name, tier, where) for name, tier in _tiers(store).items()}
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps({"tiers": found}, indent=2))
     else:
         rows = [
@@ -137,38 +139,35 @@ def verify(url: str, model: str | None, tenant: str | None, document: str | None
         raise ChunkCacheError(f"{unreadable} entries could not be read: the store is in trouble; run it again later")
 
 
-@store_commands.command()
-@store_option
-@click.option(
-    "--key", "keys", multiple=True, help="This entry: its key or the start of it. May be given several times."
-)
-@where_options
-@click.option("--older-than", metavar="AGE", help="Only those computed longer ago, such as 30d, 12h or 90m.")
-@click.option("--all", "everything", is_flag=True, help="Everything in the store.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@json_option
-def purge(
-    url: str,
-    keys: tuple[str, ...],
-    model: str | None,
-    tenant: str | None,
-    document: str | None,
-    older_than: str | None,
-    everything: bool,
-    yes: bool,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PurgeOptions:
+    """Entries to be deleted."""
+
+    store: StoreOptions
+    keys: Annotated[tuple[str, ...], option("--key", help="This entry: its key or the start of it. May be given "
+                                            "several times.")] = ()  # fmt: skip
+    where: FilterOptions
+    older_than: Annotated[str | None, option(metavar="AGE", help="Only those computed longer ago, such as 30d, "
+                                             "12h or 90m.")] = None  # fmt: skip
+    everything: Annotated[bool, option("--all", help="Everything in the store.")] = False
+    yes: Annotated[bool, option(help="Do not ask.")] = False
+    as_json: AsJson = False
+
+
+@command("purge")
+def purge(options: PurgeOptions) -> None:
     """Delete from every tier the entries that agree with all that is given."""
-    narrowed = bool(keys) or any(given is not None for given in (model, tenant, document, older_than))
-    if narrowed == everything:
+    keys, where_, age = options.keys, options.where, options.older_than
+    narrowed = bool(keys) or any(given is not None for given in (where_.model, where_.tenant, where_.document, age))
+    if narrowed == options.everything:
         raise InputError(
             "--all together with other conditions contradicts itself: leave one of them out"
-            if everything
+            if options.everything
             else "nothing says what to delete: pass --key, --model, --tenant, --document, --older-than, or --all"
         )
-    before = time.time() - parse_span(older_than) if older_than is not None else None
-    with opened(url) as store:
-        where = find_where(store, model, tenant, document)
+    before = time.time() - parse_span(age) if age is not None else None
+    with opened(options.store.url) as store:
+        where = find_where(store, options.where)
         wanted = _digests(store, keys)
 
         def chosen(entry: Entry) -> bool:
@@ -176,14 +175,14 @@ def purge(
 
         tiers = _tiers(store)
         listed = {name: [entry for entry in tier.entries(where) if chosen(entry)] for name, tier in tiers.items()}
-        if any(listed.values()) and not yes:
+        if any(listed.values()) and not options.yes:
             _confirm(listed)
         deleted = {}
         for name, tier in tiers.items():
             with _sound(name, tier):
                 whole = not keys and before is None
                 deleted[name] = tier.purge(where) if whole else sum(tier.delete(e.key) for e in listed[name])
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps({"deleted": deleted}, indent=2))
     else:
         out.print("deleted: " + ", ".join(f"{count} in {name}" for name, count in deleted.items()))
@@ -315,15 +314,15 @@ def opened(url: str, lasting: bool = False) -> Iterator[Store]:
         yield store
 
 
-def find_where(store: Store, model: str | None, tenant: str | None, document: str | None) -> EntryFilter:
+def find_where(store: Store, options: FilterOptions) -> EntryFilter:
     """Return the condition that the options name."""
     from chunkcache.kv import hashed_label
     from chunkcache.store import EntryFilter
 
     return EntryFilter(
-        None if model is None else _only("model", model, {entry.model for entry in store.entries()}),
-        None if tenant is None else hashed_label("tenant", tenant),
-        None if document is None else hashed_label("document", document),
+        None if options.model is None else _only("model", options.model, {each.model for each in store.entries()}),
+        None if options.tenant is None else hashed_label("tenant", options.tenant),
+        None if options.document is None else hashed_label("document", options.document),
     )
 
 

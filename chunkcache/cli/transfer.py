@@ -8,63 +8,59 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import click
 
 from chunkcache.cli.console import err, progress, size_text, status
 from chunkcache.cli.options import (
-    chunk_tokens_option,
-    json_option,
-    model_options,
-    policy_option,
-    store_option,
-    system_option,
-    where_options,
+    AsJson,
+    ChunkTokens,
+    FilterOptions,
+    ModelOptions,
+    PolicyName,
+    StoreOptions,
+    System,
+    argument,
+    command,
+    count,
+    option,
 )
 from chunkcache.cli.store import find_where, opened
 from chunkcache.errors import ChunkCacheError, InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import: only a command that runs does
     from chunkcache.store.transfer import Exported, Imported
-    from chunkcache.warm import Warmed
+    from chunkcache.warm import WarmReport
 
 CPUS_PER_WORKER = 4
 
 
-@click.command()
-@click.argument("docs", metavar="DIR", type=click.Path(path_type=Path))
-@store_option
-@model_options
-@chunk_tokens_option
-@policy_option
-@system_option
-@click.option("--tenant", default="", metavar="NAME", help="For requests of this tenant only.")
-@click.option(
-    "--ray", "address", metavar="ADDRESS", help="Share the work out over this Ray cluster; local starts one here."
-)
-@click.option(
-    "--workers", type=click.IntRange(1), help="Copies of the model on the cluster; as many as fit by default."
-)
-@click.option("--cpus-per-worker", type=click.IntRange(1), help=f"CPUs of each; {CPUS_PER_WORKER} by default.")
-@json_option
-def warm(
-    docs: Path,
-    url: str,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    chunk_tokens: int,
-    policy: str,
-    system: str | None,
-    tenant: str,
-    address: str | None,
-    workers: int | None,
-    cpus_per_worker: int | None,
-    as_json: bool,
-) -> None:
+FILE = click.Path(path_type=Path, allow_dash=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmOptions:
+    """Documents whose KV are computed."""
+
+    docs: Annotated[Path, argument(metavar="DIR")]
+    store: StoreOptions
+    model: ModelOptions
+    chunk_tokens: ChunkTokens = 256
+    policy: PolicyName = "query"
+    system: System = None
+    tenant: Annotated[str, option(metavar="NAME", help="For requests of this tenant only.")] = ""
+    address: Annotated[str | None, option("--ray", metavar="ADDRESS", help="Share the work out over this Ray "
+                                          "cluster; local starts one here.")] = None  # fmt: skip
+    workers: Annotated[int | None, count("Copies of the model on the cluster; as many as fit by default.")] = None
+    cpus_per_worker: Annotated[int | None, count(f"CPUs of each; {CPUS_PER_WORKER} by default.")] = None
+    as_json: AsJson = False
+
+
+@command("warm")
+def warm(options: WarmOptions) -> None:
     """Compute the KV of all documents under DIR ahead of requests.
 
     What is stored already is left as it is, so an interrupted run goes on where it was, and after an edit only what
@@ -72,64 +68,84 @@ def warm(
     """
     from chunkcache.blend import parse_policy
     from chunkcache.retriever import load_documents
-    from chunkcache.warm import Job, alone
+    from chunkcache.warm import WarmConfig, local_pool
     from chunkcache.warm import warm as run
-    from chunkcache.warm.ray import on_ray
+    from chunkcache.warm.ray import ray_pool
 
-    if address is None and (workers or cpus_per_worker):
+    cpus = options.cpus_per_worker
+    if options.address is None and (options.workers or cpus):
         raise InputError("--workers and --cpus-per-worker need --ray ADDRESS: pass that, too, or leave them out")
-    parse_policy(policy)
-    with opened(url, lasting=True):
+    parse_policy(options.policy)
+    with opened(options.store.url, lasting=True):
         pass  # bad input shows before any work
-    documents = load_documents(docs)
-    job = Job(model_name, url, device, dtype, policy, system, tenant, chunk_tokens)
+    documents = load_documents(options.docs)
+    config = WarmConfig(
+        options.model.model_name,
+        options.store.url,
+        options.model.device,
+        options.model.dtype,
+        options.policy,
+        options.system,
+        options.tenant,
+        options.chunk_tokens,
+    )
     started = time.perf_counter()
     try:
-        with progress(f"loading {model_name}") as bar:
-            found = (
-                alone(job, bar.say)
-                if address is None
-                else on_ray(job, address, workers, cpus_per_worker or CPUS_PER_WORKER, bar.say)
+        with progress(f"loading {config.model}") as bar:
+            pool = (
+                local_pool(config, bar.say)
+                if options.address is None
+                else ray_pool(config, options.address, options.workers, cpus or CPUS_PER_WORKER, bar.say)
             )
-            with found as crew:
+            with pool as workers:
                 bar.say("precomputing chunks")
-                done = run(job, documents, crew, bar)
+                report = run(config, documents, workers, bar)
     except KeyboardInterrupt:
         err.print(
             "[yellow]interrupted: what was computed is stored, and the same command goes on from there[/]",
             soft_wrap=True,
         )
         raise
-    _say_warmed(done, time.perf_counter() - started, as_json)
+    _show_report(report, time.perf_counter() - started, options.as_json)
 
 
-@click.command("export")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
-@store_option
-@where_options
-@json_option
-def export_file(
-    file: Path, url: str, model: str | None, tenant: str | None, document: str | None, as_json: bool
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Entries to be exported."""
+
+    file: Annotated[Path, argument(type=FILE)]
+    store: StoreOptions
+    where: FilterOptions
+    as_json: AsJson = False
+
+
+@command("export")
+def export_file(options: ExportOptions) -> None:
     """Write entries to FILE, an uncompressed tar file; - for stdout. Exits with 1 if one could not be read."""
     from chunkcache.store.transfer import export_entries
 
-    if as_json and str(file) == "-":
+    if options.as_json and str(options.file) == "-":
         raise InputError("--json and FILE - both write to stdout: name a file, or leave out --json")
-    with opened(url) as store:
-        where = find_where(store, model, tenant, document)
-        with _written(file) as target, progress("exporting entries") as on_entry:
+    with opened(options.store.url) as store:
+        where = find_where(store, options.where)
+        with _written(options.file) as target, progress("exporting entries") as on_entry:
             done = export_entries(store, target, where, on_entry)
-    _say_exported(done, as_json)
+    _show_exported(done, options.as_json)
     if done.lost:
         raise ChunkCacheError(f"{done.lost} entries could not be read and are not in the file; see store verify")
 
 
-@click.command("import")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
-@store_option
-@json_option
-def import_file(file: Path, url: str, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Entries to be imported."""
+
+    file: Annotated[Path, argument(type=FILE)]
+    store: StoreOptions
+    as_json: AsJson = False
+
+
+@command("import")
+def import_file(options: ImportOptions) -> None:
     """Put the entries of FILE, which export wrote, into the store; - for stdin.
 
     Every entry is verified, and a damaged one left out; the exit code is 1 then. Only with CHUNKCACHE_SECRET set is
@@ -137,11 +153,15 @@ def import_file(file: Path, url: str, as_json: bool) -> None:
     """
     from chunkcache.store.transfer import import_entries
 
-    with opened(url, lasting=True) as store, _read(file) as source, status("importing entries") as on_status:
+    with (
+        opened(options.store.url, lasting=True) as store,
+        _read(options.file) as source,
+        status("importing entries") as on_status,
+    ):
         done = import_entries(
             store, source, lambda done: on_status(f"importing entries: {done.entries}, {size_text(done.nbytes)}")
         )
-    _say_imported(done, as_json)
+    _show_imported(done, options.as_json)
 
 
 @contextmanager
@@ -176,14 +196,14 @@ def _read(file: Path) -> Iterator[BinaryIO]:
         yield source
 
 
-def _say_exported(done: Exported, as_json: bool) -> None:
+def _show_exported(done: Exported, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"entries": done.entries, "bytes": done.nbytes, "lost": done.lost}, indent=2))
     else:
         err.print(f"exported {done.entries} entries, {size_text(done.nbytes)}")
 
 
-def _say_imported(done: Imported, as_json: bool) -> None:
+def _show_imported(done: Imported, as_json: bool) -> None:
     """Say what was imported, and fail if something was not."""
     if as_json:
         facts = asdict(done)
@@ -206,7 +226,7 @@ def _say_imported(done: Imported, as_json: bool) -> None:
         )
 
 
-def _say_warmed(done: Warmed, seconds: float, as_json: bool) -> None:
+def _show_report(done: WarmReport, seconds: float, as_json: bool) -> None:
     """Say what was computed, and fail if the store may lack some of it."""
     facts = {
         "documents": done.documents,

@@ -45,7 +45,7 @@ def model_name(llm: CachedLLM) -> str:
     return str(config._name_or_path or config.model_type)
 
 
-def said(llm: CachedLLM, generation: Generation, options: Mapping[str, Any]) -> tuple[str, bool]:
+def strip_stop(llm: CachedLLM, generation: Generation, options: Mapping[str, Any]) -> tuple[str, bool]:
     """Return an answer without the stop string that ended it, and whether one did."""
     stops = options.get("stop_strings")
     if not stops:

@@ -14,16 +14,14 @@ from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, InstanceOf
 
-import chunkcache
 from chunkcache.blend import Policy
-from chunkcache.engine.generation import Generation, TextStream, setting
+from chunkcache.engine.generation import Generation, setting
+from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
-from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, said
+from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, strip_stop
 from chunkcache.integrations.langchain_messages import as_chat
 from chunkcache.integrations.stops import listed, stripped, until
-from chunkcache.llm import DEFAULT_POLICY, CachedLLM
-from chunkcache.prompt.builder import INSTRUCTION
-from chunkcache.store import Store
+from chunkcache.llm import CachedLLM
 
 
 class ChatChunkCache(BaseChatModel):
@@ -59,32 +57,16 @@ class ChatChunkCache(BaseChatModel):
     streaming: bool = False
 
     @classmethod
-    def from_model(
-        cls,
-        name: str,
-        *,
-        store: str | Store | None = None,
-        policy: str | Policy = DEFAULT_POLICY,
-        tenant: str = "",
-        instruction: str = INSTRUCTION,
-        device: str | None = None,
-        dtype: str = "auto",
-        **fields: Any,
-    ) -> ChatChunkCache:
-        """Load a model by its name and wrap it: `chunkcache.load_model`, `chunkcache.wrap` and this class in one.
+    def from_model(cls, name: str, **options: Any) -> ChatChunkCache:
+        """Load a model by its name and wrap it: `CachedLLM.from_pretrained` and this class in one.
 
         Args:
             name: alias, folder, GGUF file or Hugging Face id.
-            store: for chunk KV, as in `wrap`.
-            policy: as in `wrap`.
-            tenant: as in `wrap`.
-            instruction: as in `wrap`.
-            device: as in `load_model`.
-            dtype: as in `load_model`.
-            fields: of this class.
+            options: fields of this class; all others go to `CachedLLM.from_pretrained`.
         """
-        model, tokenizer = chunkcache.load_model(name, device=device, dtype=dtype)
-        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=tenant, instruction=instruction)
+        own = cls.model_fields.keys() - {"policy"}
+        fields = {key: options.pop(key) for key in list(options) if key in own}
+        llm = CachedLLM.from_pretrained(name, **options)
         return cls(llm=llm, **{"model_name": name, **fields})
 
     def model_post_init(self, context: Any, /) -> None:
@@ -169,23 +151,23 @@ class ChatChunkCache(BaseChatModel):
         for piece in stripped(until(stream, options.get("stop_strings"))):
             yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
         generation = _whole(stream)
-        _, reason = self._said(generation, options)
-        last = AIMessageChunk(content="", chunk_position="last", **self._told(generation))
+        _, reason = self._finish_reason(generation, options)
+        last = AIMessageChunk(content="", chunk_position="last", **self._metadata(generation))
         yield ChatGenerationChunk(message=last, generation_info={"finish_reason": reason})
 
     def _result(self, generation: Generation, options: dict[str, Any]) -> ChatResult:
-        text, reason = self._said(generation, options)
-        message = AIMessage(content=text, **self._told(generation))
+        text, reason = self._finish_reason(generation, options)
+        message = AIMessage(content=text, **self._metadata(generation))
         return ChatResult(generations=[ChatGeneration(message=message, generation_info={"finish_reason": reason})])
 
-    def _said(self, generation: Generation, options: dict[str, Any]) -> tuple[str, str]:
+    def _finish_reason(self, generation: Generation, options: dict[str, Any]) -> tuple[str, str]:
         """Return the answer without its stop string, and why it ended."""
-        text, stopped = said(self.llm, generation, options)
+        text, stopped = strip_stop(self.llm, generation, options)
         ends = setting(self.llm.model, options, "eos_token_id")
         ended = generation.token_ids and generation.token_ids[-1] in (ends if isinstance(ends, list) else [ends])
         return text, "stop" if stopped or ended else "length"
 
-    def _told(self, generation: Generation) -> dict[str, Any]:
+    def _metadata(self, generation: Generation) -> dict[str, Any]:
         """Return the metadata of an answer."""
         stats, output = generation.stats, len(generation.token_ids)
         usage = UsageMetadata(

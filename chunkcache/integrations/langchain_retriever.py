@@ -12,7 +12,7 @@ from langchain_core.runnables.config import patch_config, run_in_executor
 from pydantic import ConfigDict, Field, InstanceOf, PrivateAttr
 
 from chunkcache.blend import Policy
-from chunkcache.integrations.precomputing import CHUNK_KEY, Ahead
+from chunkcache.integrations.precomputing import CHUNK_KEY, BackgroundPrecompute
 from chunkcache.llm import CachedLLM
 from chunkcache.retriever.retriever import Hit, Retriever
 
@@ -52,15 +52,17 @@ class ChunkCacheRetriever(BaseRetriever):
     reorder: int = Field(default=0, ge=0)
     distinct: bool = False
 
-    _ahead: Ahead = PrivateAttr()
+    _ahead: BackgroundPrecompute = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
         """Refuse a policy that is unknown; like other bad fields it raises pydantic's ValidationError."""
         super().model_post_init(context)
-        self._ahead = Ahead(self.llm, self.precompute, self.system, self.policy, self.reorder, self.distinct)
+        self._ahead = BackgroundPrecompute(
+            self.llm, self.precompute, self.system, self.policy, self.reorder, self.distinct
+        )
 
     @property
-    def ahead(self) -> Ahead:
+    def ahead(self) -> BackgroundPrecompute:
         """What prefetches and precomputes; it counts what went wrong, and can be waited for and closed."""
         return self._ahead
 

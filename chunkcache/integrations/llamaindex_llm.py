@@ -22,15 +22,12 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from pydantic import Field, InstanceOf
 
-import chunkcache
 from chunkcache.blend import Policy
 from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation
 from chunkcache.errors import PromptError
-from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, said
+from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, strip_stop
 from chunkcache.integrations.stops import listed, stripped, until
-from chunkcache.llm import DEFAULT_POLICY, CachedLLM
-from chunkcache.prompt.builder import INSTRUCTION
-from chunkcache.store import Store
+from chunkcache.llm import CachedLLM
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -80,32 +77,16 @@ class ChunkCacheLLM(CustomLLM):
             self.model_name = model_name(self.llm)
 
     @classmethod
-    def from_model(
-        cls,
-        name: str,
-        *,
-        store: str | Store | None = None,
-        policy: str | Policy = DEFAULT_POLICY,
-        tenant: str = "",
-        instruction: str = INSTRUCTION,
-        device: str | None = None,
-        dtype: str = "auto",
-        **fields: Any,
-    ) -> ChunkCacheLLM:
-        """Load a model by its name and wrap it: `chunkcache.load_model`, `chunkcache.wrap` and this class in one.
+    def from_model(cls, name: str, **options: Any) -> ChunkCacheLLM:
+        """Load a model by its name and wrap it: `CachedLLM.from_pretrained` and this class in one.
 
         Args:
             name: alias, folder, GGUF file or Hugging Face id.
-            store: for chunk KV, as in `wrap`.
-            policy: as in `wrap`.
-            tenant: as in `wrap`.
-            instruction: as in `wrap`.
-            device: as in `load_model`.
-            dtype: as in `load_model`.
-            fields: of this class.
+            options: fields of this class; all others go to `CachedLLM.from_pretrained`.
         """
-        model, tokenizer = chunkcache.load_model(name, device=device, dtype=dtype)
-        llm = chunkcache.wrap(model, tokenizer, store=store, policy=policy, tenant=tenant, instruction=instruction)
+        own = cls.model_fields.keys() - {"policy"}
+        fields = {key: options.pop(key) for key in list(options) if key in own}
+        llm = CachedLLM.from_pretrained(name, **options)
         return cls(llm=llm, **{"model_name": name, **fields})
 
     @classmethod
@@ -198,7 +179,7 @@ class ChunkCacheLLM(CustomLLM):
     ) -> Response:
         options = self._options(given)
         generation = self.llm.chat(messages, **options)
-        return _told(response(said(self.llm, generation, options)[0], None), generation)
+        return _with_usage(response(strip_stop(self.llm, generation, options)[0], None), generation)
 
     def _stream(
         self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
@@ -215,7 +196,7 @@ class ChunkCacheLLM(CustomLLM):
             finally:  # also when the caller stops listening
                 stream.close()
             if stream.result is not None:
-                yield _told(response(text, ""), stream.result)
+                yield _with_usage(response(text, ""), stream.result)
 
         return pieces()
 
@@ -245,7 +226,7 @@ def _completion_response(text: str, delta: str | None) -> CompletionResponse:
     return CompletionResponse(text=text, delta=delta)
 
 
-def _told(response: Response, generation: Generation) -> Response:
+def _with_usage(response: Response, generation: Generation) -> Response:
     """Return a response with the numbers of its request."""
     stats, answered = generation.stats, len(generation.token_ids)
     usage = {

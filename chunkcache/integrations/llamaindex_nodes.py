@@ -13,7 +13,7 @@ from pydantic import Field, InstanceOf, PrivateAttr
 
 from chunkcache.blend import Policy
 from chunkcache.integrations.llamaindex_llm import ChunkCacheLLM
-from chunkcache.integrations.precomputing import CHUNK_KEY, Ahead
+from chunkcache.integrations.precomputing import CHUNK_KEY, BackgroundPrecompute
 from chunkcache.llm import CachedLLM
 from chunkcache.retriever.embedder import Embedder
 
@@ -43,7 +43,7 @@ class ChunkCachePostprocessor(BaseNodePostprocessor):
     reorder: int = Field(default=0, ge=0)
     distinct: bool = False
 
-    _ahead: Ahead = PrivateAttr()
+    _ahead: BackgroundPrecompute = PrivateAttr()
 
     def __init__(self, llm: CachedLLM | ChunkCacheLLM, **fields: Any) -> None:
         """Raise PolicyError when the policy is unknown."""
@@ -52,7 +52,7 @@ class ChunkCachePostprocessor(BaseNodePostprocessor):
             wrapped, policy = self.llm, self.policy
         else:
             wrapped, policy = self.llm.llm, self.llm.policy if self.policy is None else self.policy
-        self._ahead = Ahead(wrapped, self.precompute, None, policy, self.reorder, self.distinct)
+        self._ahead = BackgroundPrecompute(wrapped, self.precompute, None, policy, self.reorder, self.distinct)
 
     @classmethod
     def class_name(cls) -> str:
@@ -60,7 +60,7 @@ class ChunkCachePostprocessor(BaseNodePostprocessor):
         return "ChunkCachePostprocessor"
 
     @property
-    def ahead(self) -> Ahead:
+    def ahead(self) -> BackgroundPrecompute:
         """What prefetches and precomputes; it counts what went wrong, and can be waited for and closed."""
         return self._ahead
 

@@ -33,10 +33,10 @@ _BATCH = 4  # texts computed together, and so what `close` may have to wait for
 Work = tuple[str, str | None]  # a text and the id of its document
 
 
-class Ahead:
+class BackgroundPrecompute:
     """Prepares texts for the prompts that they will stand in. Any number of threads may use it.
 
-    What waits for the thread would be computed after a deletion, too: call `flush` before `llm.forget`.
+    What waits for the thread would be computed after a deletion, too: call `flush` before `llm.delete`.
 
     Args:
         llm: what will answer.
@@ -115,7 +115,8 @@ class Ahead:
         keys = [self._key(text) for text in texts]
         self._count_skipped(keys.count(None))
         work = {(text, owner or None): key for text, owner, key in zip(texts, owners, keys, strict=True) if key}
-        self._llm.know([text for text, _ in work], self._system, self._policy, [owner for _, owner in work])
+        texts, owners = [text for text, _ in work], [owner for _, owner in work]
+        self._llm.register(texts, system=self._system, policy=self._policy, documents=owners)
         held = {key for key in work.values() if key in self._llm.store}
         self._hints.retrieved(work.values())
         # A text that is stored goes the same way once, so that its entry also says which document it is from.
@@ -152,7 +153,7 @@ class Ahead:
         if before + tokens >= limit:
             self._explain(f"it has {tokens} tokens, and does not fit the model's context of {limit} behind {before}")
             return None
-        return llm.keys([text], self._system, self._policy)[0]
+        return llm.keys([text], system=self._system, policy=self._policy)[0]
 
     def _explain(self, why: str) -> None:
         if not self._explained:
@@ -207,16 +208,16 @@ class Ahead:
         if not work:
             return
         texts, owners = zip(*dict.fromkeys(work), strict=True)
-        self._llm.precompute(texts, self._system, policy=self._policy, documents=owners)
+        self._llm.precompute(texts, system=self._system, policy=self._policy, documents=owners)
         self._labelled.update((text, owner) for text, owner in work if owner is not None)
         if len(self._labelled) > _LABELLED:
             self._labelled.clear()  # each text goes that way once more
 
 
-_open: weakref.WeakSet[Ahead] = weakref.WeakSet()
+_open: weakref.WeakSet[BackgroundPrecompute] = weakref.WeakSet()
 
 
 def _close_all() -> None:
     # A thread that is inside torch when the interpreter goes away can take the process down with an abort.
-    for ahead in list(_open):
-        ahead.close()
+    for each in list(_open):
+        each.close()

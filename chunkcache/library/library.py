@@ -189,6 +189,7 @@ class ChunkLibrary:
 
         The arguments are those of `compute`.
         """
+        self._store.flush()  # what a far tier once refused is written now
         done = 0
         for part in _parts(refs):
             before = done
@@ -283,7 +284,7 @@ class ChunkLibrary:
     def _delete_chunks(self, names: Collection[str]) -> int:
         self.registry.delete(names)
         own = EntryFilter(model=self._fingerprint, tenant=self._tenant_label)
-        return sum(self._store.purge(replace(own, chunk=name)) for name in names)
+        return self._store.purge(replace(own, chunks=frozenset(names)))
 
     def _disown(self, entry: Entry, document: str) -> None:
         """Let a stored entry no longer name `document`."""

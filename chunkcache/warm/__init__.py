@@ -1,7 +1,7 @@
-"""Computes the chunk KV of whole folders into a store, by one copy of the model here or by many (`warm_ray`).
+"""Computes the chunk KV of whole folders into a store, by one copy of the model here or by many (`warm.ray`).
 
-The work goes out in shares of a few thousand tokens. A share is in the store when it is done, so whatever is
-interrupted, or dies, costs no more than the share in work; and what is stored already is not computed again.
+The work goes out in shards of a few thousand tokens. A shard is in the store when it is done, so whatever is
+interrupted, or dies, costs no more than the shard in work; and what is stored already is not computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from chunkcache.engine.precompute import PrecomputeResult
+from chunkcache.engine.chunks import PrecomputeResult
 from chunkcache.kv import chunk_name, hashed_label
 from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
@@ -29,17 +29,17 @@ from chunkcache.store.lasting import open_persistent
 
 logger = logging.getLogger("chunkcache")
 
-SHARE_TOKENS = 4096
-SHARE_TEXTS = 32
+SHARD_TOKENS = 4096
+SHARD_TEXTS = 32
 TROUBLE = ("refused", "errors", "skipped")
 
-Share = dict[str, list[str]]  # texts, and the ids of the documents that have them
+Shard = dict[str, list[str]]  # texts, and the ids of the documents that have them
 OnStatus = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker has to know.
+class WarmConfig:
+    """A model, a store, and the requests that KV are computed for; every worker has it.
 
     Attributes:
         model: name of the model, as in `load_model`; `device` and `dtype` too.
@@ -63,8 +63,8 @@ class Job:
 
 
 @dataclass
-class Warmed:
-    """What was done.
+class WarmReport:
+    """Counts of what was done.
 
     Attributes:
         documents: documents that were read.
@@ -102,45 +102,49 @@ class Warmed:
 class Worker:
     """One copy of the model, with the store open."""
 
-    def __init__(self, job: Job, secret: str = "") -> None:
-        self._job = job
+    def __init__(self, config: WarmConfig, secret: str = "") -> None:
+        self._config = config
         if secret:  # on another machine
             os.environ[SECRET] = secret
         self._llm: CachedLLM | None = None
 
     def load(self, on_status: OnStatus | None = None) -> str:
         """Load the model and open the store; return where this runs."""
-        job = self._job
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
-        store = open_persistent(job.store)
-        model, tokenizer = load_model(job.model, device=job.device, dtype=job.dtype, on_status=on_status)
-        self._llm = wrap(model, tokenizer, store, job.policy, job.tenant)
+        config = self._config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        store = open_persistent(config.store)
+        model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype, on_status=on_status)
+        self._llm = wrap(model, tokenizer, store=store, policy=config.policy, tenant=config.tenant)
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def plan(self, documents: Sequence[Document]) -> tuple[list[Chunk], set[str]]:
         """Cut documents into chunks; return these, and the documents that the store has other chunks of."""
-        job, llm = self._job, self.llm
-        chunks = [chunk for document in documents for chunk in split(document, llm.tokenizer, size=job.chunk_tokens)]
+        config, llm = self._config, self.llm
+        chunks = [
+            chunk for document in documents for chunk in split(document, llm.tokenizer, size=config.chunk_tokens)
+        ]
         ids = {hashed_label("document", document.id): document.id for document in documents}
         names: dict[str, set[str]] = {document.id: set() for document in documents}
         for chunk in chunks:
             names[chunk.document_id].add(chunk_name(llm.prompts.chunk(chunk.text)))
         stale: set[str] = set()
-        for entry in llm.store.entries(EntryFilter(model=llm.fingerprint, tenant=hashed_label("tenant", job.tenant))):
+        for entry in llm.store.entries(
+            EntryFilter(model=llm.fingerprint, tenant=hashed_label("tenant", config.tenant))
+        ):
             owners = [ids[owner] for owner in entry.documents if owner in ids] if len(entry.chunks) == 1 else []
             stale.update(owner for owner in owners if entry.chunks[0] not in names[owner])
         return chunks, stale
 
-    def precompute(self, share: Share, on_progress: Callable[[int, int], None] | None = None) -> PrecomputeResult:
+    def precompute(self, shard: Shard, on_progress: Callable[[int, int], None] | None = None) -> PrecomputeResult:
         """Compute what the store lacks of a share."""
-        texts, documents = zip(*((text, owner) for text, owners in share.items() for owner in owners), strict=True)
-        return self.llm.precompute(texts, self._job.system, on_progress, documents=documents)
+        texts, documents = zip(*((text, owner) for text, owners in shard.items() for owner in owners), strict=True)
+        return self.llm.precompute(texts, system=self._config.system, documents=documents, on_progress=on_progress)
 
     def prune(self, document: str, texts: Sequence[str]) -> tuple[int, int]:
         """Delete what is no longer in a document; return how many entries and bytes went."""
         before = _last(self.llm.store).stats()
-        self.llm.update_document(document, texts, self._job.system)
+        self.llm.update_document(document, texts, system=self._config.system)
         after = _last(self.llm.store).stats()
         return before.entries - after.entries, before.nbytes - after.nbytes
 
@@ -163,7 +167,7 @@ class Worker:
         return self._llm
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """Workers, wherever they are.
 
     Attributes:
@@ -177,7 +181,7 @@ class Crew(Protocol):
     def ask(self, method: str, *args: Any) -> Any:
         """Let one worker do something, and return what it answers."""
 
-    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
+    def precompute(self, shards: Sequence[Shard], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
         """Let the workers compute shares; calls `on_texts` with the number of texts done so far."""
 
     def close(self) -> Counter[str]:
@@ -185,29 +189,32 @@ class Crew(Protocol):
 
 
 def warm(
-    job: Job, documents: Sequence[Document], crew: Crew, on_progress: Callable[[int, int], None] | None = None
-) -> Warmed:
+    config: WarmConfig,
+    documents: Sequence[Document],
+    pool: WorkerPool,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> WarmReport:
     """Compute the chunk KV of `documents` that the store lacks, and delete those of what is no longer in them.
 
     Args:
         job: the job of the crew.
         documents: what requests will find chunks of.
-        crew: who does it; see `alone` and `on_ray`.
+        crew: who does it; see `local_pool` and `ray_pool`.
         on_progress: called with (chunks done, chunks in all).
 
     Raises:
         ChunkCacheError: no worker is left, or what one of them raised.
     """
-    store = open_persistent(job.store)
+    store = open_persistent(config.store)
     before = _last(store).stats().nbytes
-    chunks, stale = crew.ask("plan", documents)
+    chunks, stale = pool.ask("plan", documents)
     edited = [chunk for chunk in chunks if chunk.document_id in stale]
-    first, shares = list(_shares(edited)), list(_shares(chunks))
-    total, behind = sum(map(len, [*first, *shares])), sum(map(len, first))
-    done = Warmed(len(documents), sum(map(len, shares)), workers=crew.size)
+    first, shards = list(_shards(edited)), list(_shards(chunks))
+    total, behind = sum(map(len, [*first, *shards])), sum(map(len, first))
+    done = WarmReport(len(documents), sum(map(len, shards)), workers=pool.size)
 
-    def run(shares: list[Share], offset: int) -> None:
-        for computed in crew.precompute(shares, lambda n: on_progress(offset + n, total) if on_progress else None):
+    def run(shards: list[Shard], offset: int) -> None:
+        for computed in pool.precompute(shards, lambda n: on_progress(offset + n, total) if on_progress else None):
             done.computed += computed.computed
             done.computed_tokens += computed.computed_tokens
 
@@ -215,44 +222,44 @@ def warm(
     # computed, and new chunks of edited documents before that, shared out, or pruning would compute them one by one.
     run(first, 0)
     for document in sorted(stale):
-        entries, nbytes = crew.ask("prune", document, [c.text for c in edited if c.document_id == document])
+        entries, nbytes = pool.ask("prune", document, [c.text for c in edited if c.document_id == document])
         done.deleted += entries
         before -= nbytes
-    run(shares, behind)
-    done.store = crew.close()
-    done.lost_workers = crew.lost
+    run(shards, behind)
+    done.store = pool.close()
+    done.lost_workers = pool.lost
     done.nbytes = _last(store).stats().nbytes - before
     store.close()
     return done
 
 
 @contextmanager
-def alone(job: Job, on_status: OnStatus | None = None) -> Iterator[Crew]:
-    """A crew of one, in this process."""
-    crew = _Alone(job)
+def local_pool(config: WarmConfig, on_status: OnStatus | None = None) -> Iterator[WorkerPool]:
+    """Yield a pool of one worker, in this process."""
+    pool = _LocalPool(config)
     try:
-        crew.worker.load(on_status)
-        yield crew
+        pool.worker.load(on_status)
+        yield pool
     finally:
-        crew.close()
+        pool.close()
 
 
-class _Alone:
+class _LocalPool:
     size = 1
     lost = 0
 
-    def __init__(self, job: Job) -> None:
-        self.worker = Worker(job)
+    def __init__(self, config: WarmConfig) -> None:
+        self.worker = Worker(config)
         self._counted: Counter[str] | None = None
 
     def ask(self, method: str, *args: Any) -> Any:
         return getattr(self.worker, method)(*args)
 
-    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
+    def precompute(self, shards: Sequence[Shard], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
         end = 0
-        for share in shares:
-            end += len(share)
-            yield self.worker.precompute(share, partial(_within, on_texts, end))
+        for shard in shards:
+            end += len(shard)
+            yield self.worker.precompute(shard, partial(_within, on_texts, end))
             on_texts(end)
 
     def close(self) -> Counter[str]:
@@ -261,21 +268,21 @@ class _Alone:
         return self._counted
 
 
-def _shares(chunks: Iterable[Chunk]) -> Iterator[Share]:
+def _shards(chunks: Iterable[Chunk]) -> Iterator[Shard]:
     """Group chunks into shares; all documents of a text are in one, or workers would undo each other's notes."""
     texts: dict[str, tuple[int, dict[str, None]]] = {}
     for chunk in chunks:
         texts.setdefault(chunk.text.strip(), (chunk.tokens, {}))[1][chunk.document_id] = None
-    share: Share = {}
+    shard: Shard = {}
     tokens = 0
     for text, (length, owners) in texts.items():
-        if share and (tokens + length > SHARE_TOKENS or len(share) == SHARE_TEXTS):
-            yield share
-            share, tokens = {}, 0
-        share[text] = list(owners)
+        if shard and (tokens + length > SHARD_TOKENS or len(shard) == SHARD_TEXTS):
+            yield shard
+            shard, tokens = {}, 0
+        shard[text] = list(owners)
         tokens += length
-    if share:
-        yield share
+    if shard:
+        yield shard
 
 
 def _within(on_texts: Callable[[int], None], end: int, done: int, todo: int) -> None:

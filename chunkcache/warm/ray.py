@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chunkcache.engine.precompute import PrecomputeResult
+from chunkcache.engine.chunks import PrecomputeResult
 from chunkcache.errors import ChunkCacheError, InputError
 from chunkcache.store.bytestore import SECRET
-from chunkcache.warm import Crew, Job, OnStatus, Share, Worker
+from chunkcache.warm import OnStatus, Shard, WarmConfig, Worker, WorkerPool
 
 logger = logging.getLogger("chunkcache")
 
@@ -24,10 +24,10 @@ CONNECT_S = 10.0
 
 
 @contextmanager
-def on_ray(
-    job: Job, address: str, workers: int | None = None, cpus: int = 4, on_status: OnStatus | None = None
-) -> Iterator[Crew]:
-    """A crew on a Ray cluster, each with its own copy of the model.
+def ray_pool(
+    config: WarmConfig, address: str, workers: int | None = None, cpus: int = 4, on_status: OnStatus | None = None
+) -> Iterator[WorkerPool]:
+    """Yield workers on a Ray cluster, each with its own copy of the model.
 
     If the cluster has GPUs each gets one of them, which has not been tried out.
 
@@ -42,8 +42,8 @@ def on_ray(
         InputError: Ray is not installed, the address does not answer, or the cluster is too small.
     """
     ray = _import_ray()
-    if Path(job.model).exists():
-        job = replace(job, model=str(Path(job.model).resolve()))
+    if Path(config.model).exists():
+        config = replace(config, model=str(Path(config.model).resolve()))
     if on_status is not None:
         on_status(f"connecting to Ray at {address}")
     started = not ray.is_initialized()
@@ -51,34 +51,36 @@ def on_ray(
         _connect(ray, address, None if workers is None else workers * cpus)
     try:
         held = ray.cluster_resources()
-        gpus = 0 if job.device == "cpu" else int(held.get("GPU", 0))
+        gpus = 0 if config.device == "cpu" else int(held.get("GPU", 0))
         fit = min(int(held.get("CPU", 0)) // cpus, gpus or 2**31)
         if fit < (workers or 1):
             raise InputError(
                 f"{workers or 1} workers of {cpus} CPUs each do not fit the Ray cluster, which has "
                 f"{held.get('CPU', 0):.0f} CPUs and {gpus} GPUs; lower --workers or --cpus-per-worker"
             )
-        crew = _Cluster(ray, replace(job, threads=cpus), workers or fit, cpus, gpus > 0, on_status)
+        pool = _RayPool(ray, replace(config, threads=cpus), workers or fit, cpus, gpus > 0, on_status)
         try:
-            yield crew
+            yield pool
         finally:
-            crew.close()
+            pool.close()
     finally:
         if started:
             ray.shutdown()
 
 
-class _Cluster:
-    """Actors on a Ray cluster. One that dies is left out from then on, and its share goes to another."""
+class _RayPool:
+    """Actors on a Ray cluster. One that dies is left out from then on, and its shard goes to another."""
 
-    def __init__(self, ray: Any, job: Job, size: int, cpus: int, gpu: bool, on_status: OnStatus | None) -> None:
+    def __init__(
+        self, ray: Any, config: WarmConfig, size: int, cpus: int, gpu: bool, on_status: OnStatus | None
+    ) -> None:
         self._ray = ray
         self.size, self.lost = size, 0
         actor = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(Worker)
         # the secret is an argument, since what a runtime environment holds goes to Ray's logs
-        self._workers = [actor.remote(job, os.environ.get(SECRET, "")) for _ in range(size)]
+        self._workers = [actor.remote(config, os.environ.get(SECRET, "")) for _ in range(size)]
         if on_status is not None:
-            on_status(f"{size} workers load {job.model}")
+            on_status(f"{size} workers load {config.model}")
         for _, where in self._all("load"):
             logger.info("a worker is %s", where)
 
@@ -88,22 +90,22 @@ class _Cluster:
             with self._surviving(worker):
                 return self._answer(getattr(worker, method).remote(*args))
 
-    def precompute(self, shares: Sequence[Share], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
-        waiting, running = deque(shares), dict[Any, tuple[Any, Share]]()
+    def precompute(self, shards: Sequence[Shard], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
+        waiting, running = deque(shards), dict[Any, tuple[Any, Shard]]()
         idle, done = deque(self._workers), 0
         while waiting or running:
             while waiting and idle:
-                worker, share = idle.popleft(), waiting.popleft()
-                running[worker.precompute.remote(share)] = (worker, share)
+                worker, shard = idle.popleft(), waiting.popleft()
+                running[worker.precompute.remote(shard)] = (worker, shard)
             [reference], _ = self._ray.wait(list(running))
-            worker, share = running.pop(reference)
+            worker, shard = running.pop(reference)
             answers = []
             with self._surviving(worker):
                 answers.append(self._answer(reference))
                 idle.append(worker)
-                done += len(share)
+                done += len(shard)
             if not answers:
-                waiting.append(share)  # last, in case it was the share that killed the worker
+                waiting.append(shard)  # last, in case it was the share that killed the worker
             yield from answers
             on_texts(done)
 

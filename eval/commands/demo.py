@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,8 @@ def demo(options: DemoOptions) -> None:
         llm.precompute([text for case in cases for text in case.chunks], on_progress=on_progress)
     answers = []
     for row, case, found in zip(rows, cases, hits, strict=True):
-        answers.append(answer(llm, case.question, found, case.chunks, None, 48, quiet=options.as_json))
+        begin = partial(llm.stream, case.question, case.chunks, max_new_tokens=48)
+        answers.append(answer(case.question, found, begin, quiet=options.as_json))
         if not options.as_json:
             full = llm.generate(case.question, case.chunks, policy="full", max_new_tokens=48)
             err.print(f"  [dim]full prefill, first token after {full.ttft_s:.2f} s: {escape(full.text)}[/]")

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from chunkcache.errors import PeerError
 from chunkcache.eval.peers.registry import HERE, PeerSpec, log_of, python_in, spec_of
-from chunkcache.prompt.builder import Prompt
+from chunkcache.prompt import Prompt
 
 TIMEOUT_S = 600.0  # for one reply
 SAID = 2000  # characters of a peer's own output that an error quotes at most
@@ -182,7 +183,8 @@ class Peer:
 
 def parts(prompt: Prompt) -> list[list[int]]:
     """Return the token ids of a prompt as prefix, chunks and question; what stands before a chunk belongs to it."""
-    chunks = [[*each.gap, *each.standing] for each in prompt.placed]
+    stops = [prompt.prefix_tokens, *(span.stop for span in prompt.spans)]
+    chunks = [list(prompt.token_ids[start:stop]) for start, stop in pairwise(stops)]
     return [list(prompt.prefix), *chunks, list(prompt.question)]
 
 

@@ -1,4 +1,4 @@
-"""Ahead: texts of a retriever become findable, come nearer, and are computed when they shall be."""
+"""BackgroundPrecompute: texts of a retriever become findable, come nearer, and are computed when they shall be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.llm import QUESTION, TEXTS, wrapped
 
 from chunkcache.errors import InputError, PolicyError
 from chunkcache.integrations import precomputing as module
-from chunkcache.integrations.precomputing import Ahead
+from chunkcache.integrations.precomputing import BackgroundPrecompute
 
 LONG = "word " * 600  # more than the 512 tokens of the tiny model
 
@@ -54,12 +54,12 @@ def gate(llm, monkeypatch):
 
 
 def test_now_means_before_take_returns(llm):
-    assert Ahead(llm).take(TEXTS) == [key.digest for key in llm.keys(TEXTS)]
+    assert BackgroundPrecompute(llm).take(TEXTS) == [key.digest for key in llm.keys(TEXTS)]
     assert stored(llm) == [True] * 3
 
 
 def test_never_leaves_it_to_the_request_which_finds_the_texts(llm):
-    ahead = Ahead(llm, "never")
+    ahead = BackgroundPrecompute(llm, "never")
     assert ahead.take(TEXTS) == [key.digest for key in llm.keys(TEXTS)]
     ahead.flush()
     assert stored(llm) == [False] * 3
@@ -68,7 +68,7 @@ def test_never_leaves_it_to_the_request_which_finds_the_texts(llm):
 
 
 def test_in_the_background_take_returns_at_once(llm, gate):
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     assert ahead.take(TEXTS) == [key.digest for key in llm.keys(TEXTS)]
     assert gate.inside.wait(20)
     assert stored(llm) == [False] * 3
@@ -81,12 +81,12 @@ def test_in_the_background_take_returns_at_once(llm, gate):
 def test_what_is_stored_already_is_not_computed_again(llm, gate):
     gate.opened.set()
     gate.compute(TEXTS[:2])
-    Ahead(llm).take([*TEXTS, TEXTS[2]])
+    BackgroundPrecompute(llm).take([*TEXTS, TEXTS[2]])
     assert gate.calls == [[TEXTS[2]]]
 
 
 def test_system_prompt_and_policy_are_those_of_the_requests(llm):
-    ahead = Ahead(llm, "now", "Be brief.", "cacheblend")
+    ahead = BackgroundPrecompute(llm, "now", "Be brief.", "cacheblend")
     digests = ahead.take(TEXTS)
     assert digests == [key.digest for key in llm.keys(TEXTS, "Be brief.", "cacheblend")]
     assert not set(digests) & {key.digest for key in llm.keys(TEXTS)}
@@ -95,7 +95,7 @@ def test_system_prompt_and_policy_are_those_of_the_requests(llm):
 
 @pytest.mark.parametrize("how", ["now", "background"])
 def test_by_their_document_texts_are_deleted(llm, how):
-    ahead = Ahead(llm, how)
+    ahead = BackgroundPrecompute(llm, how)
     ahead.take(TEXTS, ["a", None, "b"])
     ahead.flush()
     llm.forget(document="a")
@@ -105,7 +105,7 @@ def test_by_their_document_texts_are_deleted(llm, how):
 def test_what_was_stored_without_its_document_gets_it_once(llm, gate):
     gate.opened.set()
     gate.compute(TEXTS)
-    ahead = Ahead(llm)
+    ahead = BackgroundPrecompute(llm)
     for _ in range(3):
         ahead.take(TEXTS, ["a", "a", None])
     assert gate.calls == [list(TEXTS[:2])]
@@ -116,14 +116,14 @@ def test_what_was_stored_without_its_document_gets_it_once(llm, gate):
 def test_what_it_remembers_is_bounded(llm, gate, monkeypatch):
     monkeypatch.setattr(module, "_LABELLED", 2)
     gate.opened.set()
-    ahead = Ahead(llm)
+    ahead = BackgroundPrecompute(llm)
     for texts in (TEXTS, TEXTS[:1], TEXTS[:1]):
         ahead.take(texts, ["a"] * len(texts))
     assert gate.calls == [list(TEXTS), [TEXTS[0]]]
 
 
 def test_a_text_of_two_documents_stays_until_both_are_gone(llm):
-    ahead = Ahead(llm)
+    ahead = BackgroundPrecompute(llm)
     ahead.take([TEXTS[0], TEXTS[0]], ["a", "b"])
     llm.update_document("a", [])
     assert stored(llm, TEXTS[:1]) == [True]
@@ -132,7 +132,7 @@ def test_a_text_of_two_documents_stays_until_both_are_gone(llm):
 
 
 def test_white_space_and_what_is_too_long_are_left_out_and_said_once(llm, caplog):
-    ahead = Ahead(llm)
+    ahead = BackgroundPrecompute(llm)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             digests = ahead.take(["", TEXTS[0], " \n", LONG], ["a", "b", "c", "d"])
@@ -144,7 +144,7 @@ def test_white_space_and_what_is_too_long_are_left_out_and_said_once(llm, caplog
 
 
 def test_the_reason_for_a_long_text_has_its_length_and_not_its_words(llm, caplog):
-    assert Ahead(llm).take([LONG]) == [None]
+    assert BackgroundPrecompute(llm).take([LONG]) == [None]
     tokens = len(llm.prompts.chunk(LONG))
     assert f"it has {tokens} tokens, and does not fit the model's context of {llm.max_tokens}" in caplog.text
     assert "word word" not in caplog.text
@@ -157,18 +157,18 @@ def test_the_longest_text_that_fits_is_cached(llm):
     over = [text for text in texts if len(llm.prompts.chunk(text)) >= room][:1]
     assert fitting
     assert over
-    assert [digest is None for digest in Ahead(llm).take([*fitting, *over])] == [False, True]
+    assert [digest is None for digest in BackgroundPrecompute(llm).take([*fitting, *over])] == [False, True]
 
 
 def test_nothing_at_all(llm, gate):
-    assert Ahead(llm).take([]) == []
-    assert Ahead(llm, "background").take([" "], ["a"]) == [None]
+    assert BackgroundPrecompute(llm).take([]) == []
+    assert BackgroundPrecompute(llm, "background").take([" "], ["a"]) == [None]
     assert gate.calls == []
 
 
 def test_what_waits_is_not_queued_again_and_what_is_too_much_is_dropped(llm, gate, monkeypatch, caplog):
     monkeypatch.setattr(module, "WAITING", 2)
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     ahead.take(TEXTS[:1])
     assert gate.inside.wait(20)
     more = [f"{TEXTS[0]} Number {number}." for number in range(4)]
@@ -191,7 +191,7 @@ def test_an_error_in_the_background_is_logged_once_and_ends_nothing(llm, monkeyp
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(llm, "precompute", fail)
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     for text in TEXTS:
         ahead.take([text])
         ahead.flush()
@@ -203,11 +203,11 @@ def test_an_error_in_the_background_is_logged_once_and_ends_nothing(llm, monkeyp
 def test_an_error_now_is_the_callers(llm, monkeypatch):
     monkeypatch.setattr(llm, "precompute", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        Ahead(llm).take(TEXTS)
+        BackgroundPrecompute(llm).take(TEXTS)
 
 
 def test_close_drops_what_waits_and_takes_nothing_more(llm, gate):
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     ahead.take(TEXTS[:1])
     assert gate.inside.wait(20)
     ahead.take(TEXTS[1:2])
@@ -222,7 +222,7 @@ def test_close_drops_what_waits_and_takes_nothing_more(llm, gate):
 
 
 def test_there_is_a_thread_only_while_there_is_work(llm, gate):
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     assert not workers()
     ahead.take(TEXTS)
     assert len(workers()) == 1
@@ -238,7 +238,7 @@ def workers():
 
 
 def test_several_threads_may_take_at_once(llm):
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     texts = [f"{text} Number {number}." for number in range(4) for text in TEXTS]
     with ThreadPoolExecutor(4) as pool:
         for digests in pool.map(lambda start: ahead.take(texts[start:], ["a"] * len(texts[start:])), range(8)):
@@ -248,7 +248,7 @@ def test_several_threads_may_take_at_once(llm):
 
 
 def test_nobody_keeps_it_alive(llm):
-    ahead = Ahead(llm, "background")
+    ahead = BackgroundPrecompute(llm, "background")
     ahead.take(TEXTS)
     ahead.flush()
     for thread in workers():
@@ -262,8 +262,8 @@ def test_nobody_keeps_it_alive(llm):
 def test_a_process_that_ends_meanwhile_ends_well():
     program = (
         "from support.llm import TEXTS, wrapped\n"
-        "from chunkcache.integrations.precomputing import Ahead\n"
-        "Ahead(wrapped(), 'background').take([f'{t} {n}' for n in range(200) for t in TEXTS])\n"
+        "from chunkcache.integrations.precomputing import BackgroundPrecompute\n"
+        "BackgroundPrecompute(wrapped(), 'background').take([f'{t} {n}' for n in range(200) for t in TEXTS])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
@@ -273,21 +273,21 @@ def test_a_process_that_ends_meanwhile_ends_well():
 
 def test_what_makes_no_sense_is_refused(llm):
     with pytest.raises(InputError, match="precompute is 'later': choose one of now, background, never"):
-        Ahead(llm, "later")
+        BackgroundPrecompute(llm, "later")
     with pytest.raises(PolicyError):
-        Ahead(llm, policy="nonsense")
+        BackgroundPrecompute(llm, policy="nonsense")
     with pytest.raises(InputError, match="2 documents for 3 texts"):
-        Ahead(llm).take(TEXTS, ["a", "b"])
+        BackgroundPrecompute(llm).take(TEXTS, ["a", "b"])
 
 
 def test_what_is_retrieved_is_credited_in_the_store(llm):
     credited = []
     credit = llm.store.credit
     llm.store.credit = lambda key, worth: credited.append(key) or credit(key, worth)
-    Ahead(llm).take(TEXTS)
+    BackgroundPrecompute(llm).take(TEXTS)
     assert credited == llm.keys(TEXTS)
 
 
 def test_a_negative_number_of_ranks_is_refused(llm):
     with pytest.raises(InputError, match="reorder = -1"):
-        Ahead(llm, reorder=-1)
+        BackgroundPrecompute(llm, reorder=-1)

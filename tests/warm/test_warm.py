@@ -22,9 +22,9 @@ from chunkcache.errors import InputError, ModelNotFoundError
 from chunkcache.kv import hashed_label
 from chunkcache.retriever import Chunk, load_documents, split
 from chunkcache.store import DiskStore, EntryFilter
-from chunkcache.warm import Job, alone
+from chunkcache.warm import WarmConfig, local_pool
 from chunkcache.warm import ray as warm_ray
-from chunkcache.warm.ray import on_ray
+from chunkcache.warm.ray import ray_pool
 
 SENTENCES = {
     "bridge": "The bridge over the river was opened to the public in {}, after nine years of work by many people. ",
@@ -48,144 +48,144 @@ def docs(tmp_path):
 
 
 @pytest.fixture
-def job(model, tmp_path):
-    return Job(model, f"disk://{tmp_path / 'kv'}?sync=no", chunk_tokens=48)
+def config(model, tmp_path):
+    return WarmConfig(model, f"disk://{tmp_path / 'kv'}?sync=no", chunk_tokens=48)
 
 
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch):
-    monkeypatch.setattr(warm, "SHARE_TEXTS", 2)
+    monkeypatch.setattr(warm, "SHARD_TEXTS", 2)
 
 
 def write(folder, name, text):
     (folder / f"{name}.md").write_text(text)
 
 
-def run(job, docs, on_progress=None):
-    with alone(job) as crew:
-        return warm.warm(job, load_documents(docs), crew, on_progress)
+def run(config, docs, on_progress=None):
+    with local_pool(config) as pool:
+        return warm.warm(config, load_documents(docs), pool, on_progress)
 
 
-def pieces(job, docs):
+def pieces(config, docs):
     """What the documents are cut into, by document."""
     return {
-        d.id: [c.text.strip() for c in split(d, chat_tokenizer(), size=job.chunk_tokens)]
+        d.id: [c.text.strip() for c in split(d, chat_tokenizer(), size=config.chunk_tokens)]
         for d in load_documents(docs)
     }
 
 
-def entries(job, document=None):
-    with DiskStore(job.store.removeprefix("disk://").partition("?")[0], sync="no") as store:
+def entries(config, document=None):
+    with DiskStore(config.store.removeprefix("disk://").partition("?")[0], sync="no") as store:
         return list(store.entries(EntryFilter(document=hashed_label("document", document) if document else None)))
 
 
-def test_all_of_a_folder_is_stored_and_found_by_requests(job, docs):
+def test_all_of_a_folder_is_stored_and_found_by_requests(config, docs):
     seen = []
-    done = run(job, docs, lambda *progress: seen.append(progress))
-    cut = pieces(job, docs)
+    done = run(config, docs, lambda *progress: seen.append(progress))
+    cut = pieces(config, docs)
     count = sum(map(len, cut.values()))
     assert count > 12
     assert (done.documents, done.chunks, done.computed, done.skipped, done.deleted) == (3, count, count, 0, 0)
     assert (done.failures, done.workers, done.lost_workers) == (0, 1, 0)
     assert seen == sorted(seen)
     assert seen[-1] == (count, count)
-    assert done.nbytes == sum(entry.nbytes for entry in entries(job))
+    assert done.nbytes == sum(entry.nbytes for entry in entries(config))
     for document, texts in cut.items():
-        assert len(entries(job, document)) == len(texts)
-    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), job.store)
+        assert len(entries(config, document)) == len(texts)
+    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), config.store)
     stats = llm.generate("When was it opened?", cut["bridge.md"][:3], max_new_tokens=2).stats
     assert (stats.hits, stats.misses) == (3, 0)
 
 
-def test_what_is_stored_is_not_computed_again(job, docs):
-    first = run(job, docs)
-    before = {entry.key: entry.created for entry in entries(job)}
-    again = run(job, docs)
+def test_what_is_stored_is_not_computed_again(config, docs):
+    first = run(config, docs)
+    before = {entry.key: entry.created for entry in entries(config)}
+    again = run(config, docs)
     assert (again.chunks, again.computed, again.skipped, again.nbytes) == (first.chunks, 0, first.chunks, 0)
-    assert {entry.key: entry.created for entry in entries(job)} == before
+    assert {entry.key: entry.created for entry in entries(config)} == before
 
 
-def test_after_an_edit_only_what_changed_is_computed_and_what_went_is_deleted(job, docs):
-    run(job, docs)
-    old = pieces(job, docs)["ferry.md"]
+def test_after_an_edit_only_what_changed_is_computed_and_what_went_is_deleted(config, docs):
+    run(config, docs)
+    old = pieces(config, docs)["ferry.md"]
     write(docs, "ferry", (docs / "ferry.md").read_text() + "A last sentence was added on a Tuesday in the spring.")
-    new = pieces(job, docs)["ferry.md"]
-    done = run(job, docs)
+    new = pieces(config, docs)["ferry.md"]
+    done = run(config, docs)
     assert done.computed == len(set(new) - set(old)) < len(new)
     assert done.deleted == len(set(old) - set(new))
-    assert len(entries(job, "ferry.md")) == len(new)
+    assert len(entries(config, "ferry.md")) == len(new)
     write(docs, "ferry", "It was sold.")
-    assert run(job, docs).deleted == len(new)
-    assert len(entries(job, "ferry.md")) == 1
+    assert run(config, docs).deleted == len(new)
+    assert len(entries(config, "ferry.md")) == 1
 
 
-def test_a_chunk_that_only_one_of_its_documents_loses_stays(job, docs):
+def test_a_chunk_that_only_one_of_its_documents_loses_stays(config, docs):
     shared = "The answer is in the second paragraph of the document, which nobody has read since 1931."
     write(docs, "keeper", shared)
     write(docs, "ferry", shared)
-    done = run(job, docs)
-    assert done.chunks == len(pieces(job, docs)["bridge.md"]) + 1
-    [entry] = entries(job, "keeper.md")
+    done = run(config, docs)
+    assert done.chunks == len(pieces(config, docs)["bridge.md"]) + 1
+    [entry] = entries(config, "keeper.md")
     assert set(entry.documents) == {hashed_label("document", "ferry.md"), hashed_label("document", "keeper.md")}
     write(docs, "keeper", "Now it says something else.")
-    run(job, docs)
-    assert [e.documents for e in entries(job, "ferry.md")] == [(hashed_label("document", "ferry.md"),)]
-    assert len(entries(job, "keeper.md")) == 1
-    assert run(job, docs).computed == 0
+    run(config, docs)
+    assert [e.documents for e in entries(config, "ferry.md")] == [(hashed_label("document", "ferry.md"),)]
+    assert len(entries(config, "keeper.md")) == 1
+    assert run(config, docs).computed == 0
 
 
-def test_documents_and_tenants_do_not_touch_one_another(job, docs):
-    run(job, docs)
-    count = len(entries(job))
-    other = run(replace(job, tenant="acme"), docs)
+def test_documents_and_tenants_do_not_touch_one_another(config, docs):
+    run(config, docs)
+    count = len(entries(config))
+    other = run(replace(config, tenant="acme"), docs)
     assert other.skipped == 0
     write(docs, "ferry", "Short.")
-    run(replace(job, tenant="acme"), docs)
-    left = [entry for entry in entries(job) if not entry.tenant]
+    run(replace(config, tenant="acme"), docs)
+    left = [entry for entry in entries(config) if not entry.tenant]
     assert len(left) == count
 
 
-def test_bad_input_shows_when_the_crew_is_called(job, tmp_path):
-    with pytest.raises(InputError, match="is gone when this ends"), alone(replace(job, store="memory://")):
+def test_bad_input_shows_when_the_crew_is_called(config, tmp_path):
+    with pytest.raises(InputError, match="is gone when this ends"), local_pool(replace(config, store="memory://")):
         pass
-    with pytest.raises(ModelNotFoundError), alone(replace(job, model=str(tmp_path / "no/model"))):
+    with pytest.raises(ModelNotFoundError), local_pool(replace(config, model=str(tmp_path / "no/model"))):
         pass
 
 
-def test_tiers_in_memory_are_left_out(job, docs):
-    folder = job.store
-    job = replace(job, store=f"tiered:?write=evict|memory://|{folder}")
-    done = run(job, docs)
-    assert len(entries(replace(job, store=folder))) == done.chunks + 1  # and the prefix
+def test_tiers_in_memory_are_left_out(config, docs):
+    folder = config.store
+    config = replace(config, store=f"tiered:?write=evict|memory://|{folder}")
+    done = run(config, docs)
+    assert len(entries(replace(config, store=folder))) == done.chunks + 1  # and the prefix
 
 
-def test_a_store_that_is_too_small_says_so(job, docs):
-    done = run(replace(job, store=job.store + "&max_bytes=100KiB"), docs)
+def test_a_store_that_is_too_small_says_so(config, docs):
+    done = run(replace(config, store=config.store + "&max_bytes=100KiB"), docs)
     assert done.store["evictions"] + done.failures > 0
 
 
 def test_shares_keep_all_documents_of_a_text_together(monkeypatch):
-    monkeypatch.setattr(warm, "SHARE_TOKENS", 100)
+    monkeypatch.setattr(warm, "SHARD_TOKENS", 100)
     chunks = [Chunk("a", 0, "x", 60), Chunk("a", 1, "y", 30), Chunk("b", 0, "z", 20), Chunk("c", 0, "x", 60)]
-    assert list(warm._shares(chunks)) == [{"x": ["a", "c"], "y": ["a"]}, {"z": ["b"]}]
-    assert list(warm._shares([Chunk("a", 0, "x", 500)])) == [{"x": ["a"]}]
-    assert list(warm._shares([])) == []
+    assert list(warm._shards(chunks)) == [{"x": ["a", "c"], "y": ["a"]}, {"z": ["b"]}]
+    assert list(warm._shards([Chunk("a", 0, "x", 500)])) == [{"x": ["a"]}]
+    assert list(warm._shards([])) == []
 
 
-def test_the_command_reports_what_it_did(job, docs, monkeypatch, capsys):
+def test_the_command_reports_what_it_did(config, docs, monkeypatch, capsys):
     args = [
         "chunkcache",
         "store",
         "warm",
         str(docs),
         "--model",
-        job.model,
+        config.model,
         "--chunk-tokens",
         "48",
         "--store",
-        job.store,
+        config.store,
     ]
-    count = sum(map(len, pieces(job, docs).values()))
+    count = sum(map(len, pieces(config, docs).values()))
     for computed, argv in ((count, [*args, "--json"]), (0, [*args, "--json"]), (0, args)):
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as left:
@@ -199,30 +199,41 @@ def test_the_command_reports_what_it_did(job, docs, monkeypatch, capsys):
             assert f"{count} chunks of 3 documents: {count} were stored already, 0 computed" in shown.err
 
 
-def test_an_interrupted_run_goes_on_where_it_was(job, docs):
+def test_an_interrupted_run_goes_on_where_it_was(config, docs):
     """A real process, a real SIGINT while it computes."""
     for number in range(15):
         write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(40)))
-    command = [sys.executable, "-W", "ignore", "-m", "chunkcache", "store", "warm", str(docs), "--model", job.model]
-    command += ["--chunk-tokens", "48", "--store", job.store, "--json"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "chunkcache",
+        "store",
+        "warm",
+        str(docs),
+        "--model",
+        config.model,
+    ]
+    command += ["--chunk-tokens", "48", "--store", config.store, "--json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )
-    folder = job.store.removeprefix("disk://").partition("?")[0]
+    folder = config.store.removeprefix("disk://").partition("?")[0]
     while process.poll() is None and stored(folder) < 5:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert "interrupted: what was computed is stored" in err
-    kept = {entry.key for entry in entries(job)}
+    kept = {entry.key for entry in entries(config)}
     assert len(kept) >= 5
     finished = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     facts = json.loads(finished.stdout)
     assert 0 < facts["computed"] < facts["chunks"]
     assert facts["skipped"] >= len(kept) - 1  # the prefix is no chunk
-    assert kept <= {entry.key for entry in entries(job)}
+    assert kept <= {entry.key for entry in entries(config)}
 
 
 def heed_interrupts():
@@ -251,30 +262,30 @@ def cluster():
 
 @pytest.fixture
 def on_cluster(cluster):
-    def call(job, docs, on_progress=None, **options):
-        with on_ray(job, "local", cpus=1, **options) as crew:
-            return warm.warm(job, load_documents(docs), crew, on_progress)
+    def call(config, docs, on_progress=None, **options):
+        with ray_pool(config, "local", cpus=1, **options) as pool:
+            return warm.warm(config, load_documents(docs), pool, on_progress)
 
     return call
 
 
-def test_two_workers_store_what_one_would_sealed_with_the_same_secret(job, docs, on_cluster, monkeypatch):
+def test_two_workers_store_what_one_would_sealed_with_the_same_secret(config, docs, on_cluster, monkeypatch):
     monkeypatch.setenv("CHUNKCACHE_SECRET", "s")
     seen = []
-    done = on_cluster(job, docs, lambda *progress: seen.append(progress), workers=2)
-    count = sum(map(len, pieces(job, docs).values()))
+    done = on_cluster(config, docs, lambda *progress: seen.append(progress), workers=2)
+    count = sum(map(len, pieces(config, docs).values()))
     assert (done.chunks, done.computed, done.workers, done.lost_workers, done.failures) == (count, count, 2, 0, 0)
     assert seen[-1] == (count, count)
-    alone_job = replace(job, store=job.store.replace("/kv", "/kv2"))
+    alone_job = replace(config, store=config.store.replace("/kv", "/kv2"))
     run(alone_job, docs)
-    assert {e.key for e in entries(job)} == {e.key for e in entries(alone_job)}
+    assert {e.key for e in entries(config)} == {e.key for e in entries(alone_job)}
     write(docs, "ferry", "It was sold.")
-    again = run(job, docs)
+    again = run(config, docs)
     assert again.computed == 1
     assert again.deleted == len(entries(alone_job, "ferry.md"))
 
 
-def test_the_work_of_a_worker_that_dies_goes_to_another(job, docs, on_cluster, caplog):
+def test_the_work_of_a_worker_that_dies_goes_to_another(config, docs, on_cluster, caplog):
     caplog.set_level("INFO", "chunkcache")
     for number in range(10):
         write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(10)))
@@ -286,21 +297,21 @@ def test_the_work_of_a_worker_that_dies_goes_to_another(job, docs, on_cluster, c
             killed.append(int(found[0]))
             os.kill(killed[0], signal.SIGKILL)
 
-    done = on_cluster(job, docs, kill_one, workers=2)
+    done = on_cluster(config, docs, kill_one, workers=2)
     assert (done.workers, done.lost_workers) == (2, 1)
     assert "its work goes to another" in caplog.text
-    for document, texts in pieces(job, docs).items():
-        assert len(entries(job, document)) == len(texts)
+    for document, texts in pieces(config, docs).items():
+        assert len(entries(config, document)) == len(texts)
 
 
-def test_what_a_worker_raises_is_what_the_caller_sees(job, docs, on_cluster, tmp_path):
+def test_what_a_worker_raises_is_what_the_caller_sees(config, docs, on_cluster, tmp_path):
     with pytest.raises(ModelNotFoundError, match="No model can be loaded"):
-        on_cluster(replace(job, model=str(tmp_path / "no/model")), docs)
+        on_cluster(replace(config, model=str(tmp_path / "no/model")), docs)
     with pytest.raises(InputError, match="do not fit the Ray cluster, which has 2 CPUs"):
-        on_cluster(job, docs, workers=3)
+        on_cluster(config, docs, workers=3)
 
 
-def test_a_cluster_that_does_not_answer_is_bad_input(job):
+def test_a_cluster_that_does_not_answer_is_bad_input(config):
     pytest.importorskip("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -309,7 +320,7 @@ def test_a_cluster_that_does_not_answer_is_bad_input(job):
         warm_ray._connect(warm_ray._import_ray(), address, None)
 
 
-def test_without_ray_installed_it_says_what_to_install(job, monkeypatch):
+def test_without_ray_installed_it_says_what_to_install(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'chunkcache\[ray\]'"), on_ray(job, "local"):
+    with pytest.raises(InputError, match=r"pip install 'chunkcache\[ray\]'"), ray_pool(config, "local"):
         pass
