@@ -6,7 +6,7 @@ import pytest
 from support.llm import QUESTION, TEXTS, wrapped
 
 from chunkcache.errors import InputError
-from chunkcache.integrations.answering import chat_options, said
+from chunkcache.integrations.answering import chat_options, strip_stop
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,6 @@ def test_an_answer_ends_before_its_stop_string():
     whole = llm.generate(QUESTION, TEXTS, max_new_tokens=12)
     text = llm.tokenizer.decode(whole.token_ids)
     stop = text[4:6]
-    assert said(llm, whole, {"stop_strings": [stop]}) == (text[: text.index(stop)].strip(), True)
-    assert said(llm, whole, {"stop_strings": ["never said"]}) == (whole.text, False)
-    assert said(llm, whole, {}) == (whole.text, False)
+    assert strip_stop(llm, whole, {"stop_strings": [stop]}) == (text[: text.index(stop)].strip(), True)
+    assert strip_stop(llm, whole, {"stop_strings": ["never said"]}) == (whole.text, False)
+    assert strip_stop(llm, whole, {}) == (whole.text, False)
