@@ -172,7 +172,7 @@ class Retriever:
             self._put(table.with_changes({document_id: None}))
             return Change(removed=tuple(entry.chunk for entry in table.documents[document_id].entries))
 
-    def search(self, query: str, k: int = 5, mode: str | None = None) -> list[Hit]:
+    def search(self, query: str, k: int = 4, mode: str | None = None) -> list[Hit]:
         """Return the best `k` chunks, best first, equal scores in the order of `chunks`.
 
         There are fewer if there are no more chunks, if fewer share a word with the query in `keyword` mode, or if an

@@ -187,7 +187,7 @@ def test_overlapping_chunks_are_said_once():
 def test_three_in_a_row_are_one_run():
     made = corpus()
     parts = [hit(TEXT[:40], 0), hit(TEXT[50:], 50), hit(TEXT[30:60], 30)]
-    assert [(each.text, each.first) for each in made.passages(parts)] == [
+    assert [(each.text, each.skip_chars) for each in made.passages(parts)] == [
         (TEXT[:40], 0),
         (TEXT[30:60], 10),
         (TEXT[50:], 10),
@@ -204,7 +204,7 @@ def test_overlapping_chunks_reuse_both_kv():
     made.precompute()
     answer = made.generate("What stands first?", k=4, max_new_tokens=2)
     stats = answer.generation.stats
-    assert any(passage.first for passage in made.passages(answer.hits))
+    assert any(passage.skip_chars for passage in made.passages(answer.hits))
     assert stats.hits == stats.chunks
     assert stats.reused_tokens > stats.tokens / 3
 
@@ -244,7 +244,7 @@ def held(corpus: Corpus, texts: list[str]) -> list[bool]:
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_the_last_document_that_has_a_text_takes_its_kv_along(ahead):
-    made = corpus(Document("a", "a", BRIDGE.text), Document("b", "b", BRIDGE.text), ahead=ahead)
+    made = corpus(Document("a", "a", BRIDGE.text), Document("b", "b", BRIDGE.text), precompute=ahead)
     made.generate(QUESTION, k=2, max_new_tokens=2)
     made.delete("a")
     made.generate(QUESTION, k=2, max_new_tokens=2)

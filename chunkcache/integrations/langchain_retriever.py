@@ -129,7 +129,7 @@ class ChunkRetriever(BaseRetriever):
     model_config = ConfigDict(extra="forbid")
 
     retriever: InstanceOf[Retriever] = Field(repr=False)
-    k: int = Field(default=5, ge=1)
+    k: int = Field(default=4, ge=1)
     mode: str | None = None
 
     def _get_relevant_documents(

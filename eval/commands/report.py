@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err
 from chunkcache.errors import ResultsError
-from chunkcache.eval.commands.options import argument, command, option
+from chunkcache.eval.commands.options import argument, command, count, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class TableOptions:
 
     report: Annotated[Path, argument(metavar="REPORT.json")]
     readme: Annotated[Path, option("--into", help="Markdown file with the marks.")]
+    first: Annotated[int | None, count("So many tables only.")] = None
     check: Annotated[bool, option(help="Change nothing; exit with 1 if the file says something else.")] = False
 
 
@@ -67,12 +68,13 @@ def bench_table(options: TableOptions) -> None:
         text = readme.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{readme} cannot be read: {error}") from None
-    wanted = replace_between(text, readme_tables(read_report(report)))
+    wanted = replace_between(text, readme_tables(read_report(report), options.first))
     if not options.check:
         readme.write_text(wanted, encoding="utf-8")
     elif wanted != text:
+        first = "" if options.first is None else f" --first {options.first}"
         err.print(
             f"[red]{escape(str(readme))} disagrees with {escape(str(report))}:[/] "
-            f"run `chunkcache bench table {escape(str(report))} --into {escape(str(readme))}`"
+            f"run `chunkcache bench table {escape(str(report))} --into {escape(str(readme))}{first}`"
         )
         click.get_current_context().exit(1)

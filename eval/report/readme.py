@@ -14,8 +14,12 @@ BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 
 
-def readme_tables(report: dict[str, Any]) -> str:
-    """Return the Markdown tables of all `requests` sections: one for each data set and number of chunks.
+def readme_tables(report: dict[str, Any], first: int | None = None) -> str:
+    """Return the Markdown tables of the `requests` sections: one for each data set and number of chunks.
+
+    Args:
+        report: as read.
+        first: how many of them; None for all.
 
     Raises:
         ResultsError: the report has no such section.
@@ -25,7 +29,7 @@ def readme_tables(report: dict[str, Any]) -> str:
         raise ResultsError("the report has no results of `bench ttft` or `bench quality` to make tables of")
     shown: list[str] = []
     machine = ""
-    for section in sections:
+    for section in sections[:first]:
         if machine_line(section) != machine:  # said once for all tables that it holds for
             machine = machine_line(section)
             shown.append(machine)

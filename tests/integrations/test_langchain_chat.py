@@ -106,10 +106,10 @@ def test_document_blocks_are_the_direct_call_over_chunks():
     for system in (None, "You answer in few words."):
         messages = [*([SystemMessage(system)] if system else []), *blocks()]
         out = chat().invoke(messages)
-        direct = llm.generate(QUESTION, TEXTS, system, do_sample=False, max_new_tokens=12)
+        direct = llm.generate(QUESTION, TEXTS, system=system, do_sample=False, max_new_tokens=12)
         assert out.content == direct.text
         prompt, expected = llm.chat_prompt(as_chat(messages)), llm.prompts.build(QUESTION, TEXTS, system)
-        assert (prompt.token_ids, prompt.placed) == (expected.token_ids, expected.placed)
+        assert prompt == expected
 
 
 def test_full_prefill_is_plain_transformers():
@@ -430,10 +430,10 @@ def test_a_model_is_loaded_and_wrapped_by_its_name(monkeypatch):
         loaded.update(options, name=name)
         return shared().model, shared().tokenizer
 
-    monkeypatch.setattr("chunkcache.load_model", load_model)
+    monkeypatch.setattr("chunkcache.models.load_model", load_model)
     store = open_store("memory://?max_bytes=9MB")
     model = ChatChunkCache.from_model("tiny", policy="full", store=store, temperature=0, max_tokens=2)
-    assert loaded == {"name": "tiny", "device": None, "dtype": "auto"}
+    assert loaded == {"name": "tiny", "device": None, "dtype": "auto", "on_status": None}
     assert (model.model_name, str(model.llm.policy), model.temperature) == ("tiny", "full", 0)
     assert model.llm.store is store
 

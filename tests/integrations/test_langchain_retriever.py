@@ -106,11 +106,11 @@ def test_a_document_can_be_forgotten_by_its_source_or_its_id():
     llm = wrapped()
     documents = [DOCUMENTS[0], Document(page_content=TEXTS[1], id="no source"), Document(page_content=TEXTS[2])]
     over(llm, documents).invoke(QUESTION)
-    assert llm.forget(document="0.md") == 1
-    assert llm.forget(document="no source") == 1
+    assert llm.delete(document="0.md") == 1
+    assert llm.delete(document="no source") == 1
     assert stored(llm) == [False, False, True]
     over(llm, document_key="page").invoke(QUESTION)
-    assert llm.forget(document="id-0") == 1
+    assert llm.delete(document="id-0") == 1
 
 
 def test_what_cannot_be_cached_passes_through_without_a_key(caplog):
@@ -310,4 +310,4 @@ async def test_our_retriever_takes_k_and_mode_from_a_call(ours):
 def test_our_chunks_can_be_forgotten_by_their_document(ours):
     llm, retriever = ours
     ChunkCacheRetriever(retriever=ChunkRetriever(retriever=retriever), llm=llm).invoke(QUESTION)
-    assert llm.forget(document="1.md") == 1
+    assert llm.delete(document="1.md") == 1

@@ -169,8 +169,8 @@ def test_background_and_never():
 def test_nodes_are_prepared_in_another_thread_of_an_async_engine():
     llm = wrapped()
     threads = []
-    know = llm.know
-    llm.know = lambda *args: threads.append(threading.current_thread()) or know(*args)
+    register = llm.register
+    llm.register = lambda *args, **options: threads.append(threading.current_thread()) or register(*args, **options)
     ready = asyncio.run(ChunkCachePostprocessor(llm).apostprocess_nodes(scored()))
     assert [found.node.metadata[CHUNK_KEY] for found in ready] == [key.digest for key in llm.keys(TEXTS)]
     assert threads
@@ -268,7 +268,7 @@ def test_what_is_not_text_is_refused():
         answering().chat([image])
     with pytest.raises(PromptError, match="have no text"):
         answering().complete(" ")
-    with pytest.raises(PromptError, match="num_return_sequences=2"):
+    with pytest.raises(InputError, match="num_return_sequences=2"):
         answering().complete(QUESTION, num_return_sequences=2)
     with pytest.raises(ContextLengthError):
         answering().complete("word " * 5000)
@@ -572,7 +572,7 @@ def test_a_document_is_forgotten_by_the_id_that_the_index_knows_it_by(index):
     post = ChunkCachePostprocessor(llm)
     texts = [scored.node.get_content(MetadataMode.LLM) for scored in post.postprocess_nodes(found)]
     assert stored(llm, texts) == [True] * 3
-    llm.forget(document=found[0].node.ref_doc_id)
+    llm.delete(document=found[0].node.ref_doc_id)
     assert stored(llm, texts) == [False, True, True]
     assert not any(CHUNK_KEY in node.metadata for node in index.docstore.docs.values())
 

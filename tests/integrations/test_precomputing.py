@@ -88,7 +88,7 @@ def test_what_is_stored_already_is_not_computed_again(llm, gate):
 def test_system_prompt_and_policy_are_those_of_the_requests(llm):
     ahead = BackgroundPrecompute(llm, "now", "Be brief.", "cacheblend")
     digests = ahead.take(TEXTS)
-    assert digests == [key.digest for key in llm.keys(TEXTS, "Be brief.", "cacheblend")]
+    assert digests == [key.digest for key in llm.keys(TEXTS, system="Be brief.", policy="cacheblend")]
     assert not set(digests) & {key.digest for key in llm.keys(TEXTS)}
     assert llm.generate(QUESTION, TEXTS, system="Be brief.", policy="cacheblend", max_new_tokens=1).stats.hits == 3
 
@@ -98,7 +98,7 @@ def test_by_their_document_texts_are_deleted(llm, how):
     ahead = BackgroundPrecompute(llm, how)
     ahead.take(TEXTS, ["a", None, "b"])
     ahead.flush()
-    llm.forget(document="a")
+    llm.delete(document="a")
     assert stored(llm) == [False, True, True]
 
 
@@ -109,7 +109,7 @@ def test_what_was_stored_without_its_document_gets_it_once(llm, gate):
     for _ in range(3):
         ahead.take(TEXTS, ["a", "a", None])
     assert gate.calls == [list(TEXTS[:2])]
-    llm.forget(document="a")
+    llm.delete(document="a")
     assert stored(llm) == [False, False, True]
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, TextStreamer, pipeline
 
 import chunkcache
-from chunkcache.errors import ContextLengthError, PolicyError, PromptError
+from chunkcache.errors import ContextLengthError, InputError, PolicyError, PromptError
 from chunkcache.integrations.transformers import TASK, ChunkCacheRagPipeline
 
 INPUT = {"question": QUESTION, "chunks": list(TEXTS)}
@@ -162,7 +162,7 @@ def test_batches_are_refused():
     with pytest.raises(PromptError, match="batch_size=4"):
         rag()([INPUT, INPUT], batch_size=4)
     assert len(rag(batch_size=1)([INPUT, INPUT], batch_size=1)) == 2
-    with pytest.raises(PromptError, match="num_return_sequences=2"):
+    with pytest.raises(InputError, match="num_return_sequences=2"):
         rag()(INPUT, num_return_sequences=2)
 
 

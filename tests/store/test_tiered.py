@@ -604,7 +604,9 @@ def test_eight_threads_that_miss_the_same_chunks_compute_each_once(make, monkeyp
 
     def work(number):
         start.wait()
-        return library.compute(dict.fromkeys(chunks[number % 3 :] + chunks[: number % 3], prefix))
+        wanted = chunks[number % 3 :] + chunks[: number % 3]
+        computed = library.compute([library.ref(chunk, prefix) for chunk in wanted])
+        return {ref.token_ids: kv for ref, kv in computed.items()}
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(work, range(8)))

@@ -92,7 +92,7 @@ def test_all_of_a_folder_is_stored_and_found_by_requests(config, docs):
     assert done.nbytes == sum(entry.nbytes for entry in entries(config))
     for document, texts in cut.items():
         assert len(entries(config, document)) == len(texts)
-    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), config.store)
+    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), store=config.store)
     stats = llm.generate("When was it opened?", cut["bridge.md"][:3], max_new_tokens=2).stats
     assert (stats.hits, stats.misses) == (3, 0)
 
