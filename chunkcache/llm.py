@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkcache.blend import Decoder, Policy, parse_policy, self_check
 from chunkcache.deprecated import RenamedMethods, renamed_options
+from chunkcache.engine.attach import Attachment
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
 from chunkcache.engine.generation import Generation, with_length
@@ -25,7 +26,6 @@ from chunkcache.store import Store, open_store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from chunkcache.engine.attach import Attachment
     from chunkcache.engine.batch import Batch
     from chunkcache.engine.calibration import Calibration
     from chunkcache.engine.conversation import Conversation
@@ -96,7 +96,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         self._library = ChunkLibrary(decoder, self.store, self.fingerprint, tenant, self.prompts.lead_in)
         self._messages = MessageBuilder(self.prompts, self._library.registry, tokenizer.chat_template)
         self.engine = Engine(decoder, tokenizer, self._library, tuning, chosen)
-        self._attachment: Attachment | None = None
+        self._attachment = Attachment(self.engine)
 
     @classmethod
     def from_pretrained(
@@ -155,8 +155,6 @@ class CachedLLM(ChunkMethods, RenamedMethods):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the request
-
     def generate(
         self,
         question: str,
@@ -196,10 +194,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> TextStream:
-        """Answer like `generate`, and yield the text piece by piece as it is decoded.
-
-        Leaving the loop early ends the generation. The stream's `.result` is the `Generation` at its end.
-        """
+        """Answer like `generate`, piece by piece; leaving the loop early ends it. `.result` is the `Generation`."""
         return self.engine.stream(self._prepare(question, chunks, system, policy, max_new_tokens, options))
 
     def prefill(
@@ -313,42 +308,28 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         chosen, options = self.resolve_policy(policy), with_length(options, max_new_tokens)
         return Batcher(self.engine, self.prompts, chosen, options, limits, reorder).run(requests, on_batch)
 
-    # --- the model's own generate()
-
     @contextmanager
     def attached(self) -> Iterator[CachedLLM]:
         """Let the model's own `generate()` find and reuse precomputed chunks in any prompt, inside of the `with`.
 
         What was found is in `last_stats`.
         """
-        already = self._attachment is not None and self._attachment.active
-        self.attach()
-        try:
+        with self._attachment.attached():
             yield self
-        finally:
-            if not already:
-                self.detach()
 
     def attach(self) -> CachedLLM:
-        """Do so until `detach`."""
-        if self._attachment is None:
-            from chunkcache.engine.attach import Attachment
-
-            self._attachment = Attachment(self.engine)
+        """Let it do so until `detach`."""
         self._attachment.attach()
         return self
 
     def detach(self) -> None:
         """Give the model its own `generate()` back."""
-        if self._attachment is not None:
-            self._attachment.detach()
+        self._attachment.detach()
 
     @property
     def last_stats(self) -> RequestStats | None:
         """What the last `generate()` of the attached model did; None before the first."""
-        return None if self._attachment is None else self._attachment.last_stats
-
-    # --- inside
+        return self._attachment.last_stats
 
     def _prepare(
         self,

@@ -7,6 +7,8 @@ batch, beams, a cache of the caller's, nothing found) goes straight through.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +37,17 @@ class Attachment:
         self.active = False
         self._shadowed: Any = None  # another instance-level generate, if there was one
         self.last_stats: RequestStats | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach for a while, and leave it as it was."""
+        already = self.active
+        self.attach()
+        try:
+            yield
+        finally:
+            if not already:
+                self.detach()
 
     def attach(self) -> None:
         """Start; does nothing if it is attached already."""
