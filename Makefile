@@ -7,13 +7,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constra
 STAMP  := .venv/.installed
 LMBIN  := .venv/lmcache/bin
 
-.PHONY: help demo report test test-lmcache lint check clean
+.PHONY: help demo docs report test test-lmcache lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 demo: $(STAMP)    ## answer questions about the example documents, with and without reuse
 	@$(BIN)/chunkcache demo
+
+docs: .venv/docs/.installed    ## build the pages and the API reference into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
 
 report: $(STAMP)    ## make docs/results/report.html, the page with the plots, of report.json
 	@$(BIN)/chunkcache bench report docs/results/report.json
@@ -52,4 +55,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --disable-pip-version-check --python $(LMBIN)/python install -qq --no-deps -r .ci/lmcache.txt
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(LMBIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	@touch $@
+
+.venv/docs/.installed: .ci/docs.txt
+	@$(PYTHON) -m venv .venv/docs
+	@.venv/docs/bin/python -m pip --disable-pip-version-check install -qq -r .ci/docs.txt
 	@touch $@
