@@ -16,6 +16,7 @@ come out of their blocks as such, and a narrower type would round them a second 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -41,7 +42,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chunkcache.errors import InputError, ModelNotFoundError
+from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def load_model(
     before each step that can take seconds.
 
     Raises `ModelNotFoundError` when nothing can be loaded under `name`, and `InputError` for a device or a
-    dtype that does not exist here, or a cache folder that cannot be written.
+    dtype that does not exist here, a cache folder that cannot be written, or a GGUF file without the packages of
+    the extra `gguf`.
     """
     device = _check_device(device)
     if dtype not in DTYPES:
@@ -164,6 +166,7 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
     folder = cache_dir() / "models" / f"{gguf.stem}-{digest}"
     if folder.is_dir():
         return folder
+    _check_gguf_packages(gguf)
     report(f"converting {gguf.name} to {folder}, once")
     partial = Path(f"{folder}.partial")
     try:
@@ -181,6 +184,15 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
             "Free some space, or set CHUNKCACHE_CACHE_DIR to a folder that can hold it."
         ) from error
     return folder
+
+
+def _check_gguf_packages(gguf: Path) -> None:
+    """Import what transformers reads a GGUF file with; its own error would not name the extra."""
+    for package in ("gguf", "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise missing_extra("gguf", f"reading {str(gguf)!r}", error) from error
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -207,6 +208,16 @@ def test_damaged_gguf_leaves_no_folder(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ModelNotFoundError, match=r"damaged\.gguf"):
         load_model(str(gguf), device="cpu")
     assert not [path for path in (cache_dir() / "models").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_gguf_without_its_packages_names_the_extra(
+    tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "any.gguf").touch()
+    with pytest.raises(InputError, match=rf'any\.gguf.* needs {package} .*pip install "chunkcache\[gguf\]"'):
+        load_model(str(tmp_path / "any.gguf"), device="cpu")
 
 
 def test_concurrent_loads_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
