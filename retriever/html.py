@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from selectolax.lexbor import LexborHTMLParser, LexborNode
+from chunkcache.errors import DocumentError, missing_extra
 
-from chunkcache.errors import DocumentError
+if TYPE_CHECKING:
+    from selectolax.lexbor import LexborNode
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,10 @@ def html_parts(source: str, name: str) -> tuple[str, str | None]:
 
     Raises DocumentError when elements are nested thousands deep.
     """
+    try:
+        from selectolax.lexbor import LexborHTMLParser
+    except ImportError as error:
+        raise missing_extra("retriever", f"reading the page {name!r}", error) from error
     _refuse_depth(source, name)
     tree = LexborHTMLParser(source)
     body = tree.body

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from chunkcache.errors import missing_extra
+
 # Written without spaces between words, or in words that are put together: pairs of characters stand for words there.
 _UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -76,7 +78,10 @@ def _word() -> re.Pattern[str]:
 @cache
 def _bm25s() -> Any:
     # Imported here because it imports Numba and JAX where they are installed, which takes seconds.
-    import bm25s  # type: ignore[import-untyped]
+    try:
+        import bm25s  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise missing_extra("retriever", "search by keywords", error) from error
 
     logging.getLogger("bm25s").setLevel(logging.NOTSET)  # it asks for debug messages of every program that imports it
     return bm25s

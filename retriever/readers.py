@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chunkcache.errors import DocumentError
+from chunkcache.errors import DocumentError, missing_extra
 from chunkcache.retriever.html import html_parts
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,10 @@ def html(content: bytes, file: Path) -> list[Part]:
 
 def pdf(content: bytes, file: Path) -> list[Part]:
     """Read the text of the pages, one below the other; the title is that of the metadata if it looks like one."""
-    from pypdf import PdfReader
-
+    try:
+        from pypdf import PdfReader
+    except ImportError as error:
+        raise missing_extra("retriever", f"reading the PDF {str(file)!r}", error) from error
     try:
         reader = PdfReader(BytesIO(content))
         locked = reader.is_encrypted and not reader.decrypt("")
@@ -154,8 +156,10 @@ def _decoded(content: bytes, file: Path, charset: str = "utf-8") -> str:
 
 
 def _first_heading(text: str) -> str | None:
-    from markdown_it import MarkdownIt
-
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError as error:
+        raise missing_extra("retriever", "reading Markdown", error) from error
     blocks = MarkdownIt("commonmark")
     blocks.core.ruler.enableOnly(["normalize", "block"])
     tokens = blocks.parse(text)

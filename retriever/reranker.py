@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from chunkcache.errors import InputError, ModelNotFoundError
+from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
 from chunkcache.retriever.embedder import no_progress_bars
 
 Item = TypeVar("Item")
@@ -38,9 +38,10 @@ class CrossEncoderReranker:
     """
 
     def __init__(self, model: str | Path, device: str | None = None, batch_size: int = 32) -> None:
-        # Imported here because it takes seconds.
-        from sentence_transformers import CrossEncoder
-
+        try:  # imported here because it takes seconds
+            from sentence_transformers import CrossEncoder
+        except ImportError as error:
+            raise missing_extra("retriever", "a cross-encoder", error) from error
         try:
             with no_progress_bars():
                 self._model = CrossEncoder(str(model), device=device, local_files_only=Path(model).is_dir())

@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, cast
 
-from semchunk import chunkerify  # type: ignore[attr-defined]
-from sentencex import get_sentence_boundaries  # type: ignore[import-untyped]
-
-from chunkcache.errors import InputError
+from chunkcache.errors import InputError, missing_extra
 from chunkcache.retriever.documents import Document
 
 Count = Callable[[Sequence[str]], list[int]]
@@ -98,6 +95,10 @@ def _segment(text: str, span: Span) -> list[Span]:
     start, end = span
     if end - start > _LONG:
         return [span]
+    try:
+        from sentencex import get_sentence_boundaries  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise missing_extra("retriever", "cutting text between sentences", error) from error
     found = get_sentence_boundaries(_LANGUAGE, text[start:end])
     # Only where sentences begin is taken, so that nothing is lost where it leaves out what is between two.
     return _between(text, span, [start + sentence["start_index"] for sentence in found])
@@ -132,6 +133,10 @@ def _characters(document: Document, word: Piece, size: int, count: Count) -> lis
             f"the character {widest!r} in {document.id!r} has {tokens} tokens, more than the size less the "
             f"overlap, {size}: give a larger size or a smaller overlap"
         )
+    try:
+        from semchunk import chunkerify  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise missing_extra("retriever", "cutting words into chunks", error) from error
     # memoize=False, because semchunk's memo lives as long as the process.
     answer = chunkerify(lambda piece: count([piece])[0], size, memoize=False)(text, offsets=True)
     spans = cast("list[Span]", answer[1])

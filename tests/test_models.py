@@ -7,12 +7,17 @@ import json
 import logging
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from support.gguf import write_gguf
+from support.tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -55,14 +60,11 @@ def tiny_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def converted_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cache folder in which the default model has been converted."""
-    cache = tmp_path_factory.mktemp("converted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHUNKCACHE_CACHE_DIR", str(cache))
-        load_model(DEFAULT_MODEL, device="cpu")
-    return cache
+@pytest.fixture
+def tiny_gguf(tmp_path: Path) -> Path:
+    """A GGUF file of a random Llama of 2 layers."""
+    write_gguf(tmp_path / "tiny.gguf", CHAT_TEMPLATE)
+    return tmp_path / "tiny.gguf"
 
 
 def test_folder_gives_model_and_tokenizer(tiny_folder: Path) -> None:
@@ -100,26 +102,65 @@ def test_default_device_is_the_first_available(tiny_folder: Path) -> None:
     assert available_devices()[-1] == "cpu"
 
 
-def test_load_is_quiet(tiny_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_is_quiet(
+    tiny_folder: Path, tiny_gguf: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.INFO)
     transformers_logging.enable_progress_bar()
     try:
-        load_model(str(tiny_folder), device="cpu")
+        for path in (tiny_folder, tiny_gguf):
+            load_model(str(path), device="cpu")
         assert capfd.readouterr() == ("", "")
         assert transformers_logging.get_verbosity() == logging.INFO
         LlamaForCausalLM.from_pretrained(tiny_folder)
         assert "Loading weights" in capfd.readouterr().err
+        LlamaForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name)
+        assert "de-quantizing GGUF" in capfd.readouterr().err
     finally:
         transformers_logging.disable_progress_bar()
 
 
-def test_bars_are_shown_again_after_a_failure(tmp_path: Path) -> None:
-    hidden: list[bool] = []
-    with pytest.raises(ModelNotFoundError):
-        load_model(str(tmp_path), device="cpu", on_status=lambda _: hidden.append(tqdm(disable=False).disable))
-    assert hidden == [True]
-    with tqdm(disable=False, file=io.StringIO()) as bar:
-        assert not bar.disable
+@pytest.mark.parametrize("hub", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_bars_are_shown_again_after_a_failure(tmp_path: Path, own: bool, hub: bool) -> None:
+    (transformers_logging.enable_progress_bar if own else transformers_logging.disable_progress_bar)()
+    (enable_progress_bars if hub else disable_progress_bars)()
+    shown: list[tuple[bool, bool]] = []
+
+    def look(_: str = "") -> None:
+        shown.append((transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()))
+
+    try:
+        with pytest.raises(ModelNotFoundError):
+            load_model(str(tmp_path), device="cpu", on_status=look)
+        look()
+        assert shown == [(False, False), (own, hub)]
+    finally:
+        transformers_logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("source", ["tiny_folder", "tiny_gguf"])
+def test_a_bar_of_another_thread_is_left_alone(
+    source: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, load = vars(tqdm)["__init__"], models._from_pretrained
+    written: list[str] = []
+
+    def count() -> None:
+        assert vars(tqdm)["__init__"] is own
+        for _ in (bar := tqdm(range(3), file=io.StringIO())):
+            assert not bar.disable
+        written.append(bar.fp.getvalue())
+
+    def while_counting(*args: Any, **options: Any) -> Any:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(count).result()
+        return load(*args, **options)
+
+    monkeypatch.setattr(models, "_from_pretrained", while_counting)
+    load_model(str(request.getfixturevalue(source)), device="cpu")
+    assert written
+    assert all("3/3" in each for each in written)
 
 
 def test_status_lines_are_logged_too(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +250,16 @@ def test_damaged_gguf_leaves_no_folder(tmp_path: Path, content: bytes) -> None:
     assert not [path for path in (cache_dir() / "models").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_gguf_without_its_packages_names_the_extra(
+    tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "any.gguf").touch()
+    with pytest.raises(InputError, match=rf'any\.gguf.* needs {package} .*pip install "chunkcache\[gguf\]"'):
+        load_model(str(tmp_path / "any.gguf"), device="cpu")
+
+
 def test_concurrent_loads_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[Path] = []
 
@@ -260,49 +311,38 @@ def test_alias_names_a_file_of_an_installed_package() -> None:
     assert ALIASES[DEFAULT_MODEL].path().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.mark.model
-def test_gguf_is_converted_once(converted_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(converted_cache))
-    monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted a second time"))
-    model, tokenizer = load_model(DEFAULT_MODEL, device="cpu")
+def test_gguf_gives_what_the_file_holds(tmp_path: Path) -> None:
+    held = write_gguf(tmp_path / "tiny.gguf", CHAT_TEMPLATE)
+    model, tokenizer = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert model.dtype == torch.float32
     assert not model.training
     assert not hasattr(model.config, "quantization_config")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Where is the mill?"}], tokenize=False, add_generation_prompt=True
-    )
-    assert prompt.endswith("<|im_start|>user\nWhere is the mill?<|im_end|>\n<|im_start|>assistant\n")
-    ids = tokenizer("The capital of France is", return_tensors="pt")
+    ids = tokenizer("Who built the bridge?", return_tensors="pt").input_ids
+    assert ids.tolist() == [tiny_tokenizer()("Who built the bridge?").input_ids]
+    assert tokenizer.chat_template == CHAT_TEMPLATE
     with torch.inference_mode():
-        assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+        assert torch.equal(model(ids).logits, held(ids).logits)
 
 
-@pytest.mark.model
-def test_one_conversion_serves_every_copy(
-    converted_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(converted_cache))
+def test_one_conversion_serves_every_copy(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = load_model(str(tiny_gguf), device="cpu")
     monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted a second time"))
-    copy = shutil.copy(ALIASES[DEFAULT_MODEL].path(), tmp_path)
-    model, _ = load_model(str(copy), device="cpu")
-    assert model.dtype == torch.float32
+    (tmp_path / "elsewhere").mkdir()
+    for path in (tiny_gguf, shutil.copy(tiny_gguf, tmp_path / "elsewhere")):
+        again, _ = load_model(str(path), device="cpu")
+        assert torch.equal(again.lm_head.weight, first.lm_head.weight)
 
 
-@pytest.mark.model
-def test_conversion_leaves_only_the_folder_and_its_lock(converted_cache: Path) -> None:
-    assert sorted(path.suffix for path in (converted_cache / "models").iterdir() if path.is_file()) == [".lock"]
-    (folder,) = (path for path in (converted_cache / "models").iterdir() if path.is_dir())
+def test_conversion_leaves_only_the_folder_and_its_lock(tiny_gguf: Path) -> None:
+    load_model(str(tiny_gguf), device="cpu")
+    folder, lock = sorted((cache_dir() / "models").iterdir())
+    assert lock.name == f"{folder.name}.lock"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.model
-def test_damaged_conversion_says_which_folder_to_delete(
-    converted_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder,) = (path for path in (converted_cache / "models").iterdir() if path.is_dir())
-    monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(cache := cache_dir()))
-    broken = cache / "models" / folder.name
-    broken.mkdir(parents=True)
-    shutil.copy(folder / "config.json", broken)
-    with pytest.raises(ModelNotFoundError, match=rf"delete {re.escape(str(broken))} to convert it again"):
-        load_model(DEFAULT_MODEL, device="cpu")
+def test_damaged_conversion_says_which_folder_to_delete(tiny_gguf: Path) -> None:
+    load_model(str(tiny_gguf), device="cpu")
+    (folder,) = (path for path in (cache_dir() / "models").iterdir() if path.is_dir())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFoundError, match=rf"delete {re.escape(str(folder))} to convert it again"):
+        load_model(str(tiny_gguf), device="cpu")

@@ -152,3 +152,14 @@ def test_text_of_an_end_of_turn_in_a_chunk_stays_text(llm):
     plain, attacked = (llm.prompts.build("How are things?", [text]) for text in ("All is well.", hostile))
     special = set(llm.tokenizer.all_special_ids)
     assert sum(t in special for t in attacked.token_ids) == sum(t in special for t in plain.token_ids)
+
+
+@torch.no_grad()
+def test_the_weights_of_the_packaged_file_are_right(llm):
+    assert llm.model.dtype == torch.float32
+    ids = llm.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert llm.tokenizer.decode(own_logits(llm, ids).argmax()) == " Paris"
+    prompt = llm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Where is the mill?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.endswith("<|im_start|>user\nWhere is the mill?<|im_end|>\n<|im_start|>assistant\n")

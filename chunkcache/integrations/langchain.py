@@ -7,7 +7,7 @@ chain = {"context": retriever, "question": RunnablePassthrough()} | prompt | cha
 
 from __future__ import annotations
 
-from chunkcache.errors import InputError
+from chunkcache.errors import missing_extra
 
 try:
     from chunkcache.integrations.langchain_chat import ChatChunkCache
@@ -17,8 +17,6 @@ try:
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("langchain_core"):
         raise
-    raise InputError(
-        f'the LangChain plug-in needs langchain-core ({error}): pip install "chunkcache[langchain]"'
-    ) from error
+    raise missing_extra("langchain", "the LangChain plug-in", error) from error
 
 __all__ = ["CHUNK_KEY", "ChatChunkCache", "ChunkCacheRetriever", "ChunkRetriever", "document_block"]

@@ -19,7 +19,7 @@ Set `Settings.tokenizer` to `llm.token_ids`, or LlamaIndex counts the window in 
 
 from __future__ import annotations
 
-from chunkcache.errors import InputError
+from chunkcache.errors import missing_extra
 
 try:
     from chunkcache.integrations.llamaindex_llm import ChunkCacheLLM
@@ -28,8 +28,6 @@ try:
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("llama_index"):
         raise
-    raise InputError(
-        f'the LlamaIndex plug-in needs llama-index-core ({error}): pip install "chunkcache[llamaindex]"'
-    ) from error
+    raise missing_extra("llamaindex", "the LlamaIndex plug-in", error) from error
 
 __all__ = ["CHUNK_KEY", "ChunkCacheEmbedding", "ChunkCacheLLM", "ChunkCachePostprocessor"]
