@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.integrations.stops import cut, listed
@@ -37,6 +37,21 @@ def chat_options(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     elif sampling:
         options |= {"do_sample": True, **sampling}
     return {**options, **{name: value for name, value in given.items() if name not in SETTINGS}}
+
+
+def load_llm(name: str, own: Iterable[str], options: Mapping[str, Any]) -> tuple[CachedLLM, dict[str, Any]]:
+    """Load a model by its name and wrap it; return it with the options that are the chat model's own fields.
+
+    Args:
+        name: alias, folder, GGUF file or Hugging Face id.
+        own: names of the chat model's fields. A policy is the wrapper's.
+        options: fields, and keywords of `CachedLLM.from_pretrained`.
+    """
+    from chunkcache.llm import CachedLLM
+
+    fields = {key: value for key, value in options.items() if key in {*own} - {"policy"}}
+    others = {key: value for key, value in options.items() if key not in fields}
+    return CachedLLM.from_pretrained(name, **others), fields
 
 
 def model_name(llm: CachedLLM) -> str:

@@ -18,7 +18,7 @@ from chunkcache.blend import Policy
 from chunkcache.engine.generation import Generation, setting
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
-from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, strip_stop
+from chunkcache.integrations.answering import SETTINGS, chat_options, load_llm, model_name, strip_stop
 from chunkcache.integrations.langchain_messages import as_chat
 from chunkcache.integrations.stops import listed, stripped, until
 from chunkcache.llm import CachedLLM
@@ -64,9 +64,7 @@ class ChatChunkCache(BaseChatModel):
             name: alias, folder, GGUF file or Hugging Face id.
             options: fields of this class; all others go to `CachedLLM.from_pretrained`.
         """
-        own = cls.model_fields.keys() - {"policy"}
-        fields = {key: options.pop(key) for key in list(options) if key in own}
-        llm = CachedLLM.from_pretrained(name, **options)
+        llm, fields = load_llm(name, cls.model_fields, options)
         return cls(llm=llm, **{"model_name": name, **fields})
 
     def model_post_init(self, context: Any, /) -> None:

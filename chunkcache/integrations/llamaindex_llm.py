@@ -25,7 +25,7 @@ from pydantic import Field, InstanceOf
 from chunkcache.blend import Policy
 from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation
 from chunkcache.errors import PromptError
-from chunkcache.integrations.answering import SETTINGS, chat_options, model_name, strip_stop
+from chunkcache.integrations.answering import SETTINGS, chat_options, load_llm, model_name, strip_stop
 from chunkcache.integrations.stops import listed, stripped, until
 from chunkcache.llm import CachedLLM
 
@@ -84,9 +84,7 @@ class ChunkCacheLLM(CustomLLM):
             name: alias, folder, GGUF file or Hugging Face id.
             options: fields of this class; all others go to `CachedLLM.from_pretrained`.
         """
-        own = cls.model_fields.keys() - {"policy"}
-        fields = {key: options.pop(key) for key in list(options) if key in own}
-        llm = CachedLLM.from_pretrained(name, **options)
+        llm, fields = load_llm(name, cls.model_fields, options)
         return cls(llm=llm, **{"model_name": name, **fields})
 
     @classmethod
