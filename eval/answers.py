@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from chunkcache.errors import DocumentError
+from chunkcache.errors import missing_extra
 
 
 def f1(answer: str, accepted: Sequence[str]) -> float:
@@ -26,7 +26,7 @@ def rouge_l(answer: str, accepted: Sequence[str]) -> float:
     """Return the best ROUGE-L F-measure (0 to 1) of `answer` against the accepted ones.
 
     Raises:
-        DocumentError: the package that computes it is not installed.
+        InputError: the package that computes it is not installed.
     """
     return max(float(_scorer().score(gold, answer)["rougeL"].fmeasure) for gold in accepted)
 
@@ -49,5 +49,5 @@ def _scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise DocumentError(f"ROUGE-L needs rouge-score ({error}): pip install 'chunkcache[eval]'") from None
+        raise missing_extra("eval", "ROUGE-L", error) from None
     return RougeScorer(["rougeL"], use_stemmer=True)

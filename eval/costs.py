@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from chunkcache.errors import InputError
+from chunkcache.errors import InputError, missing_extra
 
 Step = tuple[int, float]  # a layer that is run, and its seconds
 SCOUT_DEPTH = 2 / 3  # layers that a question runs through to look at the chunks, before what it picks is recomputed
@@ -179,7 +179,11 @@ def fit(
         InputError: there are too few requests to fit anything.
     """
     import numpy as np
-    from scipy.optimize import nnls
+
+    try:
+        from scipy.optimize import nnls
+    except ImportError as error:
+        raise missing_extra("eval", "a fit of costs", error) from None
 
     if len(requests) < 2:
         raise InputError(f"{source} has {len(requests)} rows of full prefill; a fit needs two or more")

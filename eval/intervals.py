@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from chunkcache.errors import DocumentError
+from chunkcache.errors import missing_extra
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -31,7 +31,7 @@ def interval(values: Sequence[float], statistic: str = "median", seed: int = 0) 
     figure itself.
 
     Raises:
-        DocumentError: scipy is not installed.
+        InputError: scipy is not installed.
     """
     data = np.asarray(values, dtype=float)
     value = float(_STATISTICS[statistic](data))
@@ -52,7 +52,7 @@ def _bootstrap(data: Any, statistic: str, method: str, seed: int) -> tuple[float
     try:
         from scipy.stats import bootstrap
     except ImportError as error:
-        raise DocumentError(f"confidence intervals need scipy ({error}): pip install 'chunkcache[eval]'") from None
+        raise missing_extra("eval", "a confidence interval", error) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where BCa is undefined it warns and returns NaN, which the caller sees
         found = bootstrap(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkcache.errors import missing_extra
 from chunkcache.eval.intervals import Interval, interval, paired
 from chunkcache.eval.results import FULL, PEER, Results
 
@@ -51,7 +52,10 @@ def fit_exponent(points: Sequence[tuple[float, float]]) -> Interval:
     freedom = len(x) - 2
     if freedom < 1:
         return Interval(slope, slope, slope)
-    from scipy.stats import t
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise missing_extra("eval", "a confidence interval", error) from None
 
     left = y - y.mean() - slope * centred
     half = float(t.ppf(0.975, freedom)) * math.sqrt(float((left**2).sum()) / freedom / float((centred**2).sum()))

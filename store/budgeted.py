@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from chunkcache.kv import ChunkKey
 from chunkcache.store.base import Tier
-from chunkcache.store.ledger import Ledger
 from chunkcache.store.records import Entry, EntryFilter
+
+if TYPE_CHECKING:
+    from chunkcache.store.ledger import Ledger
+    from chunkcache.store.lru import LRULedger
 
 
 class BudgetedTier(Tier):
     """A tier with a ledger, which knows all entries of it."""
 
-    _ledger: Ledger
+    _ledger: Ledger | LRULedger
 
     def credit(self, key: ChunkKey, worth: float) -> None:
         self._attempt(lambda: self._ledger.credit(key, worth), None)

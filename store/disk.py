@@ -56,6 +56,7 @@ class DiskStore(BudgetedTier, ByteStore):
 
     faults: ClassVar[tuple[type[Exception], ...]] = (OSError, sqlite3.Error)
     waits: ClassVar[bool] = False  # the system reads ahead
+    _ledger: Ledger
 
     def __init__(self, path: str, budget: Budget = UNBOUNDED, encoding: Encoding = RAW, sync: str = "yes") -> None:
         super().__init__(budget, encoding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,8 +13,11 @@ from chunkcache.errors import StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer
 from chunkcache.store.budget import UNBOUNDED, Budget
 from chunkcache.store.budgeted import BudgetedTier
-from chunkcache.store.ledger import Ledger
+from chunkcache.store.lru import LRULedger
 from chunkcache.store.records import Entry, has_expired
+
+if TYPE_CHECKING:
+    from chunkcache.store.ledger import Ledger
 
 
 class MemoryStore(BudgetedTier):
@@ -35,7 +39,7 @@ class MemoryStore(BudgetedTier):
     def __init__(self, budget: Budget = UNBOUNDED, codec: str = "raw") -> None:
         super().__init__(budget, codec)
         self.on_evict: Callable[[ChunkKey, ChunkKV], None] | None = None
-        self._ledger = Ledger(budget)
+        self._ledger = _ledger_of(budget)
         self._lock = threading.RLock()
         self._held: dict[ChunkKey, tuple[ChunkKV, float | None]] = {}  # with the time when it expires
         self._evicted: list[tuple[ChunkKey, ChunkKV]] = []  # by the `_write` that holds the lock
@@ -110,3 +114,11 @@ class DeviceStore(MemoryStore):
 
     def _placed(self, layer: Layer) -> Layer:
         return layer.to(self._device, non_blocking=True)
+
+
+def _ledger_of(budget: Budget) -> Ledger | LRULedger:
+    if budget.evict == "lru" and budget.admit == "all":
+        return LRULedger(budget)
+    from chunkcache.store.ledger import Ledger  # not on the road of those who need only the order
+
+    return Ledger(budget)

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from chunkcache.errors import ResultsError
+from chunkcache.errors import ResultsError, missing_extra
 from chunkcache.eval.results import Results
 
 FORMAT = 1
@@ -65,14 +65,14 @@ def write_report(report: dict[str, Any], html: Path) -> list[Path]:
     """Write `html`, and Markdown and JSON beside it; return the three paths.
 
     Raises:
-        ResultsError: matplotlib or Jinja is not installed.
+        InputError: matplotlib or Jinja is not installed.
     """
     from chunkcache.eval.report.markdown import as_markdown
 
     try:
         from chunkcache.eval.report.page import as_html
     except ModuleNotFoundError as error:
-        raise ResultsError(f"a report needs matplotlib and Jinja ({error}): pip install 'chunkcache[eval]'") from None
+        raise missing_extra("eval", "a report", error) from None
     html.parent.mkdir(parents=True, exist_ok=True)
     written = {
         html: as_html(report),

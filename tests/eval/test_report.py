@@ -15,7 +15,7 @@ import pytest
 from support.report import RAN_ON, SECRET, heatmap, load_section, requests
 
 import chunkcache.eval
-from chunkcache.errors import ResultsError
+from chunkcache.errors import InputError, ResultsError
 from chunkcache.eval.report import build_report, read_report, readme_tables, replace_between, write_report
 from chunkcache.eval.report.data import SUMMARIES
 from chunkcache.eval.report.markdown import as_markdown
@@ -143,7 +143,7 @@ def test_a_report_can_be_made_again_from_its_json(report, html, tmp_path):
 def test_a_report_without_what_draws_it_says_what_to_install(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "chunkcache.eval.report.page")
-    with pytest.raises(ResultsError, match=r"pip install 'chunkcache\[eval\]'"):
+    with pytest.raises(InputError, match=r'pip install "chunkcache\[eval\]"'):
         write_report(report, tmp_path / "report.html")
 
 

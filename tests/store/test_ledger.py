@@ -17,6 +17,13 @@ from chunkcache.store import EVERYTHING, Budget, Entry, EntryFilter
 from chunkcache.store import frequency as module
 from chunkcache.store import tombstones as tombstones
 from chunkcache.store.ledger import Ledger
+from chunkcache.store.lru import LRULedger
+
+
+@pytest.fixture(params=[Ledger, LRULedger])
+def of(request):
+    """Return the class of a ledger that evicts what was used longest ago."""
+    return request.param
 
 
 def new_ledger(max_bytes=None, evict="lru", path=None, **options):
@@ -61,8 +68,8 @@ def test_without_uses_the_oldest_goes_first(evict):
     assert ledger.totals() == (2, 25)
 
 
-def test_lru_drops_what_was_not_used_for_longest():
-    ledger = new_ledger(30, "lru")
+def test_lru_drops_what_was_not_used_for_longest(of):
+    ledger = of(Budget(30))
     add(ledger, entry(1), entry(2), entry(3))
     for token in (1, 1, 1, 3, 2):
         ledger.use(key(token))
@@ -91,8 +98,8 @@ def test_cost_drops_what_saves_least_time_per_byte():
     assert add(ledger, entry(6, nbytes=20)) == [5]
 
 
-def test_credit_is_no_use():
-    ledger = new_ledger(20, "lru")
+def test_credit_is_no_use(of):
+    ledger = of(Budget(20))
     add(ledger, entry(1), entry(2))
     ledger.credit(key(1), 5.0)
     ledger.credit(key(9), 5.0)  # not held
@@ -100,8 +107,8 @@ def test_credit_is_no_use():
     assert [known.uses for known in ledger.entries(EVERYTHING)] == [0.0, 0.0]
 
 
-def test_uses_survive_the_replacing_of_an_entry_and_go_with_it():
-    ledger = Ledger()
+def test_uses_survive_the_replacing_of_an_entry_and_go_with_it(of):
+    ledger = of()
     add(ledger, entry(1))
     ledger.use(key(1))
     ledger.pin(key(1), True)
@@ -162,8 +169,8 @@ def test_what_was_asked_for_long_ago_is_forgotten(monkeypatch):
     assert ledger._db.execute("SELECT count(*) FROM seen").fetchone()[0] < 200
 
 
-def test_a_tenant_over_its_quota_evicts_its_own():
-    ledger = new_ledger(100, tenant_bytes=30)
+def test_a_tenant_over_its_quota_evicts_its_own(of):
+    ledger = of(Budget(100, tenant_bytes=30))
     add(
         ledger, *(entry(token, tenant="a") for token in (1, 2, 3)), *(entry(token, tenant="b") for token in (4, 5, 6))
     )
@@ -173,8 +180,8 @@ def test_a_tenant_over_its_quota_evicts_its_own():
     assert add(ledger, entry(10, nbytes=31)) == []  # of no tenant: no quota
 
 
-def test_the_quota_counts_before_the_budget_and_nothing_goes_twice():
-    ledger = new_ledger(60, tenant_bytes=30)
+def test_the_quota_counts_before_the_budget_and_nothing_goes_twice(of):
+    ledger = of(Budget(60, tenant_bytes=30))
     add(
         ledger, *(entry(token, tenant="a") for token in (1, 2, 3)), *(entry(token, tenant="b") for token in (4, 5, 6))
     )
@@ -183,8 +190,8 @@ def test_the_quota_counts_before_the_budget_and_nothing_goes_twice():
     assert add(ledger, entry(9, nbytes=20, tenant="c")) == [1, 2]
 
 
-def test_what_is_pinned_stays_and_what_then_does_not_fit_is_refused():
-    ledger = new_ledger(30)
+def test_what_is_pinned_stays_and_what_then_does_not_fit_is_refused(of):
+    ledger = of(Budget(30))
     add(ledger, entry(1), entry(2), entry(3))
     ledger.pin(key(1), True)
     ledger.pin(key(2), True)
@@ -196,23 +203,23 @@ def test_what_is_pinned_stays_and_what_then_does_not_fit_is_refused():
     assert [known.pinned for known in ledger.entries(EVERYTHING) if known.key == key(2)] == [True]
 
 
-def test_an_entry_that_replaces_itself_makes_room_for_the_difference():
-    ledger = new_ledger(30)
+def test_an_entry_that_replaces_itself_makes_room_for_the_difference(of):
+    ledger = of(Budget(30))
     add(ledger, entry(1), entry(2), entry(3))
     assert add(ledger, entry(3, nbytes=20)) == [1]
     assert add(ledger, entry(2, nbytes=30)) == [3]
     assert add(ledger, entry(2, nbytes=1)) == []
 
 
-def test_expired_entries_are_those_past_their_time():
-    ledger = Ledger()
+def test_expired_entries_are_those_past_their_time(of):
+    ledger = of()
     add(ledger, entry(1, expires=10.0), entry(2, expires=20.0), entry(3))
     assert tokens(ledger.expired(15.0)) == [1]
     assert tokens(ledger.expired(25.0)) == [1, 2]
 
 
-def test_entries_are_found_by_what_they_come_from():
-    ledger = Ledger()
+def test_entries_are_found_by_what_they_come_from(of):
+    ledger = of()
     add(
         ledger,
         entry(1, model="m", tenant="t", documents=("d", "e")),
@@ -233,8 +240,8 @@ def test_entries_are_found_by_what_they_come_from():
         assert tokens(known.key for known in ledger.entries(where)) == found
 
 
-def test_an_entry_comes_back_as_it_was():
-    ledger = Ledger()
+def test_an_entry_comes_back_as_it_was(of):
+    ledger = of()
     original = entry(
         1, model="m", tenant="t", documents=("d", "e"), chunks=("c",), created=5.5, expires=7.5, compute_s=0.25
     )
@@ -497,10 +504,11 @@ class AgainstModel(RuleBasedStateMachine):
 
     BUDGET, QUOTA = 100, 60
     OPTIONS: dict[str, str] = {}  # noqa: RUF012
+    OF = Ledger
 
     def __init__(self):
         super().__init__()
-        self.ledger = new_ledger(self.BUDGET, tenant_bytes=self.QUOTA, **self.OPTIONS)
+        self.ledger = self.OF(Budget(self.BUDGET, tenant_bytes=self.QUOTA, **self.OPTIONS))
         self.model: dict[int, tuple[int, str]] = {}
         self.pinned: set[int] = set()
 
@@ -562,13 +570,15 @@ class AgainstModel(RuleBasedStateMachine):
         assert all(self.of_tenant(tenant) <= self.QUOTA for tenant in "ab")
 
 
-def machine(**options):
-    case = type("AgainstModelOf" + "".join(options.values()), (AgainstModel,), {"OPTIONS": options}).TestCase
+def machine(of=Ledger, **options):
+    name = "AgainstModelOf" + of.__name__ + "".join(options.values())
+    case = type(name, (AgainstModel,), {"OPTIONS": options, "OF": of}).TestCase
     case.settings = settings(max_examples=25, stateful_step_count=25)
     return case
 
 
 TestLru = machine(evict="lru")
+TestLruInMemory = machine(of=LRULedger)
 TestLfu = machine(evict="lfu")
 TestCost = machine(evict="cost")
 TestFrequent = machine(evict="lfu", admit="frequent")
