@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkcache.engine.chunks import PrecomputeResult
-from chunkcache.errors import ChunkCacheError, InputError
+from chunkcache.errors import ChunkCacheError, InputError, missing_extra
 from chunkcache.store.bytestore import SECRET
 from chunkcache.warm import OnStatus, Shard, WarmConfig, Worker, WorkerPool
 
@@ -152,8 +152,8 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # its telemetry
     try:
         return importlib.import_module("ray")
-    except ImportError:
-        raise InputError("--ray needs Ray, which is not installed: pip install 'chunkcache[ray]'") from None
+    except ImportError as error:
+        raise missing_extra("ray", "--ray", error) from error
 
 
 def _connect(ray: Any, address: str, cpus: int | None) -> None:

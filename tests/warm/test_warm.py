@@ -301,5 +301,5 @@ def test_a_cluster_that_does_not_answer_is_bad_input(config):
 
 def test_without_ray_installed_it_says_what_to_install(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'chunkcache\[ray\]'"), ray_pool(config, "local"):
+    with pytest.raises(InputError, match=r'pip install "chunkcache\[ray\]"'), ray_pool(config, "local"):
         pass
