@@ -14,9 +14,13 @@ from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import simpy
-
+from chunkcache.errors import missing_extra
 from chunkcache.eval.costs import Costs, Reuse, Step, overlapped_s
+
+try:
+    import simpy
+except ModuleNotFoundError as error:
+    raise missing_extra("eval", "a simulation", error) from error
 
 Key = Hashable
 Events = Generator[Any, Any, Any]

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, and the one-line errors that end it."""
+"""Progress and tables of the command line, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.table import Table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-SAY_EVERY = 30.0  # seconds between lines of progress where there is no terminal
-SPEED_OVER = 3600.0  # seconds that the time left is estimated from: steps take up to minutes
+PRINT_EVERY_S = 30.0  # between lines of progress where there is no terminal
+SPEED_PERIOD_S = 3600.0  # that the time left is estimated from: steps take up to minutes
 
 
 class Bar:
@@ -23,13 +23,13 @@ class Bar:
     def __init__(self, bars: Progress, label: str) -> None:
         self._bars = bars
         self._task = bars.add_task(label, total=None)
-        self._said_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""
         self._bars.update(self._task, completed=done, total=total)
-        if not err.is_terminal and time.monotonic() - self._said_at > SAY_EVERY:
-            self._said_at = time.monotonic()
+        if not err.is_terminal and time.monotonic() - self._printed_at > PRINT_EVERY_S:
+            self._printed_at = time.monotonic()
             task = self._bars.tasks[self._task]
             left = "" if task.time_remaining is None else f", {span_text(task.time_remaining)} left"
             err.print(f"{task.description}: {done} of {total}{left}")
@@ -43,7 +43,7 @@ class Bar:
 def progress(label: str) -> Iterator[Bar]:
     """Show a progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, speed_estimate_period=SPEED_OVER) as bars:
+    with Progress(*columns, console=err, transient=True, speed_estimate_period=SPEED_PERIOD_S) as bars:
         yield Bar(bars, label)
 
 

@@ -1,4 +1,4 @@
-"""What several commands begin with: a loaded model, an index, a streamed answer."""
+"""Steps that several commands share: load a model, index documents, stream an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: only a comma
 
 
 def load(name: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, saying what goes on."""
+    """Load a model and its tokenizer, showing the progress."""
     with status(f"loading {name}") as on_status:
         from chunkcache.models import load_model
 

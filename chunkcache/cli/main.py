@@ -27,7 +27,7 @@ class _Commands(click.Group):
 
     @cached_property
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {each.name: each for each in entry_points(group=COMMANDS)}
+        return {entry.name: entry for entry in entry_points(group=COMMANDS)}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -35,10 +35,10 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of that name, imported if it comes from an entry point."""
-        found = super().get_command(ctx, cmd_name)
-        if found is None and cmd_name in self._entry_points:
-            found = self._entry_points[cmd_name].load()
-        return found
+        command = super().get_command(ctx, cmd_name)
+        if command is None and cmd_name in self._entry_points:
+            command = self._entry_points[cmd_name].load()
+        return command
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,17 +122,17 @@ def verify(options: VerifyOptions) -> None:
     """Read every entry, check every byte, and delete what is damaged. Exits with 1 if anything was."""
     with opened(options.store.url) as store:
         where = find_where(store, options.where)
-        found = {name: _verify(name, tier, where) for name, tier in _tiers(store).items()}
+        counts = {name: _verify(name, tier, where) for name, tier in _tiers(store).items()}
     if options.as_json:
-        click.echo(json.dumps({"tiers": found}, indent=2))
+        click.echo(json.dumps({"tiers": counts}, indent=2))
     else:
         rows = [
             [name, str(r["entries"]), size_text(r["bytes"]), *(str(r[c]) for c in list(r)[2:])]
-            for name, r in found.items()
+            for name, r in counts.items()
         ]
         columns = ["tier", "entries", "size", "intact", "damaged", "gone meanwhile", "not readable"]
         out.print(table("verified", columns, rows))
-    damaged, unreadable = (sum(r[count] for r in found.values()) for count in ("damaged", "unreadable"))
+    damaged, unreadable = (sum(r[trouble] for r in counts.values()) for trouble in ("damaged", "unreadable"))
     if damaged:
         raise ChunkCacheError(f"{damaged} entries were damaged, and are deleted: they are computed again when needed")
     if unreadable:
@@ -170,16 +170,18 @@ def purge(options: PurgeOptions) -> None:
         where = find_where(store, options.where)
         wanted = _digests(store, keys)
 
-        def chosen(entry: Entry) -> bool:
+        def is_selected(entry: Entry) -> bool:
             return (not keys or entry.key.digest in wanted) and (before is None or entry.created < before)
 
         tiers = _tiers(store)
-        listed = {name: [entry for entry in tier.entries(where) if chosen(entry)] for name, tier in tiers.items()}
+        listed = {
+            name: [entry for entry in tier.entries(where) if is_selected(entry)] for name, tier in tiers.items()
+        }
         if any(listed.values()) and not options.yes:
             _confirm(listed)
         deleted = {}
         for name, tier in tiers.items():
-            with _sound(name, tier):
+            with _fail_if_in_trouble(name, tier):
                 whole = not keys and before is None
                 deleted[name] = tier.purge(where) if whole else sum(tier.delete(e.key) for e in listed[name])
     if options.as_json:
@@ -254,7 +256,7 @@ def _columns(entries: list[Entry], full: bool) -> dict[str, list[str]]:
 
 
 def _verify(name: str, tier: Tier, where: EntryFilter) -> dict[str, int]:
-    """Read all of a tier, and return what was found."""
+    """Read all of a tier; return the counts."""
     from chunkcache.errors import EntryLostError
 
     before = tier.stats()
@@ -263,12 +265,10 @@ def _verify(name: str, tier: Tier, where: EntryFilter) -> dict[str, int]:
     with progress(f"verifying {name}") as on_progress:
         for count, entry in enumerate(entries, 1):
             kv = tier.peek(entry.key)
-            try:
-                for layer in kv.layers if kv is not None else ():
-                    del layer  # reading it was the check
+            with suppress(EntryLostError):  # logged and counted by the tier
+                for _layer_verified in kv.layers if kv is not None else ():
+                    pass
                 intact += kv is not None
-            except EntryLostError:
-                pass  # logged and counted by the tier
             on_progress(count, len(entries))
     after = tier.stats()
     damaged = after.damaged - before.damaged  # also headers, which the listing reads
@@ -295,7 +295,7 @@ def _confirm(listed: dict[str, list[Entry]]) -> None:
 
 
 @contextmanager
-def _sound(name: str, tier: Tier) -> Iterator[None]:
+def _fail_if_in_trouble(name: str, tier: Tier) -> Iterator[None]:
     """Fail if the tier is in trouble within: it may still hold what was to be deleted."""
     before = tier.stats()
     yield
@@ -305,12 +305,12 @@ def _sound(name: str, tier: Tier) -> Iterator[None]:
 
 
 @contextmanager
-def opened(url: str, lasting: bool = False) -> Iterator[Store]:
-    """Open the store of a command, or only what of it is `lasting`, and close it whatever happens."""
+def opened(url: str, persistent: bool = False) -> Iterator[Store]:
+    """Open the store of a command, or only its persistent tiers; it is closed at the end."""
     from chunkcache.store import open_store
     from chunkcache.store.lasting import open_persistent
 
-    with open_persistent(url) if lasting else open_store(url) as store:
+    with open_persistent(url) if persistent else open_store(url) as store:
         yield store
 
 
@@ -320,7 +320,7 @@ def find_where(store: Store, options: FilterOptions) -> EntryFilter:
     from chunkcache.store import EntryFilter
 
     return EntryFilter(
-        None if options.model is None else _only("model", options.model, {each.model for each in store.entries()}),
+        None if options.model is None else _only("model", options.model, {entry.model for entry in store.entries()}),
         None if options.tenant is None else hashed_label("tenant", options.tenant),
         None if options.document is None else hashed_label("document", options.document),
     )
@@ -328,12 +328,12 @@ def find_where(store: Store, options: FilterOptions) -> EntryFilter:
 
 def _only(kind: str, start: str, known: set[str]) -> str:
     """Return the one of `known` that begins with `start`."""
-    found = sorted(name for name in known if name.startswith(start.lower())) if start else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        shown = ", ".join(name[:16] for name in found[:3])
-        raise InputError(f"--{kind} {start!r} fits {len(found)} of them ({shown}, ...): give more digits")
+    matches = sorted(name for name in known if name.startswith(start.lower())) if start else []
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        shown = ", ".join(name[:16] for name in matches[:3])
+        raise InputError(f"--{kind} {start!r} fits {len(matches)} of them ({shown}, ...): give more digits")
     raise InputError(f"no entry of the store has the {kind} {start!r}: see chunkcache store ls --full")
 
 

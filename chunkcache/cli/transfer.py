@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: only a command that runs doe
     from chunkcache.warm import WarmReport
 
 CPUS_PER_WORKER = 4
-
-
 FILE = click.Path(path_type=Path, allow_dash=True)
 
 
@@ -76,7 +74,7 @@ def warm(options: WarmOptions) -> None:
     if options.address is None and (options.workers or cpus):
         raise InputError("--workers and --cpus-per-worker need --ray ADDRESS: pass that, too, or leave them out")
     parse_policy(options.policy)
-    with opened(options.store.url, lasting=True):
+    with opened(options.store.url, persistent=True):
         pass  # bad input shows before any work
     documents = load_documents(options.docs)
     config = WarmConfig(
@@ -128,11 +126,11 @@ def export_file(options: ExportOptions) -> None:
         raise InputError("--json and FILE - both write to stdout: name a file, or leave out --json")
     with opened(options.store.url) as store:
         where = find_where(store, options.where)
-        with _written(options.file) as target, progress("exporting entries") as on_entry:
-            done = export_entries(store, target, where, on_entry)
-    _show_exported(done, options.as_json)
-    if done.lost:
-        raise ChunkCacheError(f"{done.lost} entries could not be read and are not in the file; see store verify")
+        with _open_to_write(options.file) as target, progress("exporting entries") as on_entry:
+            counts = export_entries(store, target, where, on_entry)
+    _show_exported(counts, options.as_json)
+    if counts.lost:
+        raise ChunkCacheError(f"{counts.lost} entries could not be read and are not in the file; see store verify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +152,20 @@ def import_file(options: ImportOptions) -> None:
     from chunkcache.store.transfer import import_entries
 
     with (
-        opened(options.store.url, lasting=True) as store,
-        _read(options.file) as source,
+        opened(options.store.url, persistent=True) as store,
+        _open_to_read(options.file) as source,
         status("importing entries") as on_status,
     ):
-        done = import_entries(
-            store, source, lambda done: on_status(f"importing entries: {done.entries}, {size_text(done.nbytes)}")
+        counts = import_entries(
+            store,
+            source,
+            lambda so_far: on_status(f"importing entries: {so_far.entries}, {size_text(so_far.nbytes)}"),
         )
-    _show_imported(done, options.as_json)
+    _show_imported(counts, options.as_json)
 
 
 @contextmanager
-def _written(file: Path) -> Iterator[BinaryIO]:
+def _open_to_write(file: Path) -> Iterator[BinaryIO]:
     """Open a file to write to; it gets its name when it is whole."""
     if str(file) == "-":
         if sys.stdout.isatty():
@@ -184,7 +184,7 @@ def _written(file: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _read(file: Path) -> Iterator[BinaryIO]:
+def _open_to_read(file: Path) -> Iterator[BinaryIO]:
     if str(file) == "-":
         yield sys.stdin.buffer
         return
@@ -196,69 +196,73 @@ def _read(file: Path) -> Iterator[BinaryIO]:
         yield source
 
 
-def _show_exported(done: Exported, as_json: bool) -> None:
+def _show_exported(counts: Exported, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"entries": done.entries, "bytes": done.nbytes, "lost": done.lost}, indent=2))
+        click.echo(json.dumps({"entries": counts.entries, "bytes": counts.nbytes, "lost": counts.lost}, indent=2))
     else:
-        err.print(f"exported {done.entries} entries, {size_text(done.nbytes)}")
+        err.print(f"exported {counts.entries} entries, {size_text(counts.nbytes)}")
 
 
-def _show_imported(done: Imported, as_json: bool) -> None:
+def _show_imported(counts: Imported, as_json: bool) -> None:
     """Say what was imported, and fail if something was not."""
     if as_json:
-        facts = asdict(done)
+        facts = asdict(counts)
         facts["bytes"] = facts.pop("nbytes")
         click.echo(json.dumps(facts, indent=2))
     else:
-        err.print(f"imported {done.entries} entries, {size_text(done.nbytes)}")
-        if done.expired or done.other:
-            err.print(f"[dim]left out: {done.expired} expired entries, {done.other} members that are no entries[/]")
-    if done.damaged:
+        err.print(f"imported {counts.entries} entries, {size_text(counts.nbytes)}")
+        if counts.expired or counts.other:
+            err.print(
+                f"[dim]left out: {counts.expired} expired entries, {counts.other} members that are no entries[/]"
+            )
+    if counts.damaged:
         raise ChunkCacheError(
-            f"{done.damaged} entries of the file are damaged, or sealed with another CHUNKCACHE_SECRET: left out"
+            f"{counts.damaged} entries of the file are damaged, or sealed with another CHUNKCACHE_SECRET: left out"
         )
-    if not done.complete:
+    if not counts.complete:
         raise ChunkCacheError("the file has no end: it was cut off, and entries behind the cut are missing")
-    if done.refused:
+    if counts.refused:
         raise ChunkCacheError(
-            f"the store did not take {done.refused} entries: it is too small or in trouble, or they were deleted "
+            f"the store did not take {counts.refused} entries: it is too small or in trouble, or they were deleted "
             "from it after they were computed, which is for good"
         )
 
 
-def _show_report(done: WarmReport, seconds: float, as_json: bool) -> None:
+def _show_report(report: WarmReport, seconds: float, as_json: bool) -> None:
     """Say what was computed, and fail if the store may lack some of it."""
     facts = {
-        "documents": done.documents,
-        "chunks": done.chunks,
-        "skipped": done.skipped,
-        "computed": done.computed,
-        "tokens": done.computed_tokens,
-        "bytes": done.nbytes,
-        "deleted": done.deleted,
-        "evicted": done.store["evictions"],
+        "documents": report.documents,
+        "chunks": report.chunks,
+        "skipped": report.skipped,
+        "computed": report.computed,
+        "tokens": report.computed_tokens,
+        "bytes": report.nbytes,
+        "deleted": report.deleted,
+        "evicted": report.store["evictions"],
         "seconds": round(seconds, 3),
-        "chunks_per_s": round(done.computed / seconds, 3),
-        "workers": done.workers,
-        "lost_workers": done.lost_workers,
+        "chunks_per_s": round(report.computed / seconds, 3),
+        "workers": report.workers,
+        "lost_workers": report.lost_workers,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
         err.print(
-            f"{done.chunks} chunks of {done.documents} documents: {done.skipped} were stored already, "
-            f"{done.computed} computed ({done.computed_tokens} tokens, {size_text(done.nbytes)}) in {seconds:.1f} s, "
-            f"{facts['chunks_per_s']:.1f} chunks/s",
+            f"{report.chunks} chunks of {report.documents} documents: {report.skipped} were stored already, "
+            f"{report.computed} computed ({report.computed_tokens} tokens, {size_text(report.nbytes)}) "
+            f"in {seconds:.1f} s, {facts['chunks_per_s']:.1f} chunks/s",
             soft_wrap=True,
         )
-        if done.deleted:
-            err.print(f"{done.deleted} entries deleted that are no longer in their documents")
-        if done.lost_workers:
-            err.print(f"[yellow]{done.lost_workers} of {done.workers} workers died; others did their work[/]")
-    if done.store["evictions"]:
+        if report.deleted:
+            err.print(f"{report.deleted} entries deleted that are no longer in their documents")
+        if report.lost_workers:
+            err.print(f"[yellow]{report.lost_workers} of {report.workers} workers died; others did their work[/]")
+    if report.store["evictions"]:
         err.print(
-            f"[yellow]{done.store['evictions']} entries had to go for room: raise max_bytes of the store[/]",
+            f"[yellow]{report.store['evictions']} entries had to go for room: raise max_bytes of the store[/]",
             soft_wrap=True,
         )
-    if done.failures:
-        raise ChunkCacheError(f"{done.failures} operations of the store failed, so it may lack chunks: run it again")
+    if report.failures:
+        raise ChunkCacheError(
+            f"{report.failures} operations of the store failed, so it may lack chunks: run it again"
+        )

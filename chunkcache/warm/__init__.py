@@ -39,14 +39,14 @@ OnStatus = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WarmConfig:
-    """A model, a store, and the requests that KV are computed for; every worker has it.
+    """Model, store and kind of requests that KV are computed for; every worker gets it.
 
     Attributes:
         model: name of the model, as in `load_model`; `device` and `dtype` too.
         store: URL of the store.
         policy: policy that requests will use.
         system: system prompt that they will use.
-        tenant: theirs.
+        tenant: of these requests.
         chunk_tokens: length of a chunk at most.
         threads: CPU threads of a worker; None leaves them as they are.
     """
@@ -137,7 +137,7 @@ class Worker:
         return chunks, stale
 
     def precompute(self, shard: Shard, on_progress: Callable[[int, int], None] | None = None) -> PrecomputeResult:
-        """Compute what the store lacks of a share."""
+        """Compute what the store lacks of a shard."""
         texts, documents = zip(*((text, owner) for text, owners in shard.items() for owner in owners), strict=True)
         return self.llm.precompute(texts, system=self._config.system, documents=documents, on_progress=on_progress)
 
@@ -154,9 +154,9 @@ class Worker:
             return Counter()
         store = self._llm.store
         store.flush()
-        each = [tier.stats() for tier in store.tiers().values()]
+        counted = [tier.stats() for tier in store.tiers().values()]
         store.close()
-        return Counter({name: sum(getattr(s, name) for s in each) for name in (*TROUBLE, "evictions")})
+        return Counter({name: sum(getattr(stats, name) for stats in counted) for name in (*TROUBLE, "evictions")})
 
     @property
     def llm(self) -> CachedLLM:
@@ -168,24 +168,24 @@ class Worker:
 
 
 class WorkerPool(Protocol):
-    """Workers, wherever they are.
+    """Workers that compute chunk KV into one store.
 
     Attributes:
-        size: how many there were at the start.
-        lost: how many of them have died.
+        size: number of workers at the start.
+        lost: number of them that have died.
     """
 
     size: int
     lost: int
 
     def ask(self, method: str, *args: Any) -> Any:
-        """Let one worker do something, and return what it answers."""
+        """Call a method of one worker, and return its result."""
 
     def precompute(self, shards: Sequence[Shard], on_texts: Callable[[int], None]) -> Iterator[PrecomputeResult]:
-        """Let the workers compute shares; calls `on_texts` with the number of texts done so far."""
+        """Let the workers compute shards; calls `on_texts` with the number of texts done so far."""
 
     def close(self) -> Counter[str]:
-        """Let all workers go; return what their stores counted."""
+        """End all workers; return what their stores counted."""
 
 
 def warm(
@@ -197,9 +197,9 @@ def warm(
     """Compute the chunk KV of `documents` that the store lacks, and delete those of what is no longer in them.
 
     Args:
-        job: the job of the crew.
+        config: the model, the store, and what requests will look like.
         documents: what requests will find chunks of.
-        crew: who does it; see `local_pool` and `ray_pool`.
+        pool: the workers that compute; see `local_pool` and `ray_pool`.
         on_progress: called with (chunks done, chunks in all).
 
     Raises:
@@ -269,7 +269,7 @@ class _LocalPool:
 
 
 def _shards(chunks: Iterable[Chunk]) -> Iterator[Shard]:
-    """Group chunks into shares; all documents of a text are in one, or workers would undo each other's notes."""
+    """Group chunks into shards. All documents of a text are in one: else workers would overwrite labels."""
     texts: dict[str, tuple[int, dict[str, None]]] = {}
     for chunk in chunks:
         texts.setdefault(chunk.text.strip(), (chunk.tokens, {}))[1][chunk.document_id] = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkcache.engine.chunks import PrecomputeResult
-from chunkcache.errors import ChunkCacheError, InputError
+from chunkcache.errors import ChunkCacheError, InputError, missing_extra
 from chunkcache.store.bytestore import SECRET
 from chunkcache.warm import OnStatus, Shard, WarmConfig, Worker, WorkerPool
 
@@ -32,7 +32,7 @@ def ray_pool(
     If the cluster has GPUs each gets one of them, which has not been tried out.
 
     Args:
-        job: what they have to know. The model and a store in a folder must be there on every machine.
+        config: of every worker. The model and a store in a folder must be there on every machine.
         address: of the cluster, such as `10.0.0.1:6379`; `local` starts one on this machine.
         workers: how many; None for as many as the cluster has CPUs (or GPUs) for.
         cpus: CPUs of each.
@@ -105,19 +105,19 @@ class _RayPool:
                 idle.append(worker)
                 done += len(shard)
             if not answers:
-                waiting.append(shard)  # last, in case it was the share that killed the worker
+                waiting.append(shard)  # last, in case it was the shard that killed the worker
             yield from answers
             on_texts(done)
 
     def close(self) -> Counter[str]:
         counted: Counter[str] = Counter()
-        for _, each in self._all("close"):
-            counted += each
+        for _, of_worker in self._all("close"):
+            counted += of_worker
         self._workers = []
         return counted
 
     def _all(self, method: str) -> list[tuple[Any, Any]]:
-        """Let all workers do something, at the same time; return those that live with their answers."""
+        """Call a method of all workers at the same time; return those that live with their results."""
         asked = [(worker, getattr(worker, method).remote()) for worker in self._workers]
         answers = []
         for worker, reference in asked:
@@ -152,8 +152,8 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # its telemetry
     try:
         return importlib.import_module("ray")
-    except ImportError:
-        raise InputError("--ray needs Ray, which is not installed: pip install 'chunkcache[ray]'") from None
+    except ImportError as error:
+        raise missing_extra("ray", "--ray", error) from error
 
 
 def _connect(ray: Any, address: str, cpus: int | None) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from dataclasses import replace
 
 import pytest
 
+from chunkcache.errors import InputError
 from chunkcache.eval.cluster import LRU, POLICIES, Cluster, Run, Sizes
 from chunkcache.eval.costs import Costs, Machine, Shape, predicted
 from chunkcache.eval.queueing import Service, serve
@@ -133,3 +136,10 @@ def test_chunks_are_counted_from_the_end_of_the_warm_up_on():
         "memory": 2, "redis": 0, "computed": 0
     }  # fmt: skip
     assert Run(CLUSTER, "full").serve(arrivals, requests, warm_up=1).chunks["computed"] == 2
+
+
+def test_without_simpy_it_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simpy", None)
+    monkeypatch.delitem(sys.modules, "chunkcache.eval.cluster")
+    with pytest.raises(InputError, match=r'a simulation needs simpy .*pip install "chunkcache\[eval\]"'):
+        importlib.import_module("chunkcache.eval.cluster")

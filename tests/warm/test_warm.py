@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +16,7 @@ from support.llm import chat_tokenizer, saved_model, tiny_model
 
 import chunkcache
 from chunkcache import warm
-from chunkcache.cli import main as cli
+from chunkcache.cli.console import Bar
 from chunkcache.errors import InputError, ModelNotFoundError
 from chunkcache.kv import hashed_label
 from chunkcache.retriever import Chunk, load_documents, split
@@ -53,7 +52,7 @@ def config(model, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def small_shares(monkeypatch):
+def small_shards(monkeypatch):
     monkeypatch.setattr(warm, "SHARD_TEXTS", 2)
 
 
@@ -145,7 +144,7 @@ def test_documents_and_tenants_do_not_touch_one_another(config, docs):
     assert len(left) == count
 
 
-def test_bad_input_shows_when_the_crew_is_called(config, tmp_path):
+def test_bad_input_shows_when_the_pool_is_opened(config, tmp_path):
     with pytest.raises(InputError, match="is gone when this ends"), local_pool(replace(config, store="memory://")):
         pass
     with pytest.raises(ModelNotFoundError), local_pool(replace(config, model=str(tmp_path / "no/model"))):
@@ -164,7 +163,7 @@ def test_a_store_that_is_too_small_says_so(config, docs):
     assert done.store["evictions"] + done.failures > 0
 
 
-def test_shares_keep_all_documents_of_a_text_together(monkeypatch):
+def test_shards_keep_all_documents_of_a_text_together(monkeypatch):
     monkeypatch.setattr(warm, "SHARD_TOKENS", 100)
     chunks = [Chunk("a", 0, "x", 60), Chunk("a", 1, "y", 30), Chunk("b", 0, "z", 20), Chunk("c", 0, "x", 60)]
     assert list(warm._shards(chunks)) == [{"x": ["a", "c"], "y": ["a"]}, {"z": ["b"]}]
@@ -172,79 +171,60 @@ def test_shares_keep_all_documents_of_a_text_together(monkeypatch):
     assert list(warm._shards([])) == []
 
 
-def test_the_command_reports_what_it_did(config, docs, monkeypatch, capsys):
-    args = [
-        "chunkcache",
-        "store",
-        "warm",
-        str(docs),
-        "--model",
-        config.model,
-        "--chunk-tokens",
-        "48",
-        "--store",
-        config.store,
-    ]
+def test_the_command_reports_what_it_did(config, docs, command_line):
+    args = ("store", "warm", str(docs), "--model", config.model, "--chunk-tokens", "48", "--store", config.store)
     count = sum(map(len, pieces(config, docs).values()))
-    for computed, argv in ((count, [*args, "--json"]), (0, [*args, "--json"]), (0, args)):
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        shown = capsys.readouterr()
-        assert not left.value.code
-        if "--json" in argv:
-            facts = json.loads(shown.out)
-            assert (facts["chunks"], facts["computed"], facts["skipped"]) == (count, computed, count - computed)
-        else:
-            assert f"{count} chunks of 3 documents: {count} were stored already, 0 computed" in shown.err
+    for computed in (count, 0):
+        code, out, _ = command_line(*args, "--json")
+        facts = json.loads(out)
+        assert code == 0
+        assert (facts["chunks"], facts["computed"], facts["skipped"]) == (count, computed, count - computed)
+    code, _, err = command_line(*args)
+    assert code == 0
+    assert f"{count} chunks of 3 documents: {count} were stored already, 0 computed" in err
 
 
-def test_an_interrupted_run_goes_on_where_it_was(config, docs):
-    """A real process, a real SIGINT while it computes."""
-    for number in range(15):
-        write(docs, f"more{number}", "".join(SENTENCES["ferry"].format(number * 100 + n) for n in range(40)))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "chunkcache",
-        "store",
-        "warm",
-        str(docs),
-        "--model",
-        config.model,
-    ]
-    command += ["--chunk-tokens", "48", "--store", config.store, "--json"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    )
-    folder = config.store.removeprefix("disk://").partition("?")[0]
-    while process.poll() is None and stored(folder) < 5:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+def test_an_interrupted_run_goes_on_where_it_was(config, docs, command_line, monkeypatch):
+    """A real SIGINT, as soon as five chunks are stored."""
+    show = Bar.__call__
+
+    def interrupt(bar, done, total):
+        show(bar, done, total)
+        if done >= 5:
+            signal.raise_signal(signal.SIGINT)
+
+    args = ("store", "warm", str(docs), "--model", config.model, "--chunk-tokens", "48", "--store", config.store)
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Bar, "__call__", interrupt)
+            code, out, err = command_line(*args, "--json")
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+    assert (code, out) == (130, "")
     assert "interrupted: what was computed is stored" in err
     kept = {entry.key for entry in entries(config)}
     assert len(kept) >= 5
-    finished = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    facts = json.loads(finished.stdout)
+    code, out, err = command_line(*args, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
     assert 0 < facts["computed"] < facts["chunks"]
     assert facts["skipped"] >= len(kept) - 1  # the prefix is no chunk
     assert kept <= {entry.key for entry in entries(config)}
 
 
-def heed_interrupts():
-    """Undo what a shell does to what it runs in the background, which is to ignore SIGINT, also in its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def stored(folder):
-    return sum(
-        len(files) for path, _, files in os.walk(folder) if re.fullmatch("[0-9a-f]{2}", os.path.basename(path))
-    )
+def test_what_has_expired_is_computed_again(config, docs, monkeypatch):
+    config = replace(config, store=config.store + "&ttl=60")
+    first = run(config, docs)
+    again = run(config, docs)
+    assert (again.computed, again.skipped) == (0, first.chunks)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 61)
+    later = run(config, docs)
+    assert (later.computed, later.skipped) == (first.chunks, 0)
+    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), store=config.store)
+    stats = llm.generate("When was it opened?", pieces(config, docs)["bridge.md"][:3], max_new_tokens=2).stats
+    assert (stats.hits, stats.misses) == (3, 0)
 
 
 # --- on a cluster of this machine
@@ -276,13 +256,13 @@ def test_two_workers_store_what_one_would_sealed_with_the_same_secret(config, do
     count = sum(map(len, pieces(config, docs).values()))
     assert (done.chunks, done.computed, done.workers, done.lost_workers, done.failures) == (count, count, 2, 0, 0)
     assert seen[-1] == (count, count)
-    alone_job = replace(config, store=config.store.replace("/kv", "/kv2"))
-    run(alone_job, docs)
-    assert {e.key for e in entries(config)} == {e.key for e in entries(alone_job)}
+    local_config = replace(config, store=config.store.replace("/kv", "/kv2"))
+    run(local_config, docs)
+    assert {e.key for e in entries(config)} == {e.key for e in entries(local_config)}
     write(docs, "ferry", "It was sold.")
     again = run(config, docs)
     assert again.computed == 1
-    assert again.deleted == len(entries(alone_job, "ferry.md"))
+    assert again.deleted == len(entries(local_config, "ferry.md"))
 
 
 def test_the_work_of_a_worker_that_dies_goes_to_another(config, docs, on_cluster, caplog):
@@ -293,8 +273,7 @@ def test_the_work_of_a_worker_that_dies_goes_to_another(config, docs, on_cluster
 
     def kill_one(done, total):
         if not killed:
-            found = re.findall(r"a worker is process (\d+)", caplog.text)
-            killed.append(int(found[0]))
+            killed.append(int(re.findall(r"a worker is process (\d+)", caplog.text)[0]))
             os.kill(killed[0], signal.SIGKILL)
 
     done = on_cluster(config, docs, kill_one, workers=2)
@@ -322,5 +301,5 @@ def test_a_cluster_that_does_not_answer_is_bad_input(config):
 
 def test_without_ray_installed_it_says_what_to_install(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'chunkcache\[ray\]'"), ray_pool(config, "local"):
+    with pytest.raises(InputError, match=r'pip install "chunkcache\[ray\]"'), ray_pool(config, "local"):
         pass
