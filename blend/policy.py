@@ -53,8 +53,8 @@ class Policy(ABC):
     Class attributes:
         name: what it is called in a policy string.
         reuses: False if nothing stored is used at all.
-        remembers: True if chunks are stored as they came out in their context, for exact reuse later.
-        contextual: True if chunks have versions of several contexts, and `overhead` says which to use.
+        stores_in_context: True if chunks are stored as they came out in their context, for exact reuse later.
+        versioned: True if chunks have versions of several contexts, and `overhead` says which to use.
     """
 
     name: ClassVar[str]
