@@ -11,6 +11,7 @@ from support.llm import wrapped
 from chunkcache.corpus import Corpus
 from chunkcache.errors import InputError
 from chunkcache.kv import chunk_name, hashed_label
+from chunkcache.library import ChunkLibrary
 from chunkcache.prompt.builder import PromptChunk
 from chunkcache.retriever import Chunk, Document, Embedder, Hit, Retriever
 from chunkcache.store import EntryFilter, open_store
@@ -129,7 +130,7 @@ def test_what_is_stale_goes_even_if_the_new_cannot_be_computed(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(made.llm._library, "compute", fail)
+    monkeypatch.setattr(ChunkLibrary, "compute", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.update(Document("bridge.md", "Bridge", "The bridge was taken down in 1999, and nobody misses it."))
     assert stored(made, "bridge.md") == 0
