@@ -134,7 +134,7 @@ def compare(
     Raises:
         PolicyError: a policy is unknown, or needs a calibration that there is none of.
         ResultsError: `path` holds rows of other settings, or of another machine.
-        DocumentError: cases have answers, but the package that scores them is not installed.
+        InputError: cases have answers, but the package that scores them is not installed.
     """
     torch.manual_seed(SEED)
     names = list(dict.fromkeys([FULL, *comparison.policies]))

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chunkcache.errors import PeerError
+from chunkcache.errors import PeerError, missing_extra
 from chunkcache.eval.peers.registry import spec_of
 from chunkcache.library.fingerprint import fingerprint
 from chunkcache.models import ALIASES
@@ -66,7 +66,10 @@ def float32_gguf(source: Path, target: Path) -> None:
 
     All metadata are kept but those that say how the weights are stored.
     """
-    import gguf
+    try:
+        import gguf
+    except ImportError as error:
+        raise missing_extra("gguf", f"writing {str(target)!r}", error) from None
 
     reader = gguf.GGUFReader(source)
     partial = Path(f"{target}.partial")
