@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -29,6 +30,7 @@ def data(tmp_path):
 def test_everything_is_measured_into_one_folder(data, tmp_path, monkeypatch):
     monkeypatch.setattr(every, "GROWING", ("reuse",))
     monkeypatch.setattr(every, "BUDGETS", (1.25,))
+    monkeypatch.setattr(sys, "argv", ["chunkcache", "bench", "all", *data])
     slow = []
     for command in (bench_simulate, bench_batch, bench_heatmap):  # their defaults are no job for a test
         monkeypatch.setattr(command, "run", slow.append)
@@ -47,5 +49,5 @@ def test_everything_is_measured_into_one_folder(data, tmp_path, monkeypatch):
     assert str(batch.data) == data[-1]
     assert batch.model.model_name == heatmap.model.model_name == model
     assert heatmap.policies == ("reuse",)
-    assert json.loads((out / "report.json").read_text())["command"].startswith("chunkcache ")
+    assert json.loads((out / "report.json").read_text())["command"] == "chunkcache bench all first.json last.json"
     assert (out / "report.html").exists()
