@@ -21,8 +21,8 @@ docs: .venv/docs/.installed    ## build the pages and the API reference into sit
 report: $(STAMP)    ## make docs/results/report.html, the page with the plots, of report.json
 	@$(BIN)/chunkcache bench report docs/results/report.json
 
-test: $(STAMP)    ## run the tests
-	@$(BIN)/python $(UNDER) -m pytest
+test: $(STAMP)    ## run the tests, in two processes
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_OPTIONS)
 
 test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in an environment that has it
 	@$(LMBIN)/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
@@ -34,7 +34,7 @@ lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/lint-imports --no-logo
 
 check: lint    ## lint and test, as CI does, and print the percentage of lines that the tests run
-	@$(MAKE) --no-print-directory test UNDER="-m coverage run"
+	@$(MAKE) --no-print-directory test TEST_OPTIONS="--cov --cov-report="
 	@echo "Coverage: $$($(BIN)/coverage report --format=total) % of lines"
 
 clean:    ## remove the environment and everything built
