@@ -23,7 +23,7 @@ from chunkcache.prompt.known_texts import FoundText, TextIndex
 _warn_once = lru_cache(maxsize=None)(logging.getLogger("chunkcache").warning)
 
 LIMIT = 100_000  # chunks that can be found
-OWNED = 1_000_000  # chunks whose documents are known: a tenth of the bytes each
+OWNED = 1_000_000  # chunks whose documents are known: names only, without tokens
 KEYS = 8  # of one chunk, computed after different tokens
 
 
@@ -31,7 +31,7 @@ KEYS = 8  # of one chunk, computed after different tokens
 class _Known:
     """A chunk that can be found: its tokens, its text if it was given one, the keys of its KV, the latest last."""
 
-    token_ids: npt.NDArray[np.uint32]  # a quarter of a tuple's bytes and less
+    token_ids: npt.NDArray[np.uint32]  # 4 bytes each
     text: str | None = None
     system: str | None = None
     keys: list[ChunkKey] = field(default_factory=list)
@@ -100,18 +100,7 @@ class ChunkRegistry:
             matches = self._tokens.find(token_ids)
             for match in matches:
                 self._known.move_to_end(match.name)
-            return [
-                (
-                    Span(
-                        match.start,
-                        match.start + match.length,
-                        tuple(self._known[match.name].token_ids.tolist()),
-                        match.first,
-                    ),
-                    tuple(self._known[match.name].keys),
-                )
-                for match in matches
-            ]
+            return [(self._span(match), tuple(self._known[match.name].keys)) for match in matches]
 
     def find_text(self, content: str) -> list[FoundText]:
         """Return the known texts in `content`, in order and without overlap."""
