@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from chunkcache.errors import StoreURLError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+Key = TypeVar("Key")
 EVICT = ("lru", "lfu", "cost")
 GHOSTS = 10_000
 
@@ -69,6 +71,37 @@ class Budget:
     def bounded(self) -> bool:
         """Whether entries ever have to go for room."""
         return self.max_bytes is not None or self.tenant_bytes is not None
+
+    def victims(
+        self,
+        nbytes: int,
+        tenant: str,
+        held: Callable[[str | None], int],
+        candidates: Callable[[str | None], Iterable[tuple[Key, int]]],
+    ) -> list[Key] | None:
+        """Return what has to go so that an entry of `nbytes` of `tenant` fits, or None if it cannot be made to fit.
+
+        Args:
+            nbytes: of the entry.
+            tenant: its tenant's label; '' has no quota.
+            held: returns the bytes of all other entries of a tenant, or of all tenants for None.
+            candidates: returns those of them that may go, with their bytes, the first to go first. It is asked only
+                when there is too little room.
+        """
+        going: dict[Key, int] = {}
+        for limit, whose in ((self.tenant_bytes, tenant), (self.max_bytes, None)):
+            if limit is None or whose == "":
+                continue
+            over = held(whose) + nbytes - limit - sum(going.values())
+            for key, size in candidates(whose) if over > 0 else ():
+                if key not in going:
+                    going[key] = size
+                    over -= size
+                if over <= 0:
+                    break
+            if over > 0:
+                return None
+        return list(going)
 
 
 UNBOUNDED = Budget()

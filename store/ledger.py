@@ -129,23 +129,14 @@ class Ledger:
         """Return what has to be evicted so that `entry` fits, or None if it is not admitted."""
         with self._lock:
             self._counts.write()
-            going: dict[str, int] = {}
-            for limit, tenant in ((self._budget.tenant_bytes, entry.tenant), (self._budget.max_bytes, None)):
-                if limit is None or tenant == "":
-                    continue
-                others = "key<>?" if tenant is None else "key<>? AND tenant=?"
-                values = (entry.key.digest,) if tenant is None else (entry.key.digest, tenant)
-                [held] = self._db.execute(f"SELECT coalesce(sum(nbytes), 0) FROM entries WHERE {others}", values)
-                over = held[0] + entry.nbytes - limit - sum(going.values())
-                sql = f"SELECT key, nbytes FROM entries WHERE {others} AND NOT pinned ORDER BY {self._order}"
-                for key, nbytes in self._db.execute(sql, values) if over > 0 else ():
-                    if key not in going:
-                        going[key] = nbytes
-                        over -= nbytes
-                    if over <= 0:
-                        break
-                if over > 0 or not self._counts.admits(entry.key.digest, going):
-                    return None
+            going = self._budget.victims(
+                entry.nbytes,
+                entry.tenant,
+                lambda tenant: self._others(entry, tenant, "coalesce(sum(nbytes), 0)").fetchone()[0],
+                lambda tenant: self._others(entry, tenant, "key, nbytes", f"AND NOT pinned ORDER BY {self._order}"),
+            )
+            if going is None or not self._counts.admits(entry.key.digest, going):
+                return None
             self._counts.leaving.update(going)
             return [ChunkKey(digest) for digest in going]
 
@@ -196,6 +187,12 @@ class Ledger:
         with self._lock:
             self._counts.write()
             self._close()
+
+    def _others(self, entry: Entry, tenant: str | None, what: str, rest: str = "") -> sqlite3.Cursor:
+        """Select from the other entries of a tenant, or of all for None."""
+        of_tenant, values = ("", ()) if tenant is None else ("AND tenant=?", (tenant,))
+        sql = f"SELECT {what} FROM entries WHERE key<>? {of_tenant} {rest}"
+        return self._db.execute(sql, (entry.key.digest, *values))
 
     def _open_file(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")

@@ -28,7 +28,6 @@ class LRULedger:
         self._lock = threading.RLock()
         self._entries: OrderedDict[ChunkKey, Entry] = OrderedDict()  # the one used last comes last
         self._nbytes: Counter[str | None] = Counter()  # by tenant; None for all
-        self._last = 0.0
 
     def add(self, entry: Entry) -> None:
         """Enter `entry`, replacing one of the same key but for its uses and pin."""
@@ -37,7 +36,7 @@ class LRULedger:
             self._count(old, -1)
             self._count(entry, 1)
             uses, pinned = (entry.uses, entry.pinned) if old is None else (old.uses, old.pinned)
-            self._entries[entry.key] = replace(entry, used=self._now(), uses=uses, pinned=pinned)
+            self._entries[entry.key] = replace(entry, used=time.time(), uses=uses, pinned=pinned)
             self._entries.move_to_end(entry.key)
 
     def drop(self, key: ChunkKey) -> bool:
@@ -55,7 +54,7 @@ class LRULedger:
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
-                self._entries[key] = replace(entry, used=self._now(), uses=entry.uses + worth)
+                self._entries[key] = replace(entry, used=time.time(), uses=entry.uses + worth)
                 self._entries.move_to_end(key)
 
     def credit(self, key: ChunkKey, worth: float) -> None:
@@ -74,22 +73,17 @@ class LRULedger:
         """Return what has to be evicted so that `entry` fits, or None if that cannot be."""
         with self._lock:
             old = self._entries.get(entry.key)
-            going: dict[ChunkKey, int] = {}
-            for limit, tenant in ((self._budget.tenant_bytes, entry.tenant), (self._budget.max_bytes, None)):
-                if limit is None or tenant == "":
-                    continue
+
+            def held(tenant: str | None) -> int:
                 own = old.nbytes if old is not None and tenant in (None, old.tenant) else 0
-                over = self._nbytes[tenant] - own + entry.nbytes - limit - sum(going.values())
-                for other in self._entries.values() if over > 0 else ():
-                    free = other.key not in going and other.key != entry.key and not other.pinned
-                    if free and tenant in (None, other.tenant):
-                        going[other.key] = other.nbytes
-                        over -= other.nbytes
-                    if over <= 0:
-                        break
-                if over > 0:
-                    return None
-            return list(going)
+                return self._nbytes[tenant] - own
+
+            def candidates(tenant: str | None) -> Iterator[tuple[ChunkKey, int]]:
+                for key, other in self._entries.items():
+                    if key != entry.key and not other.pinned and tenant in (None, other.tenant):
+                        yield key, other.nbytes
+
+            return self._budget.victims(entry.nbytes, entry.tenant, held, candidates)
 
     def expired(self, now: float) -> list[ChunkKey]:
         """Return the keys of entries past their time to live."""
@@ -111,8 +105,3 @@ class LRULedger:
         if entry is not None:
             for tenant in (entry.tenant, None):
                 self._nbytes[tenant] += sign * entry.nbytes
-
-    def _now(self) -> float:
-        """Return a time that is later than every one returned before."""
-        self._last = max(time.time(), self._last + 1e-6)
-        return self._last
