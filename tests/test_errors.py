@@ -7,9 +7,9 @@ import inspect
 import re
 
 import pytest
-from support import zoo
+import zoo
+from helpers_tokenizer import tiny_tokenizer
 from support.llm import CHAT_TEMPLATE, QUESTION, TEXTS, chat_tokenizer, own_model, tiny_model, wrapped
-from support.tokenizer import tiny_tokenizer
 
 import chunkcache
 from chunkcache import errors

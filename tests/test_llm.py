@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers_tokenizer import tiny_tokenizer
 from support.llm import (
     QUESTION,
     TEXTS,
@@ -20,7 +21,6 @@ from support.llm import (
     tiny_model,
     wrapped,
 )
-from support.tokenizer import tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_tokenizer import tiny_tokenizer
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from support.gguf import write_gguf
-from support.tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 from support import blend as h
-from support import zoo
 from support.blend import span
 from transformers import DynamicCache
 

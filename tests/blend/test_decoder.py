@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
+import zoo
 from support import blend as h
-from support import zoo
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from chunkcache.blend import Decoder, self_check

@@ -13,8 +13,8 @@ from functools import cache
 
 import pytest
 import torch
+import zoo
 from support import blend as h
-from support import zoo
 from support.blend import span
 
 from chunkcache.blend import POLICIES, FusedCache, Plan, SelectivePrefill

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from support import blend as h
-from support import zoo
 
 from chunkcache.blend import FusedCache, SelectivePrefill
 from chunkcache.blend.guard import GuardedSelection, GuardModel, Signals, guard_steps

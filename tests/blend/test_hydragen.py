@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import zoo
+import zoo
 from support.blend import decoder, own_prefill, random_ids
 from torch import Tensor
 from transformers import DynamicCache

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import zoo
 from support import blend as h
-from support import zoo
 from support.blend import span
 
 from chunkcache.blend import POLICIES, Decoder, Plan, SelectivePrefill, layer_kv

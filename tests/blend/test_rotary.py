@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
-from support import zoo
 from torch import nn
 
 from chunkcache.blend.decoder import Decoder

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import zoo
 from support import blend as h
-from support import zoo
 from support.blend import span
 
 from chunkcache.blend import FusedCache, Plan, SelectivePrefill

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+import zoo
 from support import blend as h
-from support import zoo
 from transformers import AutoModelForCausalLM
 
 from chunkcache.blend import Decoder, SelfCheck, cache, prefill, self_check

@@ -9,9 +9,9 @@ from types import MethodType
 
 import pytest
 import torch
+import zoo
 from accelerate.hooks import ModelHook, add_hook_to_module
 from support import blend as h
-from support import zoo
 
 from chunkcache.blend.shadow import shadow_of
 

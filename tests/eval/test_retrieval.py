@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.tokenizer import tiny_tokenizer
+from helpers_tokenizer import tiny_tokenizer
 
 from chunkcache.errors import DocumentError
 from chunkcache.eval import Results

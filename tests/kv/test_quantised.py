@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import zoo
 from support.blend import span
 
 from chunkcache.blend import Decoder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import zoo
 from support.blend import decoder, layers_of, own_prefill, random_ids
 from support.llm import snapshot
 

@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from support import zoo
+import zoo
+from helpers_tokenizer import tiny_tokenizer
 from support.llm import VOCAB, own_model
-from support.tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkcache.errors import TokenizerMismatchError

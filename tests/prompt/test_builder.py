@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from helpers_tokenizer import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.llm import CHAT_TEMPLATE, QUESTION, TEXTS, VOCAB, chat_tokenizer
-from support.tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from chunkcache.errors import PromptError

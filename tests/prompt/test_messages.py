@@ -6,8 +6,8 @@ import copy
 from itertools import pairwise
 
 import pytest
+from helpers_tokenizer import tiny_tokenizer
 from support.llm import CHAT_TEMPLATE, QUESTION, TEXTS, VOCAB
-from support.tokenizer import tiny_tokenizer
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import ChunkKey, ChunkRef

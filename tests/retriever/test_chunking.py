@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from helpers_tokenizer import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.tokenizer import tiny_tokenizer
+from helpers_tokenizer import tiny_tokenizer
 
 from chunkcache.errors import InputError
 from chunkcache.retriever import CrossEncoderReranker, Document, Embedder, keywords, load_documents, split

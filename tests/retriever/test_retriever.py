@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from support.tokenizer import tiny_tokenizer
+from helpers_tokenizer import tiny_tokenizer
 
 import chunkcache.retriever
 from chunkcache.errors import DocumentError, InputError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tokenizer import tiny_tokenizer
+from helpers_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from chunkcache.errors import DocumentError, InputError

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from support import zoo
+import zoo
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from support.tokenizer import tiny_tokenizer
+from helpers_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 _BLOCKS = gguf.GGMLQuantizationType.Q4_1

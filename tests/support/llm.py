@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import zoo
-from support.tokenizer import tiny_tokenizer
+import zoo
+from helpers_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
