@@ -71,6 +71,13 @@ class Decoder:
         twin.attentions = [twin.model.get_submodule(name) for name in self._names[1::2]]
         return twin
 
+    def adopt(self, other: Decoder) -> None:
+        """Take over what the self-check found of the same model."""
+        self.heads = other.heads
+        self.rotaries = [
+            None if theirs is None else own for own, theirs in zip(self.rotaries, other.rotaries, strict=True)
+        ]
+
     @property
     def device(self) -> torch.device:
         """Device of the model's input."""
@@ -114,8 +121,7 @@ class Decoder:
         name = type(self.model).__name__
         if self.model.config.is_encoder_decoder:
             raise UnsupportedModelError(f"{name} is an encoder-decoder; chunkcache serves decoder-only models")
-        if self.model.device.type == "meta":
-            raise InputError(f"{name} is on the meta device: load its weights before wrapping it")
+        self._refuse_hidden(name)
         if self.model.training:
             raise InputError(f"{name} is in training mode, where dropout changes the KV: call model.eval() first")
         attention = self.config._attn_implementation
@@ -124,6 +130,25 @@ class Decoder:
                 f"{name} uses attn_implementation={attention!r}, which takes no mask for scattered rows; "
                 "load it with attn_implementation='sdpa' (or 'eager')"
             )
+
+    def _refuse_hidden(self, name: str) -> None:
+        """Refuse a model whose weights or whose forward cannot be reached."""
+        modules = [(path or "the model", module) for path, module in self.model.named_modules()]
+        for path, module in modules:
+            if module._compiled_call_impl is not None or hasattr(
+                vars(module).get("forward"), "_torchdynamo_orig_callable"
+            ):
+                raise UnsupportedModelError(
+                    f"{name} is compiled ({path}, by torch.compile): its forward cannot be cut to the rows that are "
+                    "computed; wrap the model without compiling it"
+                )
+        for path, module in modules:
+            away = any(p.is_meta for p in (*module._parameters.values(), *module._buffers.values()) if p is not None)
+            if away or getattr(vars(module).get("_hf_hook"), "offload", False):
+                raise InputError(
+                    f"the weights of {name} are offloaded, or not loaded ({path} is on the meta device): load all of "
+                    "it to one device, without 'cpu' or 'disk' in its device_map"
+                )
 
     def _find_layers(self) -> Sequence[nn.Module]:
         count = self.config.num_hidden_layers

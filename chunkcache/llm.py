@@ -9,16 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkcache.blend import Decoder, Policy, parse_policy, self_check
+from chunkcache.blend import Policy, SelfCheck, parse_policy
 from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
 from chunkcache.engine.generation import Generation, with_length
+from chunkcache.engine.served import LibraryOptions, ServedModel
 from chunkcache.engine.streaming import TextStream
-from chunkcache.engine.tuning import Tuning
 from chunkcache.library import ChunkLibrary
-from chunkcache.library.fingerprint import check_tokenizer, fingerprint
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.prompt.messages import Message, MessageBuilder
 from chunkcache.store import Store, open_store
@@ -39,7 +38,8 @@ class CachedLLM(ChunkMethods, RenamedMethods):
     """A decoder model that reuses the KV of retrieved chunks.
 
     Args:
-        model: any decoder-only Hugging Face model with RoPE, loaded and in eval mode. It is not modified.
+        model: any decoder-only Hugging Face model with RoPE, loaded and in eval mode, also with adapters of peft. It
+            is not modified. Where it is changed later, its chunk KV go under another fingerprint from then on.
         tokenizer: the model's tokenizer; its chat template is used when it has one.
         store: a store, or what `open_store` opens, such as `tiered:memory://?max_bytes=2GiB|disk:///var/cache/kv`.
             None takes the environment variable CHUNKCACHE_STORE, and without it 2 GiB of memory.
@@ -55,8 +55,6 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         tokenizer: its tokenizer.
         store: the store that holds chunk KV.
         prompts: builds prompts from texts.
-        self_check: the figures of the check that ran when the model was wrapped.
-        fingerprint: identity of model and tokenizer.
         engine: serves prompts that are built already.
 
     Raises:
@@ -84,18 +82,14 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         store = store if store is not None else os.environ.get("CHUNKCACHE_STORE", DEFAULT_STORE)
         self._owns_store = isinstance(store, str)
         self.store: Store = open_store(store) if isinstance(store, str) else store
-        decoder = Decoder(model)
-        check_tokenizer(model, tokenizer)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.prompts = PromptBuilder(tokenizer, instruction, lead_in)
-        self.self_check = self_check(decoder)
-        self.fingerprint = fingerprint(model, tokenizer)
-        tuning = Tuning(self.fingerprint, calibration, len(decoder.layers))
-        tuning.resolve(chosen)  # refuses one that lacks a calibration
-        self._library = ChunkLibrary(decoder, self.store, self.fingerprint, tenant, self.prompts.lead_in)
-        self._messages = MessageBuilder(self.prompts, self._library.registry, tokenizer.chat_template)
-        self.engine = Engine(decoder, tokenizer, self._library, tuning, chosen)
+        options = LibraryOptions(self.store, tenant, self.prompts.lead_in)
+        served = ServedModel(model, tokenizer, options, calibration)
+        served.latest.tuning.resolve(chosen)  # refuses one that lacks a calibration
+        self._messages = MessageBuilder(self.prompts, served.registry, tokenizer.chat_template)
+        self.engine = Engine(served, tokenizer, chosen)
         self._attachment = Attachment(self.engine)
 
     @classmethod
@@ -133,6 +127,37 @@ class CachedLLM(ChunkMethods, RenamedMethods):
     @policy.setter
     def policy(self, policy: str | Policy) -> None:
         self.engine.policy = parse_policy(policy)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of model and tokenizer as they are now."""
+        return self.engine.served.current().library.fingerprint
+
+    @property
+    def self_check(self) -> SelfCheck:
+        """The figures of the check that ran when the model was wrapped, or found changed."""
+        return self.engine.served.latest.self_check
+
+    def refresh(self) -> str:
+        """Read the whole model again, and return its fingerprint.
+
+        Requests notice by themselves that a model has changed. What they may notice late is a write through `.data`
+        to a few values of a large model: call this after it.
+
+        Raises:
+            UnsupportedModelError, InputError: the model has become one that cannot be served.
+        """
+        return self.engine.served.refresh().library.fingerprint
+
+    @contextmanager
+    def _session(self, adapter: str | None = None) -> Iterator[ChunkLibrary]:
+        with self.engine.served.session(adapter) as served:
+            yield served.library
+
+    def _libraries(self) -> list[ChunkLibrary]:
+        served = self.engine.served
+        library = served.current().library
+        return [library.of_model(name) for name in served.fingerprints]
 
     @property
     def max_tokens(self) -> int:
@@ -174,7 +199,8 @@ class CachedLLM(ChunkMethods, RenamedMethods):
             system: system prompt; None for the chat template's own.
             policy: overrides the wrapper's policy for this call.
             max_new_tokens: length of the answer at most; 64, unless a generation config says otherwise.
-            options: any keyword of transformers' `generate()` that makes sense for one sequence.
+            options: any keyword of transformers' `generate()` that makes sense for one sequence; and `adapter=`, the
+                name of the peft adapter that is active for this call, with chunk KV of its own.
 
         Raises:
             PromptError: question or chunk is empty or no text.
@@ -204,9 +230,10 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         *,
         system: str | None = None,
         policy: str | Policy | None = None,
+        adapter: str | None = None,
     ) -> PrefillOutput:
         """Prefill the prompt and return the next token's logits with the cache of the whole prompt."""
-        return self.engine.prefill(self._prepare(question, chunks, system, policy))
+        return self.engine.prefill(self._prepare(question, chunks, system, policy, None, {"adapter": adapter}))
 
     def prepare_inputs(
         self,
@@ -215,13 +242,15 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         *,
         system: str | None = None,
         policy: str | Policy | None = None,
+        adapter: str | None = None,
     ) -> dict[str, Any]:
         """Return `input_ids`, `attention_mask` and `past_key_values` for a plain `model.generate(**inputs)`.
 
         All tokens of the prompt but the last are prefilled here; `generate()` starts with the last one, which
         costs one decoding step more than `llm.generate`.
         """
-        return model_inputs(self.engine.prefill(self._prepare(question, chunks, system, policy), drop_last=True))
+        request = self._prepare(question, chunks, system, policy, None, {"adapter": adapter})
+        return model_inputs(self.engine.prefill(request, drop_last=True))
 
     def chat(
         self,

@@ -625,12 +625,8 @@ def test_threads_get_what_they_would_get_alone(policy):
 def test_a_forward_of_another_thread_may_fall_into_a_prefill(policy, layer, attention):
     """While a selective prefill stands in `layer`, a whole other forward of the same model runs."""
     model = own_model(attention=attention)
-    llm = wrapped(model, policy=policy)
-    llm.precompute(TEXTS)
-    another = wrapped(model, policy=policy)
-    another.precompute(TEXTS)
-    expected = another.prefill(QUESTION, TEXTS).logits
-    ids, cache, other, before = torch.arange(10, 40)[None], DynamicCache(), [], snapshot(model)
+    llm, another = wrapped(model, policy=policy), wrapped(model, policy=policy)
+    ids, cache, armed, other, before = torch.arange(10, 40)[None], DynamicCache(), [], [], snapshot(model)
     main = threading.current_thread()
 
     def forward():
@@ -638,12 +634,16 @@ def test_a_forward_of_another_thread_may_fall_into_a_prefill(policy, layer, atte
             other.append(model(input_ids=ids, past_key_values=cache).logits[0, -1])
 
     def interrupt(*_):
-        if threading.current_thread() is main and not other:
+        if armed and threading.current_thread() is main and not other:
             thread = threading.Thread(target=forward)
             thread.start()
             thread.join()
 
     with model.model.layers[layer].mlp.register_forward_hook(interrupt):
+        another.precompute(TEXTS)
+        expected = another.prefill(QUESTION, TEXTS).logits
+        llm.precompute(TEXTS)
+        armed.append(True)
         logits = llm.prefill(QUESTION, TEXTS).logits
     assert_close(logits, expected)
     assert_close(other[0], own_logits(model, ids))

@@ -18,6 +18,7 @@ from chunkcache.blend import Plan, SelectivePrefill
 from chunkcache.engine.engine import Engine
 from chunkcache.engine.generation import is_assisted, needs_finished_cache, setting
 from chunkcache.engine.stats import RequestStats
+from chunkcache.library import ChunkLibrary
 
 
 class Attachment:
@@ -33,7 +34,7 @@ class Attachment:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._decoder = engine.decoder
+        self._model = engine.model
         self.active = False
         self._shadowed: Any = None  # another instance-level generate, if there was one
         self.last_stats: RequestStats | None = None
@@ -53,7 +54,7 @@ class Attachment:
         """Start; does nothing if it is attached already."""
         if self.active:
             return
-        model = self._decoder.model
+        model = self._model
         self._shadowed = model.__dict__.get("generate")
         own: Any = model.generate
 
@@ -68,7 +69,7 @@ class Attachment:
     def detach(self) -> None:
         """Stop; does nothing if it is not attached. Of several attachments any may leave first."""
         self.active = False
-        model = self._decoder.model
+        model = self._model
         while True:  # take away ours, and those below it that left earlier
             front = getattr(model.__dict__.get("generate"), "chunkcache", None)
             if front is None or front.active:
@@ -82,27 +83,29 @@ class Attachment:
         policy = self._engine.resolve_policy(None)
         self.last_stats = stats = RequestStats(str(policy))
         input_ids = self._single_prompt(args, kwargs) if policy.reuses else None
-        plan = None if input_ids is None else self._match(input_ids, stats)
-        if plan is None or input_ids is None:
+        served = None if input_ids is None else self._engine.served.current()
+        plan = None if input_ids is None or served is None else self._match(served.library, input_ids, stats)
+        if plan is None or input_ids is None or served is None:
             stats.fallbacks = 1
             return own(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
-        prefill = SelectivePrefill(self._decoder, plan, policy, select=self._engine.tuning.selection(policy))
+        prefill = SelectivePrefill(served.decoder, plan, policy, select=served.tuning.selection(policy))
         output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill)
         return output
 
     def _single_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the call's `[1, tokens]` prompt, or None if the call is not one plain sequence."""
-        model = self._decoder.model
+        model = self._model
         input_ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         mask = kwargs.get("attention_mask")
         plain = (
             isinstance(input_ids, Tensor)
             and input_ids.ndim == 2
             and input_ids.shape[0] == 1
-            and 1 < input_ids.shape[1] <= self._decoder.max_tokens
+            and 1 < input_ids.shape[1] <= self._engine.decoder.max_tokens
+            and not torch.is_autocast_enabled(input_ids.device.type)  # KV are in the model's own dtype
             and (mask is None or bool(mask.all()))
             and all(kwargs.get(name) is None for name in ("past_key_values", "inputs_embeds"))
             and all(setting(model, kwargs, name) is None for name in ("cache_implementation", "prefill_chunk_size"))
@@ -113,10 +116,11 @@ class Attachment:
         )
         return input_ids if plain else None
 
-    def _match(self, input_ids: Tensor, stats: RequestStats) -> Plan | None:
+    @staticmethod
+    def _match(library: ChunkLibrary, input_ids: Tensor, stats: RequestStats) -> Plan | None:
         """Return a plan of the known chunks in the prompt, or None if there is none in it."""
         ids = tuple(input_ids[0].tolist())
-        spans = self._engine.library.find(ids)
+        spans = library.find(ids)
         chunks = [span for span in spans if span.kv is not None]
         stats.misses, stats.hits = len(spans) - len(chunks), len(chunks)
         stats.chunks = stats.hits

@@ -101,6 +101,7 @@ class Batcher:
     ) -> None:
         self._engine, self._prompt_builder, self._policy, self._limits = engine, prompts, policy, limits
         self._options = dict(options)
+        self._adapter = self._options.pop("adapter", None)
         if setting(engine.model, options, "stop_strings"):
             self._options.setdefault("tokenizer", engine.tokenizer)
         self._reorder = reorder
@@ -130,15 +131,16 @@ class Batcher:
             groups = [[[index] for batch in group for index in batch] for group in groups]
         logger.info("%d requests in %d groups, %d batches", len(prompts), len(groups), sum(map(len, groups)))
         answers: dict[int, Generation] = {}
-        for number, group in enumerate(groups):
-            shares = together and sum(map(len, group)) > 1
-            for batch, found in (self._together if shares else self._alone)(group, prompts, started):
-                answers.update(zip(batch, found, strict=True))
-                if on_batch is not None:
-                    shared = prompts[batch[0]].end if shares else 0
-                    needed = self._kv_bytes(batch, prompts)
-                    done = len(answers)
-                    on_batch(Batch(tuple(batch), number, shared, needed, done, len(prompts), tuple(found)))
+        with self._engine.served.session(self._adapter):
+            for number, group in enumerate(groups):
+                shares = together and sum(map(len, group)) > 1
+                for batch, found in (self._together if shares else self._alone)(group, prompts, started):
+                    answers.update(zip(batch, found, strict=True))
+                    if on_batch is not None:
+                        shared = prompts[batch[0]].end if shares else 0
+                        needed = self._kv_bytes(batch, prompts)
+                        done = len(answers)
+                        on_batch(Batch(tuple(batch), number, shared, needed, done, len(prompts), tuple(found)))
         return [answers[index] for index in range(len(prompts))]
 
     # --- before any work
@@ -243,8 +245,9 @@ class Batcher:
         size = sum(map(len, group))
         for batch in group:
             members = [prompts[index] for index in batch]
-            if fused is None or self._looks:
-                plan, hits = (None, 0) if fused is None else (fused.plan, fused.stats.hits)
+            stale = fused is None or fused.served is not self._engine.served.current()
+            if fused is None or stale or self._looks:
+                plan, hits = (None, 0) if fused is None or stale else (fused.plan, fused.stats.hits)
                 fused = None  # its KV go before those of the next are made
                 fused = self._fused.fuse(members, plan, hits, len(batch) if self._looks else size)
             yield batch, self._fused.decode(members, fused, started)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,14 @@ class ChunkMethods(ABC):
 
     store: Store
     prompts: PromptBuilder
-    _library: ChunkLibrary
+
+    @abstractmethod
+    def _session(self, adapter: str | None = None) -> AbstractContextManager[ChunkLibrary]:
+        """Return the library of the model as it is now, with one adapter active in the block."""
+
+    @abstractmethod
+    def _libraries(self) -> Iterable[ChunkLibrary]:
+        """Return the libraries of all that the model has been since it was wrapped."""
 
     @abstractmethod
     def resolve_policy(self, policy: str | Policy | None) -> Policy:
@@ -49,6 +57,7 @@ class ChunkMethods(ABC):
         policy: str | Policy | None = None,
         documents: Sequence[str | None] | None = None,
         on_progress: Progress | None = None,
+        adapter: str | None = None,
     ) -> PrecomputeResult:
         """Compute and store the KV of `texts` after the prefix of `system`; what is stored already is left.
 
@@ -60,6 +69,7 @@ class ChunkMethods(ABC):
             documents: for each text the id of the document that it is from, by which it can be deleted, or None;
                 by default the `.id` of a document, where it has one.
             on_progress: called with (chunks done, chunks to do) after every chunk.
+            adapter: the peft adapter that is active meanwhile, and in the requests; None for the one that is.
 
         Raises:
             PolicyError: the policy is unknown.
@@ -68,12 +78,13 @@ class ChunkMethods(ABC):
         """
         chosen = self.resolve_policy(policy)
         owners = _owners(texts, documents)
-        refs = dict(zip(self._register(texts, system, chosen, owners), owners, strict=True))
-        missing = [ref for ref in refs if not self._library.holds(ref, recorded=chosen.versioned)]
-        for ref in refs.keys() - missing:
-            if refs[ref] is not None:
-                self._library.add_document(ref)
-        self._library.precompute(missing, on_progress, record=chosen.versioned)
+        with self._session(adapter) as library:
+            refs = dict(zip(self._register(library, texts, system, chosen, owners), owners, strict=True))
+            missing = [ref for ref in refs if not library.holds(ref, recorded=chosen.versioned)]
+            for ref in refs.keys() - missing:
+                if refs[ref] is not None:
+                    library.add_document(ref)
+            library.precompute(missing, on_progress, record=chosen.versioned)
         return PrecomputeResult(len(refs), len(missing), sum(len(ref.token_ids) for ref in missing))
 
     def register(
@@ -83,6 +94,7 @@ class ChunkMethods(ABC):
         system: str | None = None,
         policy: str | Policy | None = None,
         documents: Sequence[str | None] | None = None,
+        adapter: str | None = None,
     ) -> list[ChunkKey]:
         """Make texts findable in messages and, while attached, in prompts; computes nothing.
 
@@ -91,14 +103,21 @@ class ChunkMethods(ABC):
         Returns:
             the keys under which their KV are stored.
         """
-        refs = self._register(texts, system, self.resolve_policy(policy), _owners(texts, documents))
-        return [ref.key for ref in refs]
+        chosen, owners = self.resolve_policy(policy), _owners(texts, documents)
+        with self._session(adapter) as library:
+            return [ref.key for ref in self._register(library, texts, system, chosen, owners)]
 
     def keys(
-        self, texts: Sequence[Any], *, system: str | None = None, policy: str | Policy | None = None
+        self,
+        texts: Sequence[Any],
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+        adapter: str | None = None,
     ) -> list[ChunkKey]:
         """Return the key under which the chunk KV of each text are stored. See `precompute`."""
-        return [ref.key for ref in self._refs(texts, system, self.resolve_policy(policy))]
+        with self._session(adapter) as library:
+            return [ref.key for ref in self._refs(library, texts, system, self.resolve_policy(policy))]
 
     def prefetch(
         self,
@@ -107,13 +126,14 @@ class ChunkMethods(ABC):
         system: str | None = None,
         policy: str | Policy | None = None,
         documents: Sequence[str | None] | None = None,
+        adapter: str | None = None,
     ) -> list[Any]:
         """Register texts, start bringing their chunk KV to the store's nearest tier, and return at once.
 
         Returns:
             the texts, each once, that are not stored. See `precompute` for the rest.
         """
-        keys = self.register(texts, system=system, policy=policy, documents=documents)
+        keys = self.register(texts, system=system, policy=policy, documents=documents, adapter=adapter)
         held = {key for key in dict.fromkeys(keys) if key in self.store}
         self.store.prefetch(held)
         missing = {key: text for text, key in zip(texts, keys, strict=True) if key not in held}
@@ -136,19 +156,23 @@ class ChunkMethods(ABC):
         where computing fails, what is stale is deleted all the same.
         """
         chosen, owners = self.resolve_policy(policy), [document] * len(texts)
-        chunks = [ref.token_ids for ref in self._refs(texts, system, chosen)]
+        with self._session() as library:
+            chunks = [ref.token_ids for ref in self._refs(library, texts, system, chosen)]
         try:
             if not compute:
                 self.register(texts, system=system, policy=chosen, documents=owners)
                 return PrecomputeResult(len(texts), 0, 0)
             return self.precompute(texts, system=system, policy=chosen, documents=owners, on_progress=on_progress)
         finally:
-            self._library.delete_stale(hashed_label("document", document), chunks)
+            for library in self._libraries():
+                library.delete_stale(hashed_label("document", document), chunks)
 
     def delete(
         self, *, document: str | None = None, texts: Collection[Any] | None = None, tenant: bool = False
     ) -> int:
         """Delete from every tier all KV of this model and tenant that were computed from a document or from texts.
+
+        This model is all that it has been since it was wrapped, with whichever adapters and weights.
 
         KV of chunks that were computed after these in a prompt go as well. What is being computed meanwhile, or
         waits to be written, is not stored any more.
@@ -166,25 +190,32 @@ class ChunkMethods(ABC):
         """
         if (document is not None) + (texts is not None) + tenant != 1:
             raise InputError("name what to delete: one of document=, texts= and tenant=True")
-        if document is not None:
-            return self._library.delete(document=hashed_label("document", document))
-        if texts is not None:
-            return self._library.delete(chunks=[self.prompts.chunk(text) for text in texts]) if texts else 0
-        return self._library.delete()
+        label = None if document is None else hashed_label("document", document)
+        chunks = [self.prompts.chunk(text) for text in texts or ()]
+        if texts is not None and not chunks:
+            return 0
+        return sum(library.delete(document=label, chunks=chunks) for library in self._libraries())
 
-    def _refs(self, texts: Sequence[Any], system: str | None, policy: Policy) -> list[ChunkRef]:
+    def _refs(
+        self, library: ChunkLibrary, texts: Sequence[Any], system: str | None, policy: Policy
+    ) -> list[ChunkRef]:
         if isinstance(texts, str):
             raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
         prefix = self.prompts.prefix(system)
-        return [self._library.ref_for(self.prompts.chunk(text), prefix, policy) for text in texts]
+        return [library.ref_for(self.prompts.chunk(text), prefix, policy) for text in texts]
 
     def _register(
-        self, texts: Sequence[Any], system: str | None, policy: Policy, owners: Sequence[str | None]
+        self,
+        library: ChunkLibrary,
+        texts: Sequence[Any],
+        system: str | None,
+        policy: Policy,
+        owners: Sequence[str | None],
     ) -> list[ChunkRef]:
-        refs = self._refs(texts, system, policy)
+        refs = self._refs(library, texts, system, policy)
         for ref, text, owner in zip(refs, texts, owners, strict=True):
             label = None if owner is None else hashed_label("document", owner)
-            self._library.registry.add(ref, text_of(text), system, label)
+            library.registry.add(ref, text_of(text), system, label, library.fingerprint)
         return refs
 
 

@@ -28,6 +28,7 @@ from chunkcache.engine.generation import (
     with_length,
 )
 from chunkcache.engine.planner import Planner
+from chunkcache.engine.served import Served, ServedModel
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.streaming import TextStream
 from chunkcache.engine.tuning import Tuning
@@ -71,40 +72,52 @@ class PreparedRequest:
         policy: what is recomputed, with nothing left open.
         options: keywords for `generate()`.
         started: when the request came, by `time.perf_counter`.
+        adapter: the adapter that is active meanwhile; None for the one that is.
     """
 
     prompt: Prompt
     policy: Policy
     options: dict[str, Any]
     started: float
+    adapter: str | None = None
 
 
 class Engine:
     """Serves prompts on one model.
 
     Args:
-        decoder: the model.
+        served: the model.
         tokenizer: its tokenizer.
-        library: where chunk KV come from.
-        tuning: what was measured for the model.
         policy: the policy of requests that name none.
 
     Attributes:
+        served: as given.
         policy: as given; may be changed.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
-        library: ChunkLibrary,
-        tuning: Tuning,
-        policy: Policy,
-    ) -> None:
-        self.decoder, self.tokenizer, self.library, self.tuning = decoder, tokenizer, library, tuning
-        self.planner = Planner(decoder, library)
-        self.policy = policy
-        self.model: Any = decoder.model
+    def __init__(self, served: ServedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> None:
+        self.served, self.tokenizer, self.policy = served, tokenizer, policy
+        self.model: Any = served.model
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model as it was last served; a request looks at it anew."""
+        return self.served.latest.decoder
+
+    @property
+    def library(self) -> ChunkLibrary:
+        """Where chunk KV of the model, as it was last served, come from."""
+        return self.served.latest.library
+
+    @property
+    def tuning(self) -> Tuning:
+        """What was measured for the model as it was last served."""
+        return self.served.latest.tuning
+
+    @property
+    def planner(self) -> Planner:
+        """What plans requests to the model as it was last served."""
+        return self.served.latest.planner
 
     @cached_property
     def can_batch(self) -> bool:
@@ -128,8 +141,11 @@ class Engine:
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
         options: dict[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> PreparedRequest:
         """Check what is asked for and build the prompt; the request's time counts from here.
+
+        The adapter may also be one of the options.
 
         Raises:
             InputError: an option makes no sense for one sequence.
@@ -137,9 +153,10 @@ class Engine:
         """
         started = time.perf_counter()
         options = dict(options or {})
+        adapter = options.pop("adapter", adapter)
         check_options(options)
         resolved = self.resolve_policy(policy)
-        return PreparedRequest(build(), resolved, with_length(options, max_new_tokens), started)
+        return PreparedRequest(build(), resolved, with_length(options, max_new_tokens), started, adapter)
 
     def prefill(self, request: PreparedRequest, drop_last: bool = False) -> PrefillOutput:
         """Prefill a prompt.
@@ -148,8 +165,9 @@ class Engine:
             request: the prompt and its policy.
             drop_last: leave the last token's KV out of the cache, for a `generate()` that starts with that token.
         """
-        plan, stats = self._plan(request)
-        return self._prefill(request, plan, stats, drop_last)
+        with self.served.session(request.adapter) as served:
+            plan, stats = self._plan(served, request)
+            return self._prefill(served, request, plan, stats, drop_last)
 
     def generate(self, request: PreparedRequest) -> Generation:
         """Prefill a prompt and decode with the model's own `generate()`."""
@@ -175,29 +193,8 @@ class Engine:
 
     def answer(self, request: PreparedRequest) -> tuple[Generation, Cache]:
         """Answer as `generate` does; return the cache of prompt and answer, too."""
-        room = setting(self.model, request.options, "max_new_tokens") or 1
-        plan, stats = self._plan(request, room)
-        clock = FirstTokenClock()
-        options = self.generate_options(request.options, clock)
-        before = time.perf_counter()
-        finished = needs_finished_cache(self.model, options)
-        if finished:
-            output, cache = self._decode_finished(request, plan, stats, options)
-        else:
-            input_ids = self._input_ids(plan)
-            prefill = self._selective(request, plan)
-            output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
-            cache = prefill.cache
-            stats.take(plan, prefill)
-            self._store(request, prefill.computed)
-        first_token_at = clock.first_token_at or time.perf_counter()
-        stats.prefill_s, stats.ttft_s = first_token_at - before, first_token_at - request.started
-        if not finished:
-            self.tuning.observe(stats)
-        sequence = output if isinstance(output, Tensor) else output.sequences
-        token_ids = sequence[0, len(plan) :].tolist()
-        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-        return Generation(text.strip(), token_ids, stats.ttft_s, stats, output), cache
+        with self.served.session(request.adapter) as served:
+            return self._answer(served, request)
 
     def generate_options(self, options: dict[str, Any], clock: FirstTokenClock) -> dict[str, Any]:
         """Return the keywords for `generate()` with what every answer needs."""
@@ -211,33 +208,58 @@ class Engine:
 
     # --- the steps
 
-    def _plan(self, request: PreparedRequest, room: int = 1) -> tuple[Plan, RequestStats]:
+    def _answer(self, served: Served, request: PreparedRequest) -> tuple[Generation, Cache]:
+        room = setting(self.model, request.options, "max_new_tokens") or 1
+        plan, stats = self._plan(served, request, room)
+        clock = FirstTokenClock()
+        options = self.generate_options(request.options, clock)
+        before = time.perf_counter()
+        finished = needs_finished_cache(self.model, options)
+        if finished:
+            output, cache = self._decode_finished(served, request, plan, stats, options)
+        else:
+            input_ids = self._input_ids(plan)
+            prefill = self._selective(served, request, plan)
+            output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+            cache = prefill.cache
+            stats.take(plan, prefill)
+            self._store(served, request, prefill.computed)
+        first_token_at = clock.first_token_at or time.perf_counter()
+        stats.prefill_s, stats.ttft_s = first_token_at - before, first_token_at - request.started
+        if not finished:
+            served.tuning.observe(stats)
+        sequence = output if isinstance(output, Tensor) else output.sequences
+        token_ids = sequence[0, len(plan) :].tolist()
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return Generation(text.strip(), token_ids, stats.ttft_s, stats, output), cache
+
+    def _plan(self, served: Served, request: PreparedRequest, room: int = 1) -> tuple[Plan, RequestStats]:
         stats = RequestStats(str(request.policy), tokenize_s=time.perf_counter() - request.started)
-        return self.planner.plan(request.prompt, request.policy, stats, room), stats
+        return served.planner.plan(request.prompt, request.policy, stats, room), stats
 
     def _prefill(
-        self, request: PreparedRequest, plan: Plan, stats: RequestStats, drop_last: bool = False
+        self, served: Served, request: PreparedRequest, plan: Plan, stats: RequestStats, drop_last: bool = False
     ) -> PrefillOutput:
         before = time.perf_counter()
-        prefill = self._selective(request, plan)
+        prefill = self._selective(served, request, plan)
         logits = prefill.run(drop_last)
         now = time.perf_counter()
         stats.prefill_s, stats.ttft_s = now - before, now - request.started
         stats.take(plan, prefill)
-        self.tuning.observe(stats)
-        self._store(request, prefill.computed)
+        served.tuning.observe(stats)
+        self._store(served, request, prefill.computed)
         return PrefillOutput(logits, prefill.cache, self._input_ids(plan), stats)
 
     def _decode_finished(
-        self, request: PreparedRequest, plan: Plan, stats: RequestStats, options: dict[str, Any]
+        self, served: Served, request: PreparedRequest, plan: Plan, stats: RequestStats, options: dict[str, Any]
     ) -> tuple[Any, Cache]:
         """Prefill all but the last token, and decode several copies of the prompt side by side."""
-        prefilled = self._prefill(request, plan, stats, drop_last=True)
+        prefilled = self._prefill(served, request, plan, stats, drop_last=True)
         cache: Any = prefilled.past_key_values
         cache.batch_repeat_interleave(setting(self.model, options, "num_beams") or 1)
         return self.model.generate(**model_inputs(prefilled), **options), cache
 
-    def _selective(self, request: PreparedRequest, plan: Plan) -> SelectivePrefill:
+    def _selective(self, served: Served, request: PreparedRequest, plan: Plan) -> SelectivePrefill:
         policy = request.policy
         keep = None
         if (policy.stores_in_context or policy.versioned) and request.prompt.head is None:
@@ -245,18 +267,19 @@ class Engine:
 
             keep = partial(kept, policy=policy)
         return SelectivePrefill(
-            self.decoder,
+            served.decoder,
             plan,
             policy,
-            select=self.tuning.selection(policy),
-            depth=self.tuning.depth(plan),
+            select=served.tuning.selection(policy),
+            depth=served.tuning.depth(plan),
             record=policy.versioned,
             keep=keep,
         )
 
-    def _store(self, request: PreparedRequest, computed: dict[int, ChunkKV]) -> None:
+    @staticmethod
+    def _store(served: Served, request: PreparedRequest, computed: dict[int, ChunkKV]) -> None:
         if computed:
-            self.planner.contextual.store(request.prompt, request.policy, computed)
+            served.planner.contextual.store(request.prompt, request.policy, computed)
 
     def _input_ids(self, plan: Plan) -> Tensor:
         return torch.tensor([plan.token_ids], device=self.decoder.device)

@@ -17,6 +17,7 @@ from chunkcache.blend.hydragen import KV, SharedCache, over_shared, padded
 from chunkcache.engine.contextual import kept
 from chunkcache.engine.engine import Engine
 from chunkcache.engine.generation import FirstTokenClock, Generation, pad_token_id, setting
+from chunkcache.engine.served import Served
 from chunkcache.engine.stats import RequestStats
 from chunkcache.prompt import Prompt
 
@@ -51,18 +52,18 @@ class FusedDecoding:
         first = members[0]
         asked = tuple(token for prompt in members for token in prompt.question) if self._looks else first.question[:1]
         prompt, shared = first.with_question(asked), first.end
-        engine, policy = self._engine, self._policy
+        policy, model_now = self._policy, self._engine.served.current()
         stats = RequestStats(str(policy), chunks=len(first.spans), hits=hits)
         if plan is None:
-            plan = engine.planner.plan(prompt, policy, stats)
+            plan = model_now.planner.plan(prompt, policy, stats)
         else:
             plan = Plan.of(prompt.token_ids, plan.chunks, plan.prefix)
         prefill = SelectivePrefill(
-            engine.decoder,
+            model_now.decoder,
             plan,
             policy,
-            select=engine.tuning.selection(policy),
-            depth=engine.tuning.depth(plan),
+            select=model_now.tuning.selection(policy),
+            depth=model_now.tuning.depth(plan),
             record=policy.versioned,
             keep=partial(kept, policy=policy),
             trim=False,
@@ -72,10 +73,10 @@ class FusedDecoding:
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill)
         if prefill.computed:
-            engine.planner.contextual.store(prompt, policy, prefill.computed)
+            model_now.planner.contextual.store(prompt, policy, prefill.computed)
         pairs = (layer_kv(prefill.cache, index) for index in range(len(prefill.cache.layers)))
         layers = [(keys[0, :, :shared], values[0, :, :shared]) for keys, values in pairs]
-        return Fused(plan, layers, stats, stats.recomputed_share * len(plan) / served)
+        return Fused(model_now, plan, layers, stats, stats.recomputed_share * len(plan) / served)
 
     def decode(self, members: Sequence[Prompt], fused: Fused, started: float) -> list[Generation]:
         """Prefill the questions over the fused KV and decode, all together, with the model's own `generate()`."""
@@ -120,12 +121,14 @@ class Fused:
     """KV of what a group shares.
 
     Attributes:
+        served: the model that fused it.
         plan: what was reused for them.
         layers: keys and values of each layer, `[kv_heads, tokens, head_dim]` both.
         stats: what it took.
         rows: tokens computed, through all layers, for each request that it serves.
     """
 
+    served: Served
     plan: Plan
     layers: list[KV]
     stats: RequestStats

@@ -39,9 +39,9 @@ class Tuning:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """The calibration of this model, if there is one."""
+        """The calibration of this model, if there is one; a given one of another model is none."""
         if isinstance(self._given, Calibration):
-            return self._given
+            return self._given if self._given.fingerprint == self._fingerprint else None
         return load_calibration(self._fingerprint, None if self._given is None else Path(self._given))
 
     def selection(self, policy: Policy) -> GuardedSelection | None:

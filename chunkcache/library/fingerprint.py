@@ -1,43 +1,134 @@
 """The fingerprint of a model: what a stored chunk KV must agree with to be used.
 
-It covers the architecture's config, the dtype, the tokenizer, and a sample of every weight tensor. Two
-fine-tunes of one base differ in it; two copies of one checkpoint do not.
+It covers all that decides keys and values: every byte of every weight, of quantised ones with their scales; rotary
+frequencies as they are in memory; the config; what the modules are, and their plain attributes, among them which
+adapter is active and how it is scaled; forward hooks; and the tokenizer. Two copies of one checkpoint agree in it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
 
-from chunkcache.errors import TokenizerMismatchError
-
-SAMPLES = (
-    256  # values hashed of each weight tensor, evenly spread: a full hash would read every byte of a large model
-)
+from chunkcache.errors import TokenizerMismatchError, UnsupportedModelError
+from chunkcache.library.sentinel import plain_attributes
+from chunkcache.library.tensors import TensorDigests, model_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NOT_IDENTITY = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype")
+_HARMLESS = ("transformers.", "accelerate.")  # hooks of these libraries record outputs or move tensors
+_tokens: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the identity of model and tokenizer as 64 hexadecimal digits (SHA-256)."""
+def fingerprint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, digests: TensorDigests | None = None
+) -> str:
+    """Return the identity of model and tokenizer as 64 hexadecimal digits (SHA-256).
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, or what `tokenizer_identity` says of it.
+        digests: those of the weights that are known already.
+
+    Raises:
+        UnsupportedModelError: a weight has no memory that can be read.
+    """
+    digests = digests or TensorDigests()
     sha = hashlib.sha256()
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_IDENTITY}
-    sha.update(json.dumps(config, sort_keys=True, default=str).encode())
-    sha.update(str(model.dtype).encode())
-    sha.update(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        sha.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        sha.update(sample.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+
+    def add(*values: Any) -> None:
+        sha.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+
+    add(type(model).__name__, str(model.dtype), _without(model.config.to_dict()))
+    add(tokenizer if isinstance(tokenizer, str) else tokenizer_identity(tokenizer))
+    for name, module in model.named_modules():
+        attributes = [] if module is model or hasattr(module, "config_class") else sorted(plain_attributes(module))
+        add(name, type(module).__qualname__, _ordered(attributes), [_token(hook) for hook in _foreign(module)])
+    add([_token(hook) for hook in _global_hooks()])
+    tensors = []
+    for name, tensor in model_tensors(model):
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(
+                f"the weight {name} is offloaded or not loaded (it is on the meta device): load the whole model to "
+                "one device, without device_map entries 'cpu' or 'disk' beside an accelerator"
+            )
+        tensors.append(tensor)
+        add(name, list(tensor.shape), str(tensor.dtype), digests.of(tensor).hex())
+    digests.keep(tensors)
     return sha.hexdigest()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of a tokenizer's vocabulary and of what it does to a text before looking it up there."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    steps = [] if backend is None else [backend.normalizer, backend.pre_tokenizer]
+    states = [str(step.__getstate__()) if step is not None else None for step in steps]
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    sha = hashlib.sha256(json.dumps([states, [vocabulary[token] for token in tokens]]).encode())
+    sha.update("\0".join(tokens).encode(errors="surrogatepass"))
+    return sha.hexdigest()
+
+
+def _without(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what decides no KV, in the configs inside it too."""
+    return {
+        key: _without(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_IDENTITY
+    }
+
+
+def _ordered(value: Any) -> Any:
+    """Return a plain value with its sets in order."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_ordered(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _ordered(item) for key, item in value.items()}
+    return value
+
+
+def _foreign(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Yield what other people put round a module's forward."""
+    yield from module._forward_pre_hooks.values()
+    yield from module._forward_hooks.values()
+    forward = vars(module).get("forward")
+    if forward is not None and not hasattr(module, "_hf_hook"):
+        yield forward
+
+
+def _global_hooks() -> list[Callable[..., Any]]:
+    return [*nn_module._global_forward_pre_hooks.values(), *nn_module._global_forward_hooks.values()]
+
+
+def _token(hook: Any) -> str:
+    """Return a name for a hook: of a library's that changes no output, its own; else one that no other ever has.
+
+    What a hook of somebody's does cannot be read off it. KV that are computed under it are for this process, and for
+    as long as the hook is there.
+    """
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    module = getattr(function, "__module__", None) or ""
+    if module.startswith(_HARMLESS):
+        return f"{module}.{getattr(function, '__qualname__', '')}"
+    try:
+        return _tokens.setdefault(hook, uuid.uuid4().hex)
+    except TypeError:  # it can be no key of a dictionary
+        return uuid.uuid4().hex
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,8 @@ stored. So no chunk believes that it starts the text, and the first chunk of a p
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +22,7 @@ from chunkcache.library.registry import ChunkRegistry
 from chunkcache.library.single_flight import SingleFlight
 from chunkcache.store import Entry, EntryFilter, Store
 
+_warn_once = lru_cache(maxsize=None)(logging.getLogger("chunkcache").warning)
 Progress = Callable[[int, int], None]
 PART_TOKENS = 8192  # chunk tokens that are computed and stored at a time
 
@@ -33,30 +36,49 @@ class ChunkLibrary:
         fingerprint: identity of model and tokenizer, part of every key.
         tenant: part of every key.
         lead_in: token ids that stand before a chunk while it is computed ahead, for policies that want it.
+        registry: what is known of chunks; None for an empty one.
+        is_current: says whether the model still is the one with this fingerprint; None for always.
 
     Attributes:
+        fingerprint: as given.
         registry: the chunks that were looked up or computed here.
+        refused: chunk KV that were not stored, since the model had changed or a hook had cut them.
     """
 
     def __init__(
-        self, decoder: Decoder, store: Store, fingerprint: str, tenant: str = "", lead_in: TokenIds = ()
+        self,
+        decoder: Decoder,
+        store: Store,
+        fingerprint: str,
+        tenant: str = "",
+        lead_in: TokenIds = (),
+        registry: ChunkRegistry | None = None,
+        is_current: Callable[[], bool] | None = None,
     ) -> None:
         self._decoder = decoder
         self._encoder = Encoder(decoder)
         self._store = store
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        self._is_current = is_current or (lambda: True)
+        self.refused = 0
         self._tenant = tenant
         self._tenant_label = hashed_label("tenant", tenant)
         self._lead_in = lead_in
         self._flights: SingleFlight[ChunkRef, ChunkKV] = SingleFlight()
         self._behind = lru_cache(maxsize=64)(lambda prefix, lead: (*prefix, *lead))  # many chunks share one tuple
-        self.registry = ChunkRegistry()
+        self.registry = registry if registry is not None else ChunkRegistry()
+
+    def of_model(self, fingerprint: str) -> ChunkLibrary:
+        """Return the library over what another state of the model has left in the store, for deletion."""
+        other = copy.copy(self)
+        other.fingerprint, other._is_current = fingerprint, lambda: False
+        return other
 
     # --- references
 
     def ref(self, token_ids: TokenIds, context_ids: TokenIds, variant: str = "") -> ChunkRef:
         """Return the reference to a chunk that is computed right after `context_ids`; variants are kept apart."""
-        key = ChunkKey.of(self._fingerprint, context_ids, token_ids, self._tenant + variant)
+        key = ChunkKey.of(self.fingerprint, context_ids, token_ids, self._tenant + variant)
         return ChunkRef(key, token_ids, context_ids)
 
     def ref_for(self, token_ids: TokenIds, prefix: TokenIds, policy: Policy) -> ChunkRef:
@@ -104,7 +126,8 @@ class ChunkLibrary:
 
         They are exact where they were computed after the very tokens that stand before them here.
         """
-        return [self._filled(span, keys, token_ids) for span, keys in self.registry.find_tokens(token_ids)]
+        found = self.registry.find_tokens(token_ids, self.fingerprint)
+        return [self._filled(span, keys, token_ids) for span, keys in found]
 
     def _filled(self, span: Span, keys: Sequence[ChunkKey], token_ids: TokenIds) -> Span:
         here = None if span.offset else self.ref(span.chunk_ids, token_ids[: span.start]).key
@@ -126,12 +149,24 @@ class ChunkLibrary:
             chunks: the whole chunk that it is of, and those that stand in its context; () if it is a chunk itself,
                 and no other stands there.
         """
-        self._store.put(ref.key, self.with_origin(kv, chunks))
-        self.registry.add(ref)
+        if self._may_store(kv):
+            self._store.put(ref.key, self.with_origin(kv, chunks))
+            self.registry.add(ref, model=self.fingerprint)
 
     def put_as(self, key: ChunkKey, kv: ChunkKV, chunks: Sequence[TokenIds]) -> bool:
         """Store `kv` under a key of the caller's own; return whether the store took it. Otherwise as `put`."""
-        return self._store.put(key, self.with_origin(kv, chunks))
+        return self._may_store(kv) and self._store.put(key, self.with_origin(kv, chunks))
+
+    def _may_store(self, kv: ChunkKV) -> bool:
+        """Return whether KV are what their key says: all of the chunk, of a model that is still the same."""
+        if not self._is_current():
+            _warn_once("the model changed while chunks were computed; their KV are not stored")
+        elif any(shape[2] != len(kv) for shape in kv.shapes) or len(kv.shapes) != len(self._decoder.layers):
+            _warn_once("something cut the KV of a chunk while they were computed; they are not stored")
+        else:
+            return True
+        self.refused += 1
+        return False
 
     def with_origin(self, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> ChunkKV:
         """Return `kv` with its origin filled in; `chunks` as in `put`."""
@@ -139,7 +174,7 @@ class ChunkLibrary:
         documents = sorted(self.registry.documents_of(names).union(kv.origin.documents))
         created = kv.origin.created or time.time()
         origin = Origin(
-            self._fingerprint, self._tenant_label, tuple(documents), tuple(names), created, kv.origin.compute_s
+            self.fingerprint, self._tenant_label, tuple(documents), tuple(names), created, kv.origin.compute_s
         )
         return replace(kv, origin=origin)
 
@@ -251,7 +286,7 @@ class ChunkLibrary:
         Returns:
             how many entries there were.
         """
-        own = EntryFilter(model=self._fingerprint, tenant=self._tenant_label)
+        own = EntryFilter(model=self.fingerprint, tenant=self._tenant_label)
         if document is not None:
             self.registry.delete_document(document)
             return self._store.purge(replace(own, document=document))
@@ -269,7 +304,7 @@ class ChunkLibrary:
         """
         now = {chunk_name(chunk) for chunk in chunks}
         gone = self.registry.delete_document(document, but=now)
-        entries = list(self._store.entries(EntryFilter(self._fingerprint, self._tenant_label, document)))
+        entries = list(self._store.entries(EntryFilter(self.fingerprint, self._tenant_label, document)))
         gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
         for entry in entries:
             if gone.intersection(entry.chunks) or not entry.chunks:  # deleted below, or a prefix
@@ -283,7 +318,7 @@ class ChunkLibrary:
 
     def _delete_chunks(self, names: Collection[str]) -> int:
         self.registry.delete(names)
-        own = EntryFilter(model=self._fingerprint, tenant=self._tenant_label)
+        own = EntryFilter(model=self.fingerprint, tenant=self._tenant_label)
         return self._store.purge(replace(own, chunks=frozenset(names)))
 
     def _disown(self, entry: Entry, document: str) -> None:

@@ -24,7 +24,7 @@ _warn_once = lru_cache(maxsize=None)(logging.getLogger("chunkcache").warning)
 
 LIMIT = 100_000  # chunks that can be found
 OWNED = 1_000_000  # chunks whose documents are known: names only, without tokens
-KEYS = 8  # of one chunk, computed after different tokens
+KEYS = 8  # of one chunk and model, computed after different tokens
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Known:
     token_ids: npt.NDArray[np.uint32]  # 4 bytes each
     text: str | None = None
     system: str | None = None
-    keys: list[ChunkKey] = field(default_factory=list)
+    keys: dict[str, list[ChunkKey]] = field(default_factory=dict)  # by fingerprint of the model
 
 
 class ChunkRegistry:
@@ -56,7 +56,12 @@ class ChunkRegistry:
         self._texts: TextIndex | None = None
 
     def add(
-        self, ref: ChunkRef, text: str | None = None, system: str | None = None, document: str | None = None
+        self,
+        ref: ChunkRef,
+        text: str | None = None,
+        system: str | None = None,
+        document: str | None = None,
+        model: str = "",
     ) -> None:
         """Make a chunk findable, by its text too if that is given, as a part of `document` if that is given.
 
@@ -65,13 +70,15 @@ class ChunkRegistry:
             text: its text.
             system: the system prompt that its KV are computed after.
             document: label of a document that it is part of.
+            model: fingerprint of the model that its KV are of.
         """
         name = chunk_name(ref.token_ids)
         with self._lock:
             known = self._known.setdefault(name, _Known(np.asarray(ref.token_ids, dtype=np.uint32)))
             self._known.move_to_end(name)
-            if ref.key not in known.keys:
-                known.keys = [*known.keys[-KEYS + 1 :], ref.key]
+            keys = known.keys.setdefault(model, [])
+            if ref.key not in keys:
+                known.keys[model] = [*keys[-KEYS + 1 :], ref.key]
             if self._tokens is not None:
                 self._tokens.add(name, ref.token_ids)
             if text is not None:
@@ -89,8 +96,11 @@ class ChunkRegistry:
         with self._lock:
             return set().union(*(self._documents.get(name, ()) for name in names))
 
-    def find_tokens(self, token_ids: Sequence[int]) -> list[tuple[Span, tuple[ChunkKey, ...]]]:
-        """Return the longest runs of known chunks in `token_ids`, in order, with the keys of each, latest last."""
+    def find_tokens(self, token_ids: Sequence[int], model: str = "") -> list[tuple[Span, tuple[ChunkKey, ...]]]:
+        """Return the longest runs of known chunks in `token_ids`, in order.
+
+        With each come the keys of its KV of the model with this fingerprint, latest last.
+        """
         with self._lock:
             if self._tokens is None:
                 self._tokens = TokenIndex()
@@ -100,7 +110,7 @@ class ChunkRegistry:
             matches = self._tokens.find(token_ids)
             for match in matches:
                 self._known.move_to_end(match.name)
-            return [(self._span(match), tuple(self._known[match.name].keys)) for match in matches]
+            return [(self._span(match), tuple(self._known[match.name].keys.get(model, ()))) for match in matches]
 
     def find_text(self, content: str) -> list[FoundText]:
         """Return the known texts in `content`, in order and without overlap."""
@@ -121,7 +131,8 @@ class ChunkRegistry:
         with self._lock:
             known = self._known.get(name)
             if known is not None:
-                known.keys = [other for other in known.keys if other != key]
+                rest = {model: [k for k in keys if k != key] for model, keys in known.keys.items()}
+                known.keys = {model: keys for model, keys in rest.items() if keys}
                 if not known.keys and self._tokens is not None:
                     self._tokens.remove(name)
 

@@ -11,6 +11,7 @@ import chunkcache
 from chunkcache.blend.guard import GuardModel
 from chunkcache.engine.calibration import Calibration, default_path, load_calibration
 from chunkcache.errors import CalibrationError
+from chunkcache.library.fingerprint import fingerprint
 
 PRINT = "f" * 64
 FOUND = Calibration(
@@ -119,7 +120,10 @@ def test_all_ways_to_run_a_guarded_request_agree(name, weight):
     model = tiny_model(name)
     guard = GuardModel(((weight, 0.0, 0.0),) * 3, ((0.05, 0.0),))
     llm = chunkcache.wrap(
-        model, chat_tokenizer(), policy="query:ratio=0.2,guard=0.05", calibration=Calibration(PRINT, guard=guard)
+        model,
+        chat_tokenizer(),
+        policy="query:ratio=0.2,guard=0.05",
+        calibration=Calibration(fingerprint(model, chat_tokenizer()), guard=guard),
     )
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = llm.generate(QUESTION, TEXTS, **options)

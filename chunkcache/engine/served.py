@@ -1,0 +1,175 @@
+"""The model as it is now: what belongs to one fingerprint, made anew when the model has changed.
+
+A model may change after it was wrapped: new weights, another adapter, a hook, another dtype. Each request looks
+(`chunkcache.library.sentinel`), and is served from what belongs to the model that it finds. KV go under the key of
+the model that computed them, or nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chunkcache.blend import Decoder, SelfCheck, self_check
+from chunkcache.engine.adapters import Adapters
+from chunkcache.engine.calibration import Calibration
+from chunkcache.engine.planner import Planner
+from chunkcache.engine.tuning import Tuning
+from chunkcache.kv import TokenIds
+from chunkcache.library import ChunkLibrary
+from chunkcache.library.fingerprint import check_tokenizer, fingerprint, tokenizer_identity
+from chunkcache.library.registry import ChunkRegistry
+from chunkcache.library.sentinel import Sentinel
+from chunkcache.library.tensors import TensorDigests
+from chunkcache.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("chunkcache")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What belongs to one fingerprint of a model.
+
+    Attributes:
+        state: number of the model's state, by its sentinel.
+        decoder: the model as blend sees it.
+        library: where its chunk KV come from.
+        planner: plans its requests.
+        tuning: what was measured for it.
+        self_check: the figures of its self-check.
+    """
+
+    state: int
+    decoder: Decoder
+    library: ChunkLibrary
+    planner: Planner
+    tuning: Tuning
+    self_check: SelfCheck
+
+
+@dataclass(frozen=True)
+class LibraryOptions:
+    """What chunk libraries are made with, whatever the model is: see `ChunkLibrary`."""
+
+    store: Store
+    tenant: str
+    lead_in: TokenIds
+
+
+class ServedModel:
+    """A wrapped model; safe to use from several threads.
+
+    Args:
+        model: the model, perhaps with adapters of peft.
+        tokenizer: its tokenizer.
+        options: what its libraries are made with.
+        calibration: as in `Tuning`.
+
+    Attributes:
+        model: the Hugging Face model, without what peft put round it.
+        latest: what was last served.
+        registry: the chunks that are known, under all fingerprints.
+
+    Raises:
+        UnsupportedModelError, InputError: the model cannot be served.
+        TokenizerMismatchError: the tokenizer is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        options: LibraryOptions,
+        calibration: Calibration | str | Path | None,
+    ) -> None:
+        self._adapters = Adapters(model)
+        self.model: Any = self._adapters.base
+        self._options, self._calibration = options, calibration
+        self._lock = threading.RLock()
+        decoder = Decoder(self.model)  # refuses first what cannot be served
+        check_tokenizer(self.model, tokenizer)
+        self._tokenizer = tokenizer_identity(tokenizer)
+        self._digests = TensorDigests()
+        self._checked: dict[str, tuple[SelfCheck, Decoder]] = {}
+        self.registry = ChunkRegistry()
+        check = self_check(decoder)  # runs the model once, which lets quantised weights settle
+        self._sentinel = Sentinel(self.model)
+        self.latest = self._serve(self._sentinel.state(), decoder, check)
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All fingerprints that the model has had, the latest last."""
+        return tuple(self._checked)
+
+    @contextmanager
+    def session(self, adapter: str | None = None) -> Iterator[Served]:
+        """Serve one call: with one adapter active and the model's own dtype, whatever autocast says.
+
+        Args:
+            adapter: name of the adapter; None leaves active what is.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        with self._adapters.using(adapter), torch.autocast(self.model.device.type, enabled=False):
+            yield self.current()
+
+    def current(self) -> Served:
+        """Look at the model; return what belongs to it as it is now.
+
+        Raises:
+            UnsupportedModelError, InputError: it has become one that cannot be served.
+        """
+        state = self._sentinel.state()
+        served = self.latest
+        return served if served.state == state else self._renew()
+
+    def refresh(self) -> Served:
+        """Read all of the model again, and return what belongs to it."""
+        with self._lock:
+            self._digests.forget()
+            self._sentinel.renew()
+            return self._renew()
+
+    def _renew(self) -> Served:
+        with self._lock:
+            state = self._sentinel.state()
+            if self._sentinel.unseen_write:
+                self._digests.forget()
+            decoder = Decoder(self.model)
+            self.latest = self._serve(state, decoder, None)
+            return self.latest
+
+    def _serve(self, state: int, decoder: Decoder, check: SelfCheck | None) -> Served:
+        options = self._options
+        name = fingerprint(self.model, self._tokenizer, self._digests)
+        known = self._checked.pop(name, None)
+        if known is not None:
+            check = known[0]
+            decoder.adopt(known[1])
+        elif check is None:
+            logger.info("the model has changed: it is %s now", name[:12])
+            check = self_check(decoder)
+            state = self._sentinel.state()
+        self._checked[name] = check, decoder
+        library = ChunkLibrary(
+            decoder,
+            options.store,
+            name,
+            options.tenant,
+            options.lead_in,
+            self.registry,
+            lambda: self._sentinel.state() == state,
+        )
+        tuning = Tuning(name, self._calibration, len(decoder.layers))
+        return Served(state, decoder, library, Planner(decoder, library), tuning, check)
