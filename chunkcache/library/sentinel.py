@@ -57,25 +57,27 @@ class Sentinel:
         model: the model.
 
     Attributes:
-        unseen_write: whether the last change was one that torch did not count.
+        writes: how many of the changes were to the content of tensors, or to which there are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._lock = threading.Lock()
         self._state = 0
-        self.unseen_write = False
+        self.writes = 0
+        self._tensors: list[Tensor] = []
         self._take()
 
     def state(self) -> int:
         """Look at the model; return a number that is another one after each change."""
         with self._lock:
-            same = self._same()
-            if same:
-                self.unseen_write = not (self._same_samples() and self._audit())
-            if not same or self.unseen_write:
+            content = self._same_samples() and self._audit()
+            if not (self._same() and content):
                 self._state += 1
+                tensors, noted = self._tensors, (self._versions, self._pointers)
                 self._take()
+                stayed = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+                self.writes += not (content and stayed and noted == (self._versions, self._pointers))
             return self._state
 
     def renew(self) -> int:
