@@ -15,7 +15,7 @@ from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.policy import parse_policy as _parse_policy
 from chunkcache.blend.prefill import SelectivePrefill
-from chunkcache.blend.prefix import Prefix
+from chunkcache.blend.prefix import Exact, Prefix
 from chunkcache.blend.query import Query
 from chunkcache.blend.reuse import Reuse
 from chunkcache.blend.selfcheck import SelfCheck, self_check
@@ -25,6 +25,7 @@ POLICIES: dict[str, type[Policy]] = {
     for policy in (
         Full,
         Prefix,
+        Exact,
         Reuse,
         Link,
         CacheBlend,

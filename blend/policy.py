@@ -54,12 +54,14 @@ class Policy(ABC):
         name: what it is called in a policy string.
         reuses: False if nothing stored is used at all.
         stores_in_context: True if chunks are stored as they came out in their context, for exact reuse later.
+        lossless: True if KV that a codec has rounded are not used.
         versioned: True if chunks have versions of several contexts, and `overhead` says which to use.
     """
 
     name: ClassVar[str]
     reuses: ClassVar[bool] = True
     stores_in_context: ClassVar[bool] = False
+    lossless: ClassVar[bool] = False
     versioned: ClassVar[bool] = False
 
     @abstractmethod

@@ -24,3 +24,14 @@ class Prefix(Policy):
     def select(self, plan: Plan) -> Tensor:
         """Return every position that is not exact."""
         return plan.inexact
+
+
+@dataclass(frozen=True)
+class Exact(Prefix):
+    """Prefix caching that takes no KV which a codec has rounded: for judging and comparing answers.
+
+    Reuse that is nearly exact changes which of two answers a judge prefers (arXiv 2601.08343).
+    """
+
+    name = "exact"
+    lossless = True

@@ -14,7 +14,7 @@ from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
-from chunkcache.engine.generation import Generation, with_length
+from chunkcache.engine.generation import Generation, take_policy, with_length
 from chunkcache.engine.served import LibraryOptions, ServedModel
 from chunkcache.engine.streaming import TextStream
 from chunkcache.library import ChunkLibrary
@@ -199,8 +199,9 @@ class CachedLLM(ChunkMethods, RenamedMethods):
             system: system prompt; None for the chat template's own.
             policy: overrides the wrapper's policy for this call.
             max_new_tokens: length of the answer at most; 64, unless a generation config says otherwise.
-            options: any keyword of transformers' `generate()` that makes sense for one sequence; and `adapter=`, the
-                name of the peft adapter that is active for this call, with chunk KV of its own.
+            options: any keyword of transformers' `generate()` that makes sense for one sequence; `adapter=`, the
+                name of the peft adapter that is active for this call, with chunk KV of its own; `reuse="exact"`, for
+                an answer that is compared with others: only KV that full prefill would compute are reused.
 
         Raises:
             PromptError: question or chunk is empty or no text.
@@ -334,7 +335,8 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         from chunkcache.engine.batch import MAX_BATCH, Batcher, Limits
 
         limits = Limits(MAX_BATCH if max_batch is None else max_batch, max_kv_bytes)
-        chosen, options = self.resolve_policy(policy), with_length(options, max_new_tokens)
+        chosen = self.resolve_policy(take_policy(options, policy))
+        options = with_length(options, max_new_tokens)
         return Batcher(self.engine, self.prompts, chosen, options, limits, reorder).run(requests, on_batch)
 
     @contextmanager

@@ -95,17 +95,25 @@ class ChunkMethods(ABC):
         policy: str | Policy | None = None,
         documents: Sequence[str | None] | None = None,
         adapter: str | None = None,
+        trust: str | None = None,
     ) -> list[ChunkKey]:
         """Make texts findable in messages and, while attached, in prompts; computes nothing.
 
-        The arguments are those of `precompute`.
+        The arguments are those of `precompute`, and:
+
+        Args:
+            trust: a label of whoever these texts come from. What is computed of a text behind one of another label is
+                not used in other contexts, so that no text can steer answers in which it does not stand.
 
         Returns:
             the keys under which their KV are stored.
         """
         chosen, owners = self.resolve_policy(policy), _owners(texts, documents)
         with self._session(adapter) as library:
-            return [ref.key for ref in self._register(library, texts, system, chosen, owners)]
+            refs = self._register(library, texts, system, chosen, owners)
+            for ref in refs if trust else ():
+                library.registry.add(ref, model=library.fingerprint, trust=trust)
+            return [ref.key for ref in refs]
 
     def keys(
         self,

@@ -48,7 +48,11 @@ class ContextualChunks:
         ]
 
     def store(self, prompt: Prompt, policy: Policy, computed: Mapping[int, ChunkKV]) -> None:
-        """Store the KV that a prefill computed of chunks, by their position in the prompt."""
+        """Store the KV that a prefill computed of chunks, by their position in the prompt.
+
+        No version is made of a chunk that stood behind one of another trust label: its KV can steer whoever uses them
+        (HijackKV, arXiv 2607.19957).
+        """
         before: list[tuple[int, ...]] = []
         for span in prompt.spans:
             chunks = [span.chunk_ids, *before]
@@ -59,7 +63,7 @@ class ContextualChunks:
             context_ids = prompt.token_ids[: span.start]
             if policy.stores_in_context or span.start == prompt.prefix_tokens:  # nothing repaired stands before it
                 self._library.put(self._library.ref(kv.token_ids, context_ids), replace(kv, context=None), chunks)
-            elif kv.context is not None:
+            elif kv.context is not None and self._library.trusts(chunks):
                 key = self._library.ref(kv.token_ids, context_ids, variant=_REPAIRED).key
                 if self._library.put_as(key, kv, chunks):
                     for gone in self._versions.add(kv.token_ids, key, kv.context):

@@ -25,6 +25,7 @@ from chunkcache.engine.generation import (
     needs_finished_cache,
     pad_token_id,
     setting,
+    take_policy,
     with_length,
 )
 from chunkcache.engine.planner import Planner
@@ -145,7 +146,7 @@ class Engine:
     ) -> PreparedRequest:
         """Check what is asked for and build the prompt; the request's time counts from here.
 
-        The adapter may also be one of the options.
+        The adapter may also be one of the options, and so may `reuse="exact"` instead of a policy.
 
         Raises:
             InputError: an option makes no sense for one sequence.
@@ -154,6 +155,7 @@ class Engine:
         started = time.perf_counter()
         options = dict(options or {})
         adapter = options.pop("adapter", adapter)
+        policy = take_policy(options, policy)
         check_options(options)
         resolved = self.resolve_policy(policy)
         return PreparedRequest(build(), resolved, with_length(options, max_new_tokens), started, adapter)

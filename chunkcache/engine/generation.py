@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from chunkcache.blend import Policy
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import InputError
 
@@ -79,6 +80,20 @@ def check_options(options: dict[str, Any]) -> None:
             f"num_return_sequences={given['num_return_sequences']}: chunkcache serves one sequence; "
             "call generate() once for each answer"
         )
+
+
+def take_policy(options: dict[str, Any], policy: str | Policy | None) -> str | Policy | None:
+    """Return the policy of a call, and remove `reuse=` from its options, which stands for one.
+
+    Raises:
+        InputError: `reuse=` is not known, or a policy is named beside it.
+    """
+    reuse = options.pop("reuse", None)
+    if reuse is None:
+        return policy
+    if reuse != "exact" or policy is not None:
+        raise InputError(f"reuse={reuse!r} with policy={policy!r}: pass reuse='exact' alone, or a policy")
+    return "exact"
 
 
 def with_length(options: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from chunkcache.blend import Decoder, Plan, Policy
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import ContextLengthError
@@ -75,7 +77,7 @@ class Planner:
 
     def _chunks(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Span]:
         """Return the chunks with their KV: exact as long as all before are; from there on, computed elsewhere."""
-        exact = self._exact(prompt)
+        exact = self._exact(prompt, policy)
         rest = prompt.spans[len(exact) :]
         if policy.stores_in_context or policy.versioned:
             others = self.contextual.find(prompt, rest, policy)
@@ -86,13 +88,20 @@ class Planner:
         stats.hits, stats.misses = found - stats.misses, len(chunks) - found + stats.misses
         return chunks
 
-    def _exact(self, prompt: Prompt) -> list[Span]:
+    def _fits(self, policy: Policy, kv: ChunkKV) -> bool:
+        """Return whether `policy` takes these KV: a lossless one takes none that a codec has rounded."""
+        if not policy.lossless:
+            return True
+        dtype = self._decoder.dtype
+        return all(isinstance(layer, Tensor) and layer.dtype == dtype for layer in kv.loaded().layers)
+
+    def _exact(self, prompt: Prompt, policy: Policy) -> list[Span]:
         """Return the first chunks that are stored as they stand here, after the very same tokens."""
         chunks: list[Span] = []
         for span in prompt.spans:
             ref = self._library.ref(span.token_ids, prompt.token_ids[: span.start])
             kv = self._library.get(ref) if self._library.holds(ref) else None
-            if kv is None:
+            if kv is None or not self._fits(policy, kv):
                 break
             chunks.append(Span(span.start, span.stop, span.token_ids, kv=kv, exact=True))
         return chunks

@@ -147,11 +147,18 @@ class ChunkLibrary:
             ref: what it is stored as.
             kv: its KV.
             chunks: the whole chunk that it is of, and those that stand in its context; () if it is a chunk itself,
-                and no other stands there.
+                and no other stands there. If one has another trust label, it is not made findable: what it encodes
+                of that one stays in this context.
         """
         if self._may_store(kv):
             self._store.put(ref.key, self.with_origin(kv, chunks))
-            self.registry.add(ref, model=self.fingerprint)
+            if self.trusts(chunks):
+                self.registry.add(ref, model=self.fingerprint)
+
+    def trusts(self, chunks: Sequence[TokenIds]) -> bool:
+        """Return whether the first of some chunks may be used elsewhere as it was computed behind the others."""
+        names = [chunk_name(chunk) for chunk in chunks]
+        return not names or self.registry.trusts(names[0], names[1:])
 
     def put_as(self, key: ChunkKey, kv: ChunkKV, chunks: Sequence[TokenIds]) -> bool:
         """Store `kv` under a key of the caller's own; return whether the store took it. Otherwise as `put`."""

@@ -52,6 +52,7 @@ class ChunkRegistry:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._documents: OrderedDict[str, set[str]] = OrderedDict()
+        self._trust: dict[str, set[str]] = {}  # of the chunks that have a label
         self._tokens: TokenIndex | None = None  # made when something is first looked for
         self._texts: TextIndex | None = None
 
@@ -62,6 +63,7 @@ class ChunkRegistry:
         system: str | None = None,
         document: str | None = None,
         model: str = "",
+        trust: str | None = None,
     ) -> None:
         """Make a chunk findable, by its text too if that is given, as a part of `document` if that is given.
 
@@ -71,6 +73,7 @@ class ChunkRegistry:
             system: the system prompt that its KV are computed after.
             document: label of a document that it is part of.
             model: fingerprint of the model that its KV are of.
+            trust: its trust label; None leaves it as it is.
         """
         name = chunk_name(ref.token_ids)
         with self._lock:
@@ -89,7 +92,15 @@ class ChunkRegistry:
             if document is not None:
                 self._documents.setdefault(name, set()).add(document)
                 self._documents.move_to_end(name)
+            if trust:
+                self._trust.setdefault(name, set()).add(trust)
             self._keep_bounds()
+
+    def trusts(self, name: str, others: Iterable[str]) -> bool:
+        """Return whether a chunk and some others all have one trust label, or all have none."""
+        with self._lock:
+            labels = [self._trust.get(each, set()) for each in (name, *others)]
+        return all(len(each) < 2 and each == labels[0] for each in labels)
 
     def documents_of(self, names: Iterable[str]) -> set[str]:
         """Return the documents that any of these chunks is part of."""
@@ -142,6 +153,7 @@ class ChunkRegistry:
             for name in names:
                 self._drop(name)
                 self._documents.pop(name, None)
+                self._trust.pop(name, None)
 
     def delete_document(self, document: str, but: Collection[str] = ()) -> set[str]:
         """Remove the chunks of a document that are part of no other, all but these; return their names."""
@@ -152,6 +164,7 @@ class ChunkRegistry:
             orphans = {name for name in gone if not self._documents[name]}
             for name in orphans:
                 self._drop(name)
+                self._trust.pop(name, None)
                 del self._documents[name]
             return orphans
 
@@ -160,6 +173,7 @@ class ChunkRegistry:
         with self._lock:
             self._known.clear()
             self._documents.clear()
+            self._trust.clear()
             self._tokens = self._texts = None
 
     def __len__(self) -> int:
