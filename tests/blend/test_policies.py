@@ -66,7 +66,7 @@ def test_what_is_recomputed_from_layer_0_on(policy, selected):
 
 def test_only_full_reuses_nothing_and_only_prefix_remembers():
     assert [policy.name for policy in EVERY if not policy.reuses] == ["full"]
-    assert [policy.name for policy in EVERY if policy.stores_in_context] == ["prefix"]
+    assert [policy.name for policy in EVERY if policy.stores_in_context] == ["prefix", "exact"]
 
 
 def test_only_cacheblend_and_cachecraft_look_again():

@@ -11,8 +11,6 @@ import pytest
 import torch
 import zoo
 from helpers_tokenizer import tiny_tokenizer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.llm import QUESTION, TEXTS
 
 import chunkcache
@@ -48,7 +46,7 @@ def error_of(llm: chunkcache.CachedLLM, model: Any) -> float:
 
 def in_place(model: Any) -> None:
     with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1.5)
 
 
 def by_data(model: Any) -> None:
@@ -60,8 +58,8 @@ def one_row_by_data(model: Any) -> None:
 
 
 def replaced(model: Any) -> None:
-    attention = model.model.layers[0].self_attn
-    attention.v_proj.weight = torch.nn.Parameter(attention.v_proj.weight.detach() * 2)
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.detach() * 2)
 
 
 def loaded(model: Any) -> None:
@@ -278,17 +276,3 @@ def test_refresh_reads_all_again():
     assert llm.refresh() == before
     one_row_by_data(model)
     assert llm.refresh() != before
-
-
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.sampled_from([*CHANGES.values(), "ask", "wrap"]), min_size=1, max_size=5))
-def test_any_changes_in_any_order_over_a_shared_store(steps):
-    store = open_store("memory://?max_bytes=64MiB")
-    model = tiny()
-    llm = warm(model, store=store)
-    for step in steps:
-        if step == "wrap":
-            llm = warm(model, store=store)
-        elif step != "ask":
-            step(model)
-        assert error_of(llm, model) < 1e-4
