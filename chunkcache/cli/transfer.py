@@ -217,7 +217,8 @@ def _show_imported(counts: Imported, as_json: bool) -> None:
             )
     if counts.damaged:
         raise ChunkCacheError(
-            f"{counts.damaged} entries of the file are damaged, or sealed with another CHUNKCACHE_SECRET: left out"
+            f"{counts.damaged} entries of the file are damaged, or sealed or encrypted otherwise: left out; see "
+            "CHUNKCACHE_SECRET and CHUNKCACHE_ENCRYPTION_KEYS"
         )
     if not counts.complete:
         raise ChunkCacheError("the file has no end: it was cut off, and entries behind the cut are missing")
