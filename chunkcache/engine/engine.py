@@ -27,6 +27,7 @@ from chunkcache.engine.generation import (
     setting,
     with_length,
 )
+from chunkcache.engine.padding import hold_back, padded
 from chunkcache.engine.planner import Planner
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.streaming import TextStream
@@ -88,9 +89,11 @@ class Engine:
         library: where chunk KV come from.
         tuning: what was measured for the model.
         policy: the policy of requests that name none.
+        pad: seconds to a multiple of which the first token is held back; None for not at all.
 
     Attributes:
         policy: as given; may be changed.
+        pad: as given.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class Engine:
         library: ChunkLibrary,
         tuning: Tuning,
         policy: Policy,
+        pad: float | None = None,
     ) -> None:
+        self.pad = pad
         self.decoder, self.tokenizer, self.library, self.tuning = decoder, tokenizer, library, tuning
         self.planner = Planner(decoder, library)
         self.policy = policy
@@ -149,7 +154,9 @@ class Engine:
             drop_last: leave the last token's KV out of the cache, for a `generate()` that starts with that token.
         """
         plan, stats = self._plan(request)
-        return self._prefill(request, plan, stats, drop_last)
+        output = self._prefill(request, plan, stats, drop_last)
+        hold_back(request.started, self.pad)
+        return output
 
     def generate(self, request: PreparedRequest) -> Generation:
         """Prefill a prompt and decode with the model's own `generate()`."""
@@ -178,7 +185,7 @@ class Engine:
         room = setting(self.model, request.options, "max_new_tokens") or 1
         plan, stats = self._plan(request, room)
         clock = FirstTokenClock()
-        options = self.generate_options(request.options, clock)
+        options = padded(self.generate_options(request.options, clock), clock, request.started, self.pad)
         before = time.perf_counter()
         finished = needs_finished_cache(self.model, options)
         if finished:
