@@ -147,7 +147,8 @@ def import_file(options: ImportOptions) -> None:
     """Put the entries of FILE, which export wrote, into the store; - for stdin.
 
     Every entry is verified, and a damaged one left out; the exit code is 1 then. Only with CHUNKCACHE_SECRET set is
-    an entry known to come from somebody who has the secret: without it, import files that you trust.
+    an entry known to come from somebody who has the secret: without it, import files that you trust. Encrypted
+    entries need their key in CHUNKCACHE_ENCRYPTION_KEYS, or in the store's encryption_key_file.
     """
     from chunkcache.store.transfer import import_entries
 
