@@ -15,6 +15,7 @@ from chunkcache.engine.attach import Attachment
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
 from chunkcache.engine.generation import Generation, take_policy, with_length
+from chunkcache.engine.padding import check_pad
 from chunkcache.engine.served import LibraryOptions, ServedModel
 from chunkcache.engine.streaming import TextStream
 from chunkcache.library import ChunkLibrary
@@ -49,6 +50,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         lead_in: text that stands before a chunk while it is computed ahead, and in no prompt; None for a packaged
             one. Passages of the kind that a request has before the chunk are best.
         calibration: what `chunkcache calibrate` found, or its file; None looks for it in the cache folder.
+        pad: seconds; first tokens are held back to a multiple of it, which hides what was stored. See SECURITY.md.
 
     Attributes:
         model: the wrapped model, unchanged.
@@ -60,11 +62,11 @@ class CachedLLM(ChunkMethods, RenamedMethods):
     Raises:
         UnsupportedModelError: the model cannot be served right, or fails its self-check.
         TokenizerMismatchError: the tokenizer is not the model's.
-        PolicyError, StoreURLError: policy or store are not known.
+        PolicyError, StoreURLError, InputError: policy or store are not known, or `pad` is no time.
         CalibrationError: the policy needs a calibration, and there is none or it is damaged.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything about a wrapper, by name
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -75,10 +77,11 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         instruction: str = INSTRUCTION,
         lead_in: str | None = None,
         calibration: Calibration | str | Path | None = None,
+        pad: float | None = None,
         **renamed: Any,
     ) -> None:
         tenant = renamed_options(renamed, {"salt": "tenant"}, "wrap").get("tenant", tenant)
-        chosen = parse_policy(policy)
+        chosen, pad = parse_policy(policy), check_pad(pad)
         store = store if store is not None else os.environ.get("CHUNKCACHE_STORE", DEFAULT_STORE)
         self._owns_store = isinstance(store, str)
         self.store: Store = open_store(store) if isinstance(store, str) else store
@@ -89,7 +92,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         served = ServedModel(model, tokenizer, options, calibration)
         served.latest.tuning.resolve(chosen)  # refuses one that lacks a calibration
         self._messages = MessageBuilder(self.prompts, served.registry, tokenizer.chat_template)
-        self.engine = Engine(served, tokenizer, chosen)
+        self.engine = Engine(served, tokenizer, chosen, pad)
         self._attachment = Attachment(self.engine)
 
     @classmethod
@@ -371,9 +374,8 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         max_new_tokens: int | None = None,
         options: dict[str, Any] | None = None,
     ) -> PreparedRequest:
-        return self.engine.prepare(
-            lambda: self.prompts.build(question, chunks, system), policy, max_new_tokens, options
-        )
+        build = partial(self.prompts.build, question, chunks, system)
+        return self.engine.prepare(build, policy, max_new_tokens, options)
 
 
 wrap = CachedLLM

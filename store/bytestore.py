@@ -17,6 +17,7 @@ from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
 from chunkcache.store.base import Heads, Tier
 from chunkcache.store.budget import UNBOUNDED, Budget
+from chunkcache.store.encryption import KEYS, MOST, OVERHEAD, Opened, find_keyring
 from chunkcache.store.entry import DamagedError, ForeignSealError, Header, encode
 from chunkcache.store.records import Entry, EntryFilter, has_expired
 
@@ -55,6 +56,9 @@ class Encoding:
         secret: key of the HMAC-SHA-256 that seals entries; '' takes that of the environment variable
             CHUNKCACHE_SECRET. Without one, entries are protected against accidents only. Entries with another seal
             are not used, and are replaced when they are computed again.
+        encryption_key_file: a file of keys, `id:base64` each, that entries are encrypted under: the first encrypts,
+            all decrypt. None takes those of the environment variable CHUNKCACHE_ENCRYPTION_KEYS; without any,
+            entries are not encrypted. What is encrypted under another key, or is not, is not used either.
 
     Raises:
         StoreURLError: `compress` is none of these.
@@ -63,6 +67,7 @@ class Encoding:
     codec: str = "raw"
     compress: str = "none"
     secret: str = field(default="", repr=False)
+    encryption_key_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.compress not in ("none", "zstd"):
@@ -77,6 +82,7 @@ class ByteStore(Tier):
 
     Attributes:
         secret: what entries are sealed with, None for nothing.
+        keyring: the keys that entries are encrypted under, None for none.
     """
 
     waits: ClassVar[bool] = True
@@ -85,6 +91,7 @@ class ByteStore(Tier):
         super().__init__(budget, encoding.codec)
         self._compress = encoding.compress == "zstd"
         self.secret = encoding.secret.encode() or own_secret()
+        self.keyring = find_keyring(encoding.encryption_key_file)
 
     def get(self, key: ChunkKey, token_ids: Sequence[int] | None, heads: Heads | None = None) -> ChunkKV | None:
         kv = super().get(key, token_ids, heads)
@@ -93,13 +100,13 @@ class ByteStore(Tier):
         return kv
 
     def _read(self, key: ChunkKey) -> ChunkKV | None:
-        blob = self._open(key)
-        if blob is None:
-            return None
         try:
+            blob = self._opened(key)
+            if blob is None:
+                return None
             header = Header.parse(blob.header, key, self.secret)
-        except ForeignSealError:
-            self._note_foreign()
+        except ForeignSealError as foreign:
+            self._note_foreign(foreign)
             return None
         except DamagedError as damage:
             raise EntryLostError(key, str(damage)) from None
@@ -116,7 +123,7 @@ class ByteStore(Tier):
     def _is_current(self, key: ChunkKey) -> bool:
         """Return whether there is an entry of ours, within its time to live, by what its header says."""
         try:
-            blob = self._open(key)
+            blob = self._opened(key)
             return blob is not None and not has_expired(Header.parse(blob.header, key, self.secret).expires)
         except (EntryLostError, DamagedError):
             return False
@@ -124,14 +131,42 @@ class ByteStore(Tier):
     def _write(self, entry: Entry, kv: ChunkKV) -> bool:
         header, blocks = encode(entry.key, self._codec(kv), self._compress, self.secret, entry.expires)
         entry = replace(entry, nbytes=sum(map(len, blocks)))
-        return self.fits(entry.nbytes) and self._save(entry, header, blocks)
+        if not self.fits(entry.nbytes):
+            return False
+        if self.keyring is not None:
+            if max(len(header), *map(len, blocks)) > MOST:
+                self.warn_once("a layer has more than the %d bytes that can be encrypted: not stored", MOST)
+                return False
+            header, blocks = self.keyring.encrypt(entry.key, header, blocks)
+        return self._save(entry, header, blocks)
+
+    def _opened(self, key: ChunkKey) -> Blob | None:
+        """Return the entry under `key`, its header read and decrypted, or None.
+
+        Raises:
+            EntryLostError, DamagedError: it is damaged, or encrypted under another key.
+        """
+        blob = self._open(key)
+        if blob is None or self.keyring is None:
+            return blob
+        return DecryptedBlob(blob, self.keyring.open(key, blob.header))
+
+    def _parsed(self, key: ChunkKey, data: bytes) -> Header:
+        """Decrypt and parse the header of the entry under `key`; raises DamagedError."""
+        if self.keyring is not None:
+            data = self.keyring.open(key, data).header
+        return Header.parse(data, key, self.secret)
+
+    def _stored_sizes(self, key: ChunkKey, data: bytes) -> list[int]:
+        """Return the bytes of each block as it is stored, by the header as it is stored; raises DamagedError."""
+        return [size + OVERHEAD * (self.keyring is not None) for size in self._parsed(key, data).sizes]
 
     def _entries(self, where: EntryFilter) -> Iterable[Entry]:
         for key, data in self._headers():
             try:
-                entry = Header.parse(data, key, self.secret).entry()
-            except ForeignSealError:
-                self._note_foreign()
+                entry = self._parsed(key, data).entry()
+            except ForeignSealError as foreign:
+                self._note_foreign(foreign)
                 continue
             except DamagedError as damage:
                 self.drop_damaged(key, str(damage))
@@ -139,12 +174,10 @@ class ByteStore(Tier):
             if where.matches(entry):
                 yield entry
 
-    def _note_foreign(self) -> None:
-        """Count an entry sealed with another secret. It stays: a mistyped secret must not delete all entries."""
+    def _note_foreign(self, why: ForeignSealError) -> None:
+        """Count an entry of another secret or key. It stays: a mistyped secret must not delete all entries."""
         self.count(mismatches=1)
-        self.warn_once(
-            f"entries are not sealed with this store's secret, or with none: they are not used; see {SECRET}"
-        )
+        self.warn_once(f"entries are {why}: they are not used; see {SECRET} and {KEYS}")
 
     def layer(self, header: Header, blob: Blob, index: int) -> Layer:
         """Read and verify one layer.
@@ -181,6 +214,21 @@ class ByteStore(Tier):
     @abstractmethod
     def _headers(self) -> Iterator[tuple[ChunkKey, bytes]]:
         """Yield key and header of every entry."""
+
+
+class DecryptedBlob:
+    """An encrypted entry, read as the plain one that it was.
+
+    Attributes:
+        stored: the entry as it is stored.
+    """
+
+    def __init__(self, stored: Blob, opened: Opened) -> None:
+        self.stored, self._opened = stored, opened
+        self.header = opened.header
+
+    def block(self, index: int, sizes: Sequence[int]) -> memoryview:
+        return self._opened.block(index, self.stored.block(index, [size + OVERHEAD for size in sizes]))
 
 
 class StoredLayers(LazyLayers):

@@ -85,8 +85,9 @@ class DiskStore(BudgetedTier, ByteStore):
         if not os.path.exists(self.path(key)):
             return False
         current = None
-        with suppress(sqlite3.Error):  # the header says it, too
-            current = self._ledger.is_current(key)
+        if self.keyring is None:  # the index does not say which entries are encrypted
+            with suppress(sqlite3.Error):  # the header says it, too
+                current = self._ledger.is_current(key)
         return super()._is_current(key) if current is None else current
 
     def _open(self, key: ChunkKey) -> DiskBlob | None:

@@ -8,7 +8,8 @@
     blocks                     one per layer, in order, the numbers as they lie in memory
 
 Checksums of blocks are XXH3, which finds what broke; with a secret they are SHA-256, so that the seal vouches for
-every byte. Nothing here is executed or unpickled, and every field is validated before use.
+every byte. Nothing here is executed or unpickled, and every field is validated before use. An encrypted entry is one
+of these inside of another: see `encryption.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from chunkcache.store.codec import Zstd
 from chunkcache.store.records import Entry
 
 MAGIC = b"CHUNKKV\x01"
+ENCRYPTED = b"CHUNKKE\x01"  # of an encrypted entry
 PREAMBLE = len(MAGIC) + 4 + 32  # bytes before the description
 MAX_DESCRIPTION = 64 * 2**20
 _MAX_LAYERS = 4096
@@ -46,7 +48,7 @@ class DamagedError(ValueError):
 
 
 class ForeignSealError(DamagedError):
-    """An entry that may be intact, but is sealed with another secret, or with none."""
+    """An entry that may be intact, but is sealed with another secret, or encrypted under another key, or not so."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,13 @@ class Header:
         """Parse and validate a whole header, sealed with `secret`, of the entry under `key`; None allows any key.
 
         Raises:
-            ForeignSealError: it is sealed otherwise.
+            ForeignSealError: it is sealed otherwise, or encrypted.
             DamagedError: it is no such header.
         """
         data = bytes(data)
         length = description_length(data[:PREAMBLE])
+        if data.startswith(ENCRYPTED):
+            raise ForeignSealError("encrypted, and this store has no keys")
         seal, description = data[PREAMBLE - 32 : PREAMBLE], data[PREAMBLE:]
         if len(description) != length:
             raise DamagedError(f"the header has {len(description)} bytes, not {length}")
@@ -149,7 +153,7 @@ class Header:
         if not agrees:
             sealed = len(header.blocks[0].checksum) == len(_checksum(memoryview(b""), b"-"))
             if sealed or hmac.compare_digest(seal, _seal(description, None)):
-                raise ForeignSealError("its seal is of another secret, or of none")
+                raise ForeignSealError("sealed with another secret than this store's, or with none")
             raise DamagedError("the header does not agree with its seal")
         if key is not None and header.key != key:
             raise DamagedError("the header is that of another entry")
@@ -221,7 +225,7 @@ def description_length(preamble: bytes) -> int:
     Raises:
         DamagedError: an entry of this format version does not start so.
     """
-    if len(preamble) < PREAMBLE or preamble[:7] != MAGIC[:7]:
+    if len(preamble) < PREAMBLE or preamble[:7] not in (MAGIC[:7], ENCRYPTED[:7]):
         raise DamagedError("it is no entry of a chunkcache store")
     if preamble[7] != MAGIC[7]:
         raise DamagedError(f"its format version is {preamble[7]}, not {MAGIC[7]}")

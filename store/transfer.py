@@ -2,6 +2,9 @@
 
 No member is written to disk by its name or unpickled, and each is validated before use. At most one entry, of at
 most `MAX_ENTRY` bytes, is in memory: members are read here, since `tarfile` reads header records of any size.
+
+Where the store has encryption keys, members are encrypted like its entries. Plain members are taken in all the same:
+so a store that was not encrypted gets into one that is.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from chunkcache.errors import EntryLostError, InputError
-from chunkcache.kv import ChunkKey, ChunkKV
+from chunkcache.kv import ChunkKey, ChunkKV, Layer
 from chunkcache.store.base import Store, Tier
 from chunkcache.store.bytestore import ByteStore, own_secret
+from chunkcache.store.encryption import OVERHEAD, Keyring, Opened, find_keyring, is_encrypted
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length, encode
 from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, has_expired
 
@@ -40,7 +44,7 @@ class Imported:
 
     Attributes:
         entries: entries stored, of `nbytes` bytes.
-        damaged: entries that failed verification, are too large, or are sealed with another secret.
+        damaged: entries that failed verification, are too large, or are of another secret or key.
         expired: entries past their time to live, not stored.
         refused: intact entries that the store did not take.
         other: members that are no entries.
@@ -61,6 +65,8 @@ def export_entries(
 ) -> Exported:
     """Write the entries that `where` selects as an uncompressed tar file, sealed as their tier seals them.
 
+    They are encrypted under the store's first key, if it has keys.
+
     Args:
         store: where they are read from, and verified; each comes from the nearest tier that has it intact.
         file: written from start to end, so a pipe will do.
@@ -72,8 +78,9 @@ def export_entries(
         for entry in tier.entries(where):
             places.setdefault(entry.key, []).append((tier, entry))
     exported = Exported()
+    keyring = _keyring(store)
     for count, held_in in enumerate(places.values(), 1):
-        written = next(filter(None, (_write(file, tier, entry) for tier, entry in held_in)), 0)
+        written = next(filter(None, (_write(file, tier, entry, keyring) for tier, entry in held_in)), 0)
         exported.entries += written > 0
         exported.nbytes += written
         exported.lost += written == 0
@@ -90,7 +97,7 @@ def import_entries(store: Store, file: BinaryIO, on_entry: Callable[[Imported], 
     make entries that look intact: import only files that you trust.
 
     Args:
-        store: where they go; its secret is the one that they must be sealed with.
+        store: where they go; its secret is the one that they must be sealed with, and its keys decrypt them.
         file: read from start to end, so a pipe will do.
         on_entry: called after every member with the counts so far.
 
@@ -99,12 +106,13 @@ def import_entries(store: Store, file: BinaryIO, on_entry: Callable[[Imported], 
     """
     imported = Imported()
     secret = next((tier.secret for tier in _tiers(store) if isinstance(tier, ByteStore)), own_secret())
+    reader = _Reader(secret, _keyring(store))
     for member in _members(file, imported):
         name = _NAME.fullmatch(PurePosixPath(member.name).name)
         if name is None:
             imported.other += 1
         else:
-            _take(store, member, ChunkKey(name[1]), secret, imported)
+            _take(store, member, ChunkKey(name[1]), reader, imported)
         if on_entry is not None:
             on_entry(imported)
     return imported
@@ -164,11 +172,10 @@ def _members(file: BinaryIO, imported: Imported) -> Iterator[_Member]:
             ) from None
 
 
-def _take(store: Store, member: _Member, key: ChunkKey, secret: bytes | None, imported: Imported) -> None:
+def _take(store: Store, member: _Member, key: ChunkKey, reader: _Reader, imported: Imported) -> None:
     """Verify one entry and put it into the store."""
     try:
-        header = _header(member, key, secret)
-        layers = [block.layer(member.read(block.nbytes), header.compressed, secret) for block in header.blocks]
+        header, layers = reader.read(member, key)
     except (DamagedError, EOFError):
         imported.damaged += 1
         return
@@ -182,19 +189,40 @@ def _take(store: Store, member: _Member, key: ChunkKey, secret: bytes | None, im
     imported.refused += not stored
 
 
-def _header(member: _Member, key: ChunkKey, secret: bytes | None) -> Header:
-    preamble = bytes(member.read(PREAMBLE))
-    description = member.read(description_length(preamble))
-    header = Header.parse(preamble + description, key, secret)
-    if len(preamble) + len(description) + sum(header.sizes) != member.size:
-        raise DamagedError(f"{member.size} bytes are not the size that the header says")
-    plain = sum(block.plain_bytes() for block in header.blocks)  # a compressed block may claim anything
-    if member.size > MAX_ENTRY or plain > MAX_ENTRY:
-        raise DamagedError(f"an entry of {max(member.size, plain)} bytes is too large")
-    return header
+class _Reader:
+    """Reads entries from members, and verifies them by a secret and with keys, None for none."""
+
+    def __init__(self, secret: bytes | None, keyring: Keyring | None) -> None:
+        self._secret, self._keyring = secret, keyring
+
+    def read(self, member: _Member, key: ChunkKey) -> tuple[Header, list[Layer]]:
+        """Return header and layers of an entry.
+
+        Raises:
+            DamagedError: it is not an entry of this key.
+            EOFError: the file ends before it does.
+        """
+        preamble = bytes(member.read(PREAMBLE))
+        stored = preamble + member.read(description_length(preamble))
+        opened: Opened | None = None
+        if self._keyring is not None and is_encrypted(stored):
+            opened = self._keyring.open(key, stored)
+        header = Header.parse(stored if opened is None else opened.header, key, self._secret)
+        sizes = [size + OVERHEAD * (opened is not None) for size in header.sizes]
+        if len(stored) + sum(sizes) != member.size:
+            raise DamagedError(f"{member.size} bytes are not the size that the header says")
+        plain = sum(block.plain_bytes() for block in header.blocks)  # a compressed block may claim anything
+        if member.size > MAX_ENTRY or plain > MAX_ENTRY:
+            raise DamagedError(f"an entry of {max(member.size, plain)} bytes is too large")
+        layers = []
+        for index, (block, size) in enumerate(zip(header.blocks, sizes, strict=True)):
+            data: Any = member.read(size)
+            data = data if opened is None else opened.block(index, data)
+            layers.append(block.layer(data, header.compressed, self._secret))
+        return header, layers
 
 
-def _write(file: BinaryIO, tier: Tier, entry: Entry) -> int:
+def _write(file: BinaryIO, tier: Tier, entry: Entry, keyring: Keyring | None) -> int:
     """Write one entry as a member; return its bytes, 0 if it cannot be read."""
     kv = tier.peek(entry.key)
     if kv is None:
@@ -205,6 +233,8 @@ def _write(file: BinaryIO, tier: Tier, entry: Entry) -> int:
         return 0  # counted by the tier
     secret = tier.secret if isinstance(tier, ByteStore) else own_secret()
     header, blocks = encode(entry.key, kv, False, secret, entry.expires)
+    if keyring is not None:
+        header, blocks = keyring.encrypt(entry.key, header, blocks)
     info = tarfile.TarInfo(f"{entry.key.digest}.ckv")
     info.size = len(header) + sum(map(len, blocks))
     info.mode, info.mtime = 0o600, int(entry.created)
@@ -224,6 +254,12 @@ def _fill(file: BinaryIO, buffer: memoryview) -> None:
             raise EOFError
         buffer[: len(data)] = data
         buffer = buffer[len(data) :]
+
+
+def _keyring(store: Store) -> Keyring | None:
+    """Return the keys of the nearest tier that has some, or those of the environment."""
+    tiers = [tier for tier in _tiers(store) if isinstance(tier, ByteStore)]
+    return next((tier.keyring for tier in tiers if tier.keyring is not None), None) or find_keyring(None)
 
 
 def _tiers(store: Store) -> list[Tier]:

@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 
 from chunkcache.cli.ask import ask, check_model
 from chunkcache.cli.console import err
+from chunkcache.cli.keys import make_key
 from chunkcache.cli.store import list_entries, purge, stats, store_commands, verify
 from chunkcache.cli.transfer import export_file, import_file, warm
 from chunkcache.errors import ChunkCacheError, InputError
@@ -53,7 +54,7 @@ def cli(verbose: bool) -> None:
 cli.add_command(ask)
 cli.add_command(check_model)
 cli.add_command(store_commands)
-for command in (stats, list_entries, verify, purge, warm, export_file, import_file):
+for command in (stats, list_entries, verify, purge, warm, export_file, import_file, make_key):
     store_commands.add_command(command)
 
 

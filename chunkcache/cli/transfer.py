@@ -147,7 +147,8 @@ def import_file(options: ImportOptions) -> None:
     """Put the entries of FILE, which export wrote, into the store; - for stdin.
 
     Every entry is verified, and a damaged one left out; the exit code is 1 then. Only with CHUNKCACHE_SECRET set is
-    an entry known to come from somebody who has the secret: without it, import files that you trust.
+    an entry known to come from somebody who has the secret: without it, import files that you trust. Encrypted
+    entries need their key in CHUNKCACHE_ENCRYPTION_KEYS, or in the store's encryption_key_file.
     """
     from chunkcache.store.transfer import import_entries
 
@@ -217,7 +218,8 @@ def _show_imported(counts: Imported, as_json: bool) -> None:
             )
     if counts.damaged:
         raise ChunkCacheError(
-            f"{counts.damaged} entries of the file are damaged, or sealed with another CHUNKCACHE_SECRET: left out"
+            f"{counts.damaged} entries of the file are damaged, or sealed or encrypted otherwise: left out; see "
+            "CHUNKCACHE_SECRET and CHUNKCACHE_ENCRYPTION_KEYS"
         )
     if not counts.complete:
         raise ChunkCacheError("the file has no end: it was cut off, and entries behind the cut are missing")

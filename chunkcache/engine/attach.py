@@ -7,6 +7,7 @@ batch, beams, a cache of the caller's, nothing found) goes straight through.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from chunkcache.blend import Plan, SelectivePrefill
 from chunkcache.engine.engine import Engine
-from chunkcache.engine.generation import is_assisted, needs_finished_cache, setting
+from chunkcache.engine.generation import FirstTokenClock, is_assisted, needs_finished_cache, setting
+from chunkcache.engine.padding import padded
 from chunkcache.engine.stats import RequestStats
+from chunkcache.errors import InputError
 from chunkcache.library import ChunkLibrary
 
 
@@ -80,6 +83,7 @@ class Attachment:
                 model.__dict__["generate"] = front._shadowed
 
     def _generate(self, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = self._padded(args, kwargs)
         policy = self._engine.resolve_policy(None)
         self.last_stats = stats = RequestStats(str(policy))
         input_ids = self._single_prompt(args, kwargs) if policy.reuses else None
@@ -94,6 +98,16 @@ class Attachment:
         output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill)
         return output
+
+    def _padded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return keywords by which the call's first token is held back, if it is to be.
+
+        Raises:
+            InputError: what has to be changed for that is given by position.
+        """
+        if self._engine.pad is not None and len(args) > 1:
+            raise InputError("with pad=, pass everything but the prompt to the attached generate() by name")
+        return padded(kwargs, FirstTokenClock(), time.perf_counter(), self._engine.pad)
 
     def _single_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the call's `[1, tokens]` prompt, or None if the call is not one plain sequence."""

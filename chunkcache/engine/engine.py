@@ -28,6 +28,7 @@ from chunkcache.engine.generation import (
     take_policy,
     with_length,
 )
+from chunkcache.engine.padding import hold_back, padded
 from chunkcache.engine.planner import Planner
 from chunkcache.engine.served import Served, ServedModel
 from chunkcache.engine.stats import RequestStats
@@ -90,14 +91,18 @@ class Engine:
         served: the model.
         tokenizer: its tokenizer.
         policy: the policy of requests that name none.
+        pad: seconds to a multiple of which the first token is held back; None for not at all.
 
     Attributes:
         served: as given.
         policy: as given; may be changed.
+        pad: as given.
     """
 
-    def __init__(self, served: ServedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> None:
-        self.served, self.tokenizer, self.policy = served, tokenizer, policy
+    def __init__(
+        self, served: ServedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, pad: float | None = None
+    ) -> None:
+        self.served, self.tokenizer, self.policy, self.pad = served, tokenizer, policy, pad
         self.model: Any = served.model
 
     @property
@@ -169,7 +174,9 @@ class Engine:
         """
         with self.served.session(request.adapter) as served:
             plan, stats = self._plan(served, request)
-            return self._prefill(served, request, plan, stats, drop_last)
+            output = self._prefill(served, request, plan, stats, drop_last)
+        hold_back(request.started, self.pad)
+        return output
 
     def generate(self, request: PreparedRequest) -> Generation:
         """Prefill a prompt and decode with the model's own `generate()`."""
@@ -214,7 +221,7 @@ class Engine:
         room = setting(self.model, request.options, "max_new_tokens") or 1
         plan, stats = self._plan(served, request, room)
         clock = FirstTokenClock()
-        options = self.generate_options(request.options, clock)
+        options = padded(self.generate_options(request.options, clock), clock, request.started, self.pad)
         before = time.perf_counter()
         finished = needs_finished_cache(self.model, options)
         if finished:

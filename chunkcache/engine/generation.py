@@ -48,11 +48,15 @@ class FirstTokenClock(StoppingCriteria):
         self.first_token_at: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Note the time once; reading the token waits for the device."""
-        if self.first_token_at is None:
-            input_ids[0, -1].item()
-            self.first_token_at = time.perf_counter()
+        """Note the time once."""
+        self.note(input_ids)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def note(self, token_ids: Tensor) -> None:
+        """Note the time once; reading the last of the token ids waits for the device."""
+        if self.first_token_at is None:
+            token_ids.flatten()[-1].item()
+            self.first_token_at = time.perf_counter()
 
 
 def check_options(options: dict[str, Any]) -> None:

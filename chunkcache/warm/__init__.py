@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,6 @@ from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
 from chunkcache.retriever import Chunk, Document, split
 from chunkcache.store import EntryFilter, Store
-from chunkcache.store.bytestore import SECRET
 from chunkcache.store.lasting import open_persistent
 
 logger = logging.getLogger("chunkcache")
@@ -100,12 +99,16 @@ class WarmReport:
 
 
 class Worker:
-    """One copy of the model, with the store open."""
+    """One copy of the model, with the store open.
 
-    def __init__(self, config: WarmConfig, secret: str = "") -> None:
+    Args:
+        config: what is computed.
+        secrets: environment variables to be set, where this is another machine.
+    """
+
+    def __init__(self, config: WarmConfig, secrets: Mapping[str, str] | None = None) -> None:
         self._config = config
-        if secret:  # on another machine
-            os.environ[SECRET] = secret
+        os.environ.update(secrets or {})
         self._llm: CachedLLM | None = None
 
     def load(self, on_status: OnStatus | None = None) -> str:

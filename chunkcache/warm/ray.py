@@ -16,6 +16,7 @@ from typing import Any
 from chunkcache.engine.chunks import PrecomputeResult
 from chunkcache.errors import ChunkCacheError, InputError, missing_extra
 from chunkcache.store.bytestore import SECRET
+from chunkcache.store.encryption import KEYS
 from chunkcache.warm import OnStatus, Shard, WarmConfig, Worker, WorkerPool
 
 logger = logging.getLogger("chunkcache")
@@ -77,8 +78,9 @@ class _RayPool:
         self._ray = ray
         self.size, self.lost = size, 0
         actor = ray.remote(num_cpus=cpus, num_gpus=int(gpu))(Worker)
-        # the secret is an argument, since what a runtime environment holds goes to Ray's logs
-        self._workers = [actor.remote(config, os.environ.get(SECRET, "")) for _ in range(size)]
+        # secrets are an argument, since what a runtime environment holds goes to Ray's logs
+        secrets = {name: os.environ[name] for name in (SECRET, KEYS) if os.environ.get(name)}
+        self._workers = [actor.remote(config, secrets) for _ in range(size)]
         if on_status is not None:
             on_status(f"{size} workers load {config.model}")
         for _, where in self._all("load"):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, Layer
 from chunkcache.store.budget import Budget, Size
-from chunkcache.store.bytestore import RAW, Blob, ByteStore, Encoding
+from chunkcache.store.bytestore import RAW, Blob, ByteStore, DecryptedBlob, Encoding
 from chunkcache.store.entry import PREAMBLE, DamagedError, Header, description_length
 from chunkcache.store.ledger import Ledger
 from chunkcache.store.lmcache.below import FAULTS, START
@@ -136,9 +136,10 @@ class LMCacheStore(ByteStore):
 
     def _remove_same(self, key: ChunkKey, blob: Blob) -> bool:
         """Remove what is left of an entry, unless it has been replaced."""
+        stored = blob.stored if isinstance(blob, DecryptedBlob) else blob
         with self._writing:
             now = self._open(key)
-            return now is not None and now.header == blob.header and self._remove(key)
+            return now is not None and now.header == stored.header and self._remove(key)
 
     def _erase(self, key: ChunkKey) -> bool:
         """Delete the objects of an entry; return whether it was there."""
@@ -146,7 +147,7 @@ class LMCacheStore(ByteStore):
             stored = self._open(key)
             if stored is None:
                 return False
-            parts = _parts(stored.header, Header.parse(stored.header, key, self.secret).sizes)
+            parts = _parts(stored.header, self._stored_sizes(key, stored.header))
         except (EntryLostError, DamagedError):
             self._manager.wipe(key, [HEAD])
             if self._manager.below is not None:

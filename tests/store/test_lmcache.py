@@ -19,6 +19,7 @@ from support.store import key, kv, random_kv, same, with_options
 from chunkcache.errors import EntryLostError
 from chunkcache.kv import hashed_label
 from chunkcache.store import EntryFilter, LMCacheStore, open_store
+from chunkcache.store.encryption import new_key
 from chunkcache.store.lmcache.manager import import_lmcache
 from chunkcache.store.lmcache.tier import HEAD
 
@@ -247,6 +248,44 @@ def test_the_options_of_every_tier(below, options):
         with opened(below) as store:
             assert store.get(key(1), entry.token_ids) is None
             assert store.stats().mismatches == 1
+
+
+@pytest.mark.parametrize("tokens", [64, 20_000])  # the header of the second is longer than one object
+def test_entries_are_encrypted_below(below, tmp_path, monkeypatch, tokens):
+    pytest.importorskip("cryptography")
+    monkeypatch.setenv("CHUNKCACHE_ENCRYPTION_KEYS", new_key("one"))
+    entry = random_kv(tokens=tokens, heads=1, dim=2)
+    with opened(below) as store:
+        store.put(key(1), kv(1))
+        store.put(key(1), entry)
+        assert same(store.get(key(1), entry.token_ids), entry)
+    assert not any(b"token_ids" in path.read_bytes() for path in files(tmp_path))
+    with opened(below) as store:
+        got = store.get(key(1), entry.token_ids)
+        assert torch.equal(got.layers[2], entry.layers[2])
+        assert same(got, entry)
+    with monkeypatch.context() as without:
+        without.delenv("CHUNKCACHE_ENCRYPTION_KEYS")
+        with opened(below) as store:
+            assert store.get(key(1), entry.token_ids) is None
+            assert (store.stats().mismatches, store.stats().damaged) == (1, 0)
+    with opened(below) as store:
+        assert store.delete(key(1))
+        assert store.get(key(1), entry.token_ids) is None
+    assert files(tmp_path) == []
+
+
+def test_a_changed_byte_below_is_noticed(tmp_path, monkeypatch):
+    pytest.importorskip("cryptography")
+    monkeypatch.setenv("CHUNKCACHE_ENCRYPTION_KEYS", new_key("one"))
+    url = f"lmcache://{tmp_path / 'lm'}"
+    put_and_leave(url, 1)
+    damage(next(path for path in files(tmp_path) if "@0@" not in path.name), "flipped")
+    with opened(url) as store:
+        got = store.get(key(1), [1])
+        with pytest.raises(EntryLostError, match="does not decrypt"):
+            [got.layers[0], got.layers[1]]
+        assert (store.stats().hits, store.stats().damaged) == (0, 1)
 
 
 def test_what_is_too_old_is_a_miss(below, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from chunkcache.errors import InputError, ModelNotFoundError
 from chunkcache.kv import hashed_label
 from chunkcache.retriever import Chunk, load_documents, split
 from chunkcache.store import DiskStore, EntryFilter
+from chunkcache.store.encryption import new_key
+from chunkcache.store.entry import ENCRYPTED, MAGIC
 from chunkcache.warm import WarmConfig, local_pool
 from chunkcache.warm import ray as warm_ray
 from chunkcache.warm.ray import ray_pool
@@ -249,8 +252,10 @@ def on_cluster(cluster):
     return call
 
 
-def test_two_workers_store_what_one_would_sealed_with_the_same_secret(config, docs, on_cluster, monkeypatch):
+def test_two_workers_store_what_one_would_with_the_same_secret_and_keys(config, docs, on_cluster, monkeypatch):
     monkeypatch.setenv("CHUNKCACHE_SECRET", "s")
+    if importlib.util.find_spec("cryptography") is not None:
+        monkeypatch.setenv("CHUNKCACHE_ENCRYPTION_KEYS", new_key("one"))
     seen = []
     done = on_cluster(config, docs, lambda *progress: seen.append(progress), workers=2)
     count = sum(map(len, pieces(config, docs).values()))
@@ -263,6 +268,8 @@ def test_two_workers_store_what_one_would_sealed_with_the_same_secret(config, do
     again = run(config, docs)
     assert again.computed == 1
     assert again.deleted == len(entries(local_config, "ferry.md"))
+    starts = {path.read_bytes()[:8] for path in docs.parent.rglob("*.ckv")}
+    assert starts == {ENCRYPTED if os.environ.get("CHUNKCACHE_ENCRYPTION_KEYS") else MAGIC}
 
 
 def test_the_work_of_a_worker_that_dies_goes_to_another(config, docs, on_cluster, caplog):
