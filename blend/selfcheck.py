@@ -72,8 +72,9 @@ def self_check(decoder: Decoder) -> SelfCheck:
     generator = torch.Generator().manual_seed(0)
     embedding: Any = decoder.model.get_input_embeddings()
     ids = torch.randint(embedding.num_embeddings, (1, TOKENS), generator=generator)
-    rotation_error = _check_rotation(decoder, ids)
-    logits_error, cache_error = _check_selective(decoder, ids)
+    logits, own = _own_prefill(decoder, ids)
+    rotation_error = _check_rotation(decoder, ids, own)
+    logits_error, cache_error = _check_selective(decoder, ids, logits, own)
     result = SelfCheck(
         logits_error=logits_error,
         cache_error=cache_error,
@@ -100,8 +101,7 @@ def _own_prefill(decoder: Decoder, ids: Tensor, offset: int = 0) -> tuple[Tensor
     return out.logits[0, -1], cache
 
 
-def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
-    _, here = _own_prefill(decoder, ids)
+def _check_rotation(decoder: Decoder, ids: Tensor, here: DynamicCache) -> float:
     keys, values = layer_kv(here, 0)
     if keys.shape != values.shape:
         raise UnsupportedModelError(
@@ -125,8 +125,7 @@ def _check_rotation(decoder: Decoder, ids: Tensor) -> float:
     return _worst(errors)
 
 
-def _check_selective(decoder: Decoder, ids: Tensor) -> tuple[float, float]:
-    logits, own = _own_prefill(decoder, ids)
+def _check_selective(decoder: Decoder, ids: Tensor, logits: Tensor, own: DynamicCache) -> tuple[float, float]:
     right = [torch.cat(layer_kv(own, index)) for index in range(len(own.layers))]
     wrong = [layer.neg() for layer in right]
     logits_errors: list[float] = []
