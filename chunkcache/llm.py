@@ -91,7 +91,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         options = LibraryOptions(self.store, tenant, self.prompts.lead_in)
         served = ServedModel(model, tokenizer, options, calibration)
         served.latest.tuning.resolve(chosen)  # refuses one that lacks a calibration
-        self._messages = MessageBuilder(self.prompts, served.registry, tokenizer.chat_template)
+        self._messages = MessageBuilder(self.prompts, served.registry)
         self.engine = Engine(served, tokenizer, chosen, pad)
         self._attachment = Attachment(self.engine)
 
@@ -299,7 +299,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         """Return a new conversation, in which each question goes on from the KV of those before it."""
         from chunkcache.engine.conversation import Conversation
 
-        return Conversation(self.engine, self.prompts, system)
+        return Conversation(self.engine, self._messages, system)
 
     def generate_batch(
         self,

@@ -1,25 +1,28 @@
 """Several questions in one conversation: each turn goes on from the KV that the turns before it left.
 
-What was said before is never computed again, and never repaired: to a later turn it is exact. Chunks that a
-later turn brings along are reused at the place where they now stand, like those of the first.
+Each turn is the whole conversation as the chat template renders it then. As far as that begins like what was said
+before, it is never computed again, and never repaired: to a later turn it is exact. Chunks that a later turn brings
+along are reused at the place where they now stand, like those of the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from chunkcache.blend import Policy, layer_kv
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest
-from chunkcache.engine.generation import Generation, needs_finished_cache
+from chunkcache.engine.generation import Generation, needs_finished_cache, take_policy
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
-from chunkcache.prompt import Prompt, PromptBuilder
+from chunkcache.prompt import Prompt
+from chunkcache.prompt.messages import MessageBuilder, Turn
 
 
 class Conversation:
@@ -27,7 +30,7 @@ class Conversation:
 
     Args:
         engine: what answers.
-        prompts: builds the prompts.
+        messages: builds the prompts.
         system: system prompt; None for the chat template's own.
 
     Attributes:
@@ -35,9 +38,12 @@ class Conversation:
         turns: how many questions were answered.
     """
 
-    def __init__(self, engine: Engine, prompts: PromptBuilder, system: str | None = None) -> None:
-        self._engine, self._prompts, self._system = engine, prompts, system
+    def __init__(self, engine: Engine, messages: MessageBuilder, system: str | None = None) -> None:
+        self._engine, self._messages, self._system = engine, messages, system
+        self._said: list[Turn] = [Turn("system", system)] if system else []
         self._head: ChunkKV | None = None
+        self._head_of = ""  # fingerprint of the model that computed it
+        self._can_cut = self._exact = True
         self.token_ids: tuple[int, ...] = ()
         self.turns = 0
 
@@ -57,7 +63,8 @@ class Conversation:
         Raises:
             InputError: as `CachedLLM.generate`, and for beam search, which leaves no single cache to go on from.
         """
-        return self._answer(self._prepare(question, chunks, policy, max_new_tokens, options))
+        request, asked = self._prepare(question, chunks, policy, max_new_tokens, options)
+        return self._answer(request, asked)
 
     def stream(
         self,
@@ -69,13 +76,14 @@ class Conversation:
         **options: Any,
     ) -> TextStream:
         """Answer like `generate`, piece by piece; the turn counts once the iteration is over."""
-        return self._engine.stream(self._prepare(question, chunks, policy, max_new_tokens, options), self._answer)
+        request, asked = self._prepare(question, chunks, policy, max_new_tokens, options)
+        return self._engine.stream(request, partial(self._answer, asked=asked))
 
     def prefill(
         self, question: str, chunks: Sequence[Any] = (), *, policy: str | Policy | None = None
     ) -> PrefillOutput:
         """Prefill the next question like `CachedLLM.prefill`; the conversation stays where it is."""
-        return self._engine.prefill(self._engine.prepare(lambda: self._prompt(question, chunks), policy))
+        return self._engine.prefill(self._prepare(question, chunks, policy, None, {})[0])
 
     def _prepare(
         self,
@@ -84,23 +92,58 @@ class Conversation:
         policy: str | Policy | None,
         max_new_tokens: int | None,
         options: dict[str, Any],
-    ) -> PreparedRequest:
+    ) -> tuple[PreparedRequest, Turn]:
         if needs_finished_cache(self._engine.model, options):
             raise InputError("num_beams: a conversation goes on from one sequence; leave beam search out")
-        return self._engine.prepare(lambda: self._prompt(question, chunks), policy, max_new_tokens, options)
+        options = dict(options)
+        chosen = self._engine.resolve_policy(take_policy(options, policy))
+        template_options = options.pop("template_options", None)
+        self._messages.prompts.check(question, chunks)
+        asked = Turn("user", question.strip(), tuple(chunks), framed=True)
 
-    def _prompt(self, question: str, chunks: Sequence[Any]) -> Prompt:
-        prompt = self._prompts.build(question, chunks, self._system)
-        if self._head is None:
-            return prompt
-        said = (*self.token_ids, *self._prompts.between_turns(self._system, self.token_ids))
-        return prompt.after(said, self._head)
+        def build() -> Prompt:
+            prompt = self._messages.of_turns([*self._said, asked], template_options)
+            head = self._head_for(prompt, chosen)
+            return prompt if head is None else prompt.behind(head)
 
-    def _answer(self, request: PreparedRequest) -> Generation:
+        return self._engine.prepare(build, chosen, max_new_tokens, options), asked
+
+    def _head_for(self, prompt: Prompt, policy: Policy) -> ChunkKV | None:
+        """Return the KV of what the prompt has in common with what was said, or None if they cannot be used."""
+        head = self._head
+        served = self._engine.served.current()
+        if head is None or self._head_of != served.library.fingerprint or (policy.lossless and not self._exact):
+            return None
+        common = 0
+        for one, other in zip(head.token_ids, prompt.token_ids[:-1], strict=False):
+            if one != other:
+                break
+            common += 1
+        for span in prompt.spans:
+            if span.start < common < span.stop:
+                common = span.start
+        if common == len(head):
+            return head
+        if not common or not self._can_cut:
+            return None
+        layers = [layer[:, :, :common] for layer in head.layers if isinstance(layer, Tensor)]
+        return ChunkKV.of(head.token_ids[:common], 0, layers)
+
+    def _answer(self, request: PreparedRequest, asked: Turn) -> Generation:
         """Answer, and go on from here: keep what was said and its KV. The last token of an answer has none yet."""
+        before = self._engine.served.current()
         generation, cache = self._engine.answer(request)
+        prompts = self._messages.prompts
+        spoken = prompts.without_end(generation.token_ids)
+        text = prompts.text_of(spoken)
+        answer = Turn("assistant", generation.text if text is None else text, token_ids=spoken if text else ())
+        self._said += [asked, answer]
         self.token_ids = (*request.prompt.token_ids, *generation.token_ids)
         self._head = ChunkKV.of(*_kv_of(cache, self.token_ids))
+        self._head_of = before.library.fingerprint if self._engine.served.current() is before else ""
+        self._can_cut = not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        whole = request.policy.lossless or not request.policy.reuses or request.policy.stores_in_context
+        self._exact = whole and (self._exact or request.prompt.head is None)
         self.turns += 1
         return generation
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkcache.prompt.builder import INSTRUCTION, PromptBuilder
+from chunkcache.prompt.builder import INSTRUCTION, SEPARATOR, PromptBuilder
 from chunkcache.prompt.prompt import Prompt, PromptChunk
 
-__all__ = ["INSTRUCTION", "Prompt", "PromptBuilder", "PromptChunk"]
+__all__ = ["INSTRUCTION", "SEPARATOR", "Prompt", "PromptBuilder", "PromptChunk"]

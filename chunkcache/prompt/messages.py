@@ -1,53 +1,32 @@
 """From chat messages to token ids: an ordinary conversation, in which cached chunks are found by their text.
 
-The chat template is rendered with a mark in the place of each message's text. What is between the marks is the
-template's own; the texts are tokenised apart from it, and in them the known chunks apart from the rest, so that a
-chunk has the token ids that its KV were computed from. As everywhere, text from outside is never read as special
-tokens.
+The texts of the messages are looked through for known chunks, which get the token ids that their KV were computed
+from; all between them is tokenised with the template's own text. As everywhere, text from outside is never read as
+special tokens.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
-from chunkcache.prompt.builder import SEPARATOR, PromptBuilder
+from chunkcache.prompt.builder import ANSWER, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import FoundText
 from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds
+from chunkcache.prompt.template import Options
 
-__all__ = ["Message", "MessageBuilder", "PromptChunk"]
-
-logger = logging.getLogger("chunkcache")
+__all__ = ["Message", "MessageBuilder", "PromptChunk", "Turn"]
 
 Message = Mapping[str, Any]  # role, and content: a string, or a list of strings and passages
 
-_MARK = "[[message {} stands here]]"
-_MARKS = re.compile(r"\[\[message (\d+) stands here]]")
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 _BLOCK = 16  # tokens; beginnings that differ in fewer are not worth an entry of their own each
 _BEGINNINGS = 16  # of the last prompts
-
-
-class _ChatIds(PromptIds):
-    """Token ids of a conversation.
-
-    Attributes:
-        system: the system prompt that its first chunk was computed after.
-        opening: how many tokens stood there before the assistant first spoke, if no chunk came before that.
-    """
-
-    def __init__(self, ids: Sequence[int], system: str | None) -> None:
-        super().__init__(ids)
-        self.system = system
-        self.opening: int | None = None
 
 
 class TextFinder(Protocol):
@@ -61,19 +40,17 @@ class MessageBuilder:
     """Builds prompts from messages.
 
     Args:
-        prompts: builds the prompts of questions; knows the tokenizer.
+        prompts: builds the prompts of questions; knows the tokenizer and its template. Without a template the texts
+            stand below one another.
         known: the texts that are looked for in messages.
-        template: the tokenizer's chat template; None for none. Without one the texts stand below one another.
     """
 
-    def __init__(self, prompts: PromptBuilder, known: TextFinder, template: Any) -> None:
-        self._prompts = prompts
+    def __init__(self, prompts: PromptBuilder, known: TextFinder) -> None:
+        self.prompts = prompts
         self._known = known
-        self._template = template
         self._beginnings = _Beginnings()
-        self._warn_once = lru_cache(maxsize=1)(logger.warning)
 
-    def build(self, messages: Sequence[Message]) -> Prompt:
+    def build(self, messages: Sequence[Message], template_options: Options | None = None) -> Prompt:
         """Return the prompt of a conversation that the assistant is to go on with.
 
         A user message with passages reads as a question over chunks does in `PromptBuilder.build`; if there is no
@@ -83,104 +60,129 @@ class MessageBuilder:
             PromptError: there are no messages, one has no role or other content than text and passages, there is
                 nothing but white space in them, or the chat template refuses them.
         """
-        turns = [_Turn.of(message, index) for index, message in enumerate(messages)]
+        turns = [Turn.of(message, index) for index, message in enumerate(messages)]
         if not any(turn.text.strip() or turn.chunks for turn in turns):
             raise PromptError(f"{len(turns)} messages have no text; pass at least one with some")
+        return self.of_turns(turns, template_options)
+
+    def of_turns(self, turns: Sequence[Turn], template_options: Options | None = None) -> Prompt:
+        """Return the prompt of turns; see `build`."""
+        prompts = self.prompts.with_options(template_options)
         system = turns[0].text if turns[0].role == "system" and not turns[0].chunks else None
         *before, asked = turns
-        if asked.chunks and asked.role == "user" and len(before) == (system is not None):
+        if asked.is_framed and asked.role == "user" and len(before) == (system is not None):
             try:
-                return self._prompts.build(asked.text, asked.chunks, system)
+                return prompts.build(asked.text, asked.chunks, system)
             except PromptError:
                 if system is None:
                     raise  # else the template may take no system message, and it is folded below
-        ids = _ChatIds([] if self._template else self._prompts.leading_special_tokens(), system)
-        for template, turn in self._rendered(turns):
-            ids.add(self._prompts.encode(template, trusted=True))
+        ids = prompts.start()
+        found = _Found(system)
+        for own, turn in self._placed(prompts, turns):
+            ids.text(own, True)
             if turn is not None:
-                if turn.role == "assistant" and ids.opening is None and not ids.spans:
-                    ids.opening = len(ids.ids)
-                self._add(ids, turn)
-        return self._prompt(ids)
+                if turn.role == "assistant" and found.opening is None and not ids.spans:
+                    ids.flush()
+                    found.opening = len(ids.ids)
+                self._add(prompts, ids, turn, found)
+        ids.flush()
+        return self._prompt(prompts, ids, found)
 
-    def _prompt(self, ids: _ChatIds) -> Prompt:
+    def _prompt(self, prompts: PromptBuilder, ids: PromptIds, found: _Found) -> Prompt:
         """Divide what stands before the first chunk into what is likely to stand there again, and the rest."""
         before = tuple(ids.ids[: ids.spans[0].start] if ids.spans else ids.ids)
-        prefix = self._beginnings.common(before[: ids.opening])
+        prefix = self._beginnings.common(before[: found.opening])
         if not ids.spans:
             return ids.build(prefix if prefix < len(before) else 0)
         try:
-            context = self._prompts.prefix(ids.system)
+            context = prompts.prefix(found.system)
         except PromptError:  # the template takes no system message: chunks cannot have been computed after one
-            context = self._prompts.prefix(None)
+            context = prompts.prefix(None)
         return ids.build(prefix, context)
 
-    def _add(self, ids: _ChatIds, turn: _Turn) -> None:
-        if turn.chunks:
+    def _add(self, prompts: PromptBuilder, ids: PromptIds, turn: Turn, found: _Found) -> None:
+        if turn.token_ids:
+            ids.add(turn.token_ids)
+            return
+        if turn.is_framed:
             if not turn.text.strip():
                 raise PromptError(f"a message has {len(turn.chunks)} chunks and no question; pass text with them")
-            frame, label = self._prompts.frame_texts()
-            ids.add(self._prompts.encode(turn.before + frame))
-            self._prompts.add_chunks(ids, turn.chunks)
-            ids.add(self._prompts.encode(label + turn.text.strip()))
+            frame, label = prompts.frame_texts()
+            ids.text((turn.before + frame).lstrip() if turn.trimmed else turn.before + frame, False)
+            prompts.add_chunks(ids, turn.chunks)
+            ids.text(label + turn.text.strip(), False)
             return
         end = 0
         for known in self._known.find_text(turn.text):
-            ids.add(self._prompts.encode(turn.text[end : known.start]))
+            ids.text(turn.text[end : known.start], False)
             if not ids.spans:
-                ids.system = known.system
+                found.system = known.system
             separated = turn.text.startswith(SEPARATOR, known.end)
-            self._prompts.add_chunks(ids, [PromptChunk(known.text, joins_next=not separated)])
+            prompts.add_chunks(ids, [PromptChunk(known.text, joins_next=not separated)])
             end = known.end + (len(SEPARATOR) if separated else 0)
-        ids.add(self._prompts.encode(turn.text[end:]))
+        ids.text(turn.text[end:], False)
 
-    def _rendered(self, turns: Sequence[_Turn]) -> list[tuple[str, _Turn | None]]:
+    def _placed(self, prompts: PromptBuilder, turns: Sequence[Turn]) -> list[tuple[str, Turn | None]]:
         """Return the template's own text and the turn behind it, in order; after the last there is none."""
-        if not self._template:
-            between = [("" if index == 0 else SEPARATOR, turn) for index, turn in enumerate(turns)]
-            return [*between, ("", None)]
+        if not prompts.template:
+            ends = [ANSWER if turn.is_framed else SEPARATOR for turn in turns]
+            last = ANSWER if turns[-1].is_framed else ""
+            return [*zip(["", *ends], turns, strict=False), (last, None)]
+        frame = prompts.frame_texts()
         try:
-            rendered = self._render(turns)
+            rendered, texts = prompts.template.place([(turn.role, turn.whole(*frame)) for turn in turns])
         except PromptError:
             folded = _folded(turns)  # a template may want user and assistant in turn, and no system message
             if folded == turns:
                 raise
-            turns, rendered = folded, self._render(folded)
-        whole = self._prompts.render([{"role": turn.role, "content": turn.text} for turn in turns])
-        for changed in (turns, [t.stripped() for t in turns], [t.stripped().without_thoughts() for t in turns]):
-            texts = [turn.text for turn in changed]
-            if _MARKS.sub(lambda mark: texts[int(mark[1])], rendered) == whole:  # noqa: B023 - used at once
-                break
-        else:
-            changed = turns
-            self._warn_once("the chat template rewrites some messages; they are taken as they were given")
-        parts = _MARKS.split(rendered)
-        pairs = zip(parts[::2], [*map(int, parts[1::2]), None], strict=True)
-        return [(text, None if index is None else changed[index]) for text, index in pairs]
+            turns = folded
+            rendered, texts = prompts.template.place([(turn.role, turn.whole(*frame)) for turn in turns])
+        written = [turn.written(text, *frame) for turn, text in zip(turns, texts, strict=True)]
+        return [(own, None if index is None else written[index]) for own, index in rendered]
 
-    def _render(self, turns: Sequence[_Turn]) -> str:
-        """Return what the template makes of marks in the place of the texts."""
-        marked = [{"role": turn.role, "content": _MARK.format(index)} for index, turn in enumerate(turns)]
-        rendered = str(self._prompts.render(marked))
-        if [int(index) for index in _MARKS.findall(rendered)] != list(range(len(turns))):
-            raise PromptError(
-                f"the tokenizer's chat template does not keep these messages apart and in order "
-                f"({', '.join(turn.role for turn in turns)}); leave out those it does not know"
-            )
-        return rendered
+
+@dataclass
+class _Found:
+    """What is known of a conversation while it is put together.
+
+    Attributes:
+        system: the system prompt that its first chunk was computed after.
+        opening: how many tokens stood there before the assistant first spoke, if no chunk came before that.
+    """
+
+    system: str | None
+    opening: int | None = None
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """One message: its text, the passages that stand before it, and what stands before these."""
+class Turn:
+    """One message.
+
+    Attributes:
+        role: who speaks.
+        text: what is said.
+        chunks: the passages that stand before it.
+        before: what stands before these.
+        framed: whether it reads as a question over passages even if there are none.
+        trimmed: whether the template leaves out the space round it.
+        token_ids: those that an answer was decoded as, where it stands in the prompt as it was.
+    """
 
     role: str
     text: str
-    chunks: tuple[PromptChunk, ...] = ()
+    chunks: tuple[Any, ...] = ()
     before: str = ""
+    framed: bool = False
+    trimmed: bool = False
+    token_ids: TokenIds = ()
 
     @classmethod
-    def of(cls, message: Message, index: int) -> _Turn:
+    def of(cls, message: Message, index: int) -> Turn:
+        """Return the turn of a message.
+
+        Raises:
+            PromptError: it is none.
+        """
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError(f"message {index} has no role; pass mappings with 'role' and 'content'")
         if not re.fullmatch(r"[\w-]+", message["role"]):  # templates write it between special tokens
@@ -195,22 +197,52 @@ class _Turn:
         text = "\n".join(part for part in parts if isinstance(part, str))
         return cls(message["role"], text, tuple(part for part in parts if isinstance(part, PromptChunk)))
 
-    def stripped(self) -> _Turn:
-        return replace(self, text=self.text.strip())
+    @property
+    def is_framed(self) -> bool:
+        """Whether it reads as a question over passages."""
+        return self.framed or bool(self.chunks)
 
-    def without_thoughts(self) -> _Turn:
-        """Return it as templates of reasoning models render what the assistant said before."""
-        return replace(self, text=_THOUGHTS.sub("", self.text)) if self.role == "assistant" else self
+    def whole(self, frame: str, label: str) -> str:
+        """Return the message as the template gets it, with a mark in the place of its passages."""
+        return f"{self.before}{frame}{_PASSAGES}{label}{self.text.strip()}" if self.is_framed else self.text
+
+    def written(self, text: str, frame: str, label: str) -> Turn:
+        """Return the turn as the template writes it.
+
+        Args:
+            text: what the template makes of `whole`.
+            frame: what stands before passages.
+            label: what stands behind them.
+
+        Raises:
+            PromptError: there are passages, and the template does not keep the text as it is.
+        """
+        given = self.whole(frame, label)
+        if text == given:
+            return self
+        if not self.is_framed:
+            return replace(self, text=text, token_ids=())
+        if text != given.strip():
+            raise PromptError(
+                "the tokenizer's chat template rewrites a message with passages, so that these have no place in it; "
+                "set tokenizer.chat_template to one that does not, or to None for plain text"
+            )
+        return replace(self, trimmed=True)
 
 
-def _folded(turns: Sequence[_Turn]) -> list[_Turn]:
+_PASSAGES = "[[the passages stand here]]"
+
+
+def _folded(turns: Sequence[Turn]) -> list[Turn]:
     """Return the turns with system messages made part of what the user says next, and equal roles in a row joined."""
-    folded: list[_Turn] = []
+    folded: list[Turn] = []
     for turn in (replace(t, role="user") if t.role == "system" else t for t in turns):
         last = folded[-1] if folded else None
-        if last is not None and last.role == turn.role and not last.chunks:
+        if last is not None and last.role == turn.role and not last.is_framed:
             said = f"{last.text.strip()}{SEPARATOR}"
-            folded[-1] = replace(turn, before=said) if turn.chunks else replace(turn, text=said + turn.text.strip())
+            folded[-1] = (
+                replace(turn, before=said) if turn.is_framed else replace(turn, text=said + turn.text.strip())
+            )
         else:
             folded.append(turn)
     return folded

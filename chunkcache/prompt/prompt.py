@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import ChunkKV, Span, TokenIds
+from chunkcache.prompt.tokens import Piece
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,49 @@ class Prompt:
         """Return the prompt with something else behind its chunks."""
         return replace(self, token_ids=(*self.token_ids[: self.end], *question))
 
-    def after(self, said: TokenIds, head: ChunkKV) -> Prompt:
-        """Return the prompt as the next turn of a conversation: `said` takes the place of the prefix."""
-        shift = len(said) - self.prefix_tokens
-        spans = tuple(replace(span, start=span.start + shift, stop=span.stop + shift) for span in self.spans)
-        return Prompt((*said, *self.token_ids[self.prefix_tokens :]), len(said), spans, self.prefix, head)
+    def behind(self, head: ChunkKV) -> Prompt:
+        """Return the prompt with the KV of its first tokens, which take the place of the prefix."""
+        spans = tuple(span for span in self.spans if span.start >= len(head))
+        return replace(self, prefix_tokens=len(head), spans=spans, head=head)
 
 
 class PromptIds:
-    """Token ids of a prompt as it is put together from its beginning on; `build` makes the `Prompt`."""
+    """Token ids of a prompt as it is put together from its beginning on; `build` makes the `Prompt`.
 
-    def __init__(self, ids: Sequence[int] = ()) -> None:
+    Args:
+        run: tokenises what stands between two chunks; see `Tokens.run`.
+        ids: the first token ids.
+    """
+
+    def __init__(self, run: Callable[[tuple[Piece, ...], bool], TokenIds], ids: Sequence[int] = ()) -> None:
+        self._run = run
+        self._pieces: list[Piece] = []
+        self._continues = False
         self.ids = list(ids)
         self.spans: list[Span] = []
 
+    def text(self, text: str, trusted: bool) -> None:
+        """Append a text that is no chunk; `trusted` if it is the template's own."""
+        if text:
+            self._pieces.append((text, trusted))
+
+    def flush(self) -> None:
+        """Tokenise the texts that were appended since the last chunk."""
+        if self._pieces:
+            self.ids += self._run(tuple(self._pieces), self._continues)
+            self._pieces.clear()
+            self._continues = True
+
     def add(self, ids: Sequence[int]) -> None:
-        """Append what is no chunk."""
+        """Append token ids that are no chunk."""
+        self.flush()
         self.ids += ids
+        self._continues = True
 
     def add_chunk(self, ids: TokenIds, first: int = 0, stop: int | None = None) -> None:
         """Append a chunk, of which tokens `first` to `stop` stand in the prompt."""
+        self.flush()
+        self._continues = True
         stop = len(ids) if stop is None else stop
         start = len(self.ids)
         self.ids += ids[first:stop]
@@ -95,6 +119,7 @@ class PromptIds:
 
     def build(self, prefix_tokens: int, context_ids: TokenIds | None = None) -> Prompt:
         """Return the prompt; `context_ids` are the prefix if they are not given."""
+        self.flush()
         ids = tuple(self.ids)
         return Prompt(
             ids, prefix_tokens, tuple(self.spans), ids[:prefix_tokens] if context_ids is None else context_ids

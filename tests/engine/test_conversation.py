@@ -6,23 +6,26 @@ import copy
 
 import pytest
 import torch
-from support.llm import QUESTION, TEXTS, chat_tokenizer, own_model, plain, tiny_model, wrapped
+from support.llm import QUESTION, TEXTS, chat_tokenizer, plain, tiny_model, wrapped
 
 import chunkcache
 from chunkcache import blend
 from chunkcache.errors import ContextLengthError, InputError, PromptError
+from chunkcache.prompt.builder import INSTRUCTION, SEPARATOR
 
 MORE = ("The new bridge is of steel, and was opened by the mayor.", "Every second year it is painted green.")
 THEN = "And of what is the new one?"
+SPECIAL = [0, 1, 2, 3]
+MOVED = (
+    "{% for m in messages if m.role != 'system' %}<s>{{ m.role }}\n"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{{ m.content }}</s>\n{% endfor %}"
+)
 MODELS = ["llama", "gemma3", "mistral-sliding", "smollm3"]  # full and sliding windows, layers without RoPE
 
 
-def told(llm, conversation, question, chunks):
-    """The ids of the next prompt, as the chat template alone would have them."""
-    begun = conversation.token_ids
-    between = llm.prompts.between_turns(None, begun)
-    built = llm.prompts.build(question, chunks)
-    return (*begun, *between, *(token for chunk in built.chunks for token in chunk), *built.question)
+def body(question, chunks):
+    return f"{INSTRUCTION}\n\n{''.join(f'{chunk}{SEPARATOR}' for chunk in chunks)}Question: {question}"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -30,13 +33,44 @@ def test_with_an_exact_policy_every_turn_is_what_the_model_says_itself(name):
     model = tiny_model(name)
     llm = wrapped(model, policy="cacheblend:ratio=1")
     conversation = llm.conversation()
+    messages = []
     for question, chunks in ((QUESTION, TEXTS), (THEN, MORE), ("Why?", ()), (THEN, TEXTS[:1])):
-        ids = told(llm, conversation, question, chunks) if conversation.turns else None
-        answer = conversation.generate(question, chunks, max_new_tokens=6, do_sample=False)
-        if ids is not None:
-            assert conversation.token_ids[: len(ids)] == ids
-            assert answer.token_ids == plain(model, torch.tensor([ids]), max_new_tokens=6)
+        messages.append({"role": "user", "content": body(question, chunks)})
+        ids = conversation.prefill(question, chunks).input_ids
+        expected = llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert llm.tokenizer.decode(ids[0]) == expected
+        answer = conversation.generate(question, chunks, max_new_tokens=6, do_sample=False, suppress_tokens=SPECIAL)
+        assert answer.token_ids == plain(model, ids, max_new_tokens=6, suppress_tokens=SPECIAL)
+        messages.append({"role": "assistant", "content": llm.tokenizer.decode(answer.token_ids)})
     assert conversation.turns == 4
+
+
+def test_a_template_that_moves_the_system_prompt_has_what_changed_computed_anew():
+    """It stands in the last user turn: what was said before is another text by then."""
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.chat_template = MOVED
+    model = tiny_model()
+    llm = chunkcache.wrap(model, tokenizer, policy="full")
+    conversation = llm.conversation("Be brief.")
+    answer = conversation.generate(QUESTION, TEXTS, max_new_tokens=6, do_sample=False, suppress_tokens=SPECIAL)
+    done = conversation.prefill(THEN, MORE)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": body(QUESTION, TEXTS)},
+        {"role": "assistant", "content": tokenizer.decode(answer.token_ids)},
+        {"role": "user", "content": body(THEN, MORE)},
+    ]
+    assert tokenizer.decode(done.input_ids[0]) == tokenizer.apply_chat_template(messages, tokenize=False)
+    torch.testing.assert_close(done.logits, model(input_ids=done.input_ids).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_exact_reuse_goes_on_from_no_kv_that_were_repaired():
+    llm = wrapped(policy="reuse")
+    conversation = llm.conversation()
+    conversation.generate(QUESTION, TEXTS, max_new_tokens=6, suppress_tokens=SPECIAL)
+    done = conversation.prefill(THEN, MORE, policy="exact")
+    own = tiny_model()(input_ids=done.input_ids).logits[0, -1]
+    torch.testing.assert_close(done.logits, own, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("policy", [name for name in blend.POLICIES if name != "full"])
@@ -121,11 +155,14 @@ def test_two_conversations_do_not_meet():
 
 
 def test_an_end_of_turn_that_the_model_said_is_not_said_twice():
-    model = own_model()
-    llm = wrapped(model)
-    between = llm.prompts.between_turns(None, ())
-    assert llm.prompts.between_turns(None, (9, between[0])) == between[1:]
-    assert llm.prompts.between_turns(None, (9, 9)) == between
+    llm = wrapped()
+    conversation = llm.conversation()
+    ended = conversation.generate(QUESTION, TEXTS, max_new_tokens=4, forced_eos_token_id=2).token_ids
+    assert ended[-1] == 2
+    second = conversation.prefill(THEN, MORE).input_ids[0].tolist()
+    said = list(conversation.token_ids)
+    assert second[: len(said)] == said
+    assert second[len(said)] != 2
 
 
 def test_without_a_chat_template():
@@ -143,5 +180,5 @@ def test_a_template_for_one_turn_only_is_refused_by_the_second():
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     conversation = chunkcache.wrap(tiny_model(), tokenizer).conversation()
     conversation.generate(QUESTION, TEXTS, max_new_tokens=4)
-    with pytest.raises(PromptError, match="no place for a second question"):
+    with pytest.raises(PromptError, match="does not keep these messages apart"):
         conversation.generate(THEN, MORE)

@@ -34,7 +34,7 @@ def builder(template: str | None = CHAT_TEMPLATE, known=TEXTS, system: str | Non
     prompts, registry = PromptBuilder(tokenizer), ChunkRegistry()
     for text in known:
         registry.add(ChunkRef(ChunkKey(text), prompts.chunk(text), ()), text, system)
-    return MessageBuilder(prompts, registry, template), prompts, tokenizer
+    return MessageBuilder(prompts, registry), prompts, tokenizer
 
 
 def message(role: str, content) -> dict:
@@ -163,13 +163,27 @@ def test_thoughts_are_left_out_where_the_template_leaves_them_out():
     assert "Hm." not in text
 
 
-def test_a_template_that_rewrites_messages_is_noticed_once(caplog):
-    build, _, _ = builder("{% for m in messages %}<s>{{ m.content | replace('bread', 'cake') }}</s>{% endfor %}")
-    for _ in range(2):
-        build.build([message("user", TEXTS[1])])
-    assert [record.message for record in caplog.records] == [
-        "the chat template rewrites some messages; they are taken as they were given"
-    ]
+def test_a_message_that_the_template_rewrites_is_taken_as_it_writes_it():
+    build, _, tokenizer = builder(
+        "{% for m in messages %}<s>{{ m.content | replace('bread', 'cake') }}</s>{% endfor %}"
+    )
+    messages = [message("user", TEXTS[1])]
+    assert tokenizer.decode(build.build(messages).token_ids) == rendered(tokenizer, messages)
+
+
+def test_a_template_that_writes_by_the_length_of_a_message():
+    template = (
+        "{% for m in messages %}<s>{% if m.content | length > 60 %}long {% endif %}{{ m.content }}</s>{% endfor %}"
+    )
+    build, _, tokenizer = builder(template)
+    messages = [message("user", TEXTS[1])]
+    assert tokenizer.decode(build.build(messages).token_ids) == rendered(tokenizer, messages)
+
+
+def test_a_template_that_writes_elsewhere_what_a_message_is_like_is_refused():
+    template = "{{ messages[0].content | length }}{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    with pytest.raises(PromptError, match="cannot be told from its own text"):
+        builder(template)[0].build([message("user", TEXTS[1])])
 
 
 def test_without_a_template_texts_stand_below_one_another():
