@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkcache.blend import Policy, SelfCheck, parse_policy
+from chunkcache.blend import Policy, parse_policy
 from chunkcache.deprecated import RenamedMethods, renamed_options
-from chunkcache.engine.attach import Attachment
+from chunkcache.engine.attach import Attachment, AttachMethods
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
 from chunkcache.engine.generation import Generation, take_policy, with_length
 from chunkcache.engine.padding import check_pad
-from chunkcache.engine.served import LibraryOptions, ServedModel
+from chunkcache.engine.served import LibraryOptions, ServedMethods, ServedModel
 from chunkcache.engine.streaming import TextStream
-from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.prompt.messages import Message, MessageBuilder
 from chunkcache.store import Store, open_store
@@ -29,13 +27,12 @@ if TYPE_CHECKING:
     from chunkcache.engine.batch import Batch
     from chunkcache.engine.calibration import Calibration
     from chunkcache.engine.conversation import Conversation
-    from chunkcache.engine.stats import RequestStats
 
 DEFAULT_STORE = "memory://?max_bytes=2GiB"
 DEFAULT_POLICY = "query"
 
 
-class CachedLLM(ChunkMethods, RenamedMethods):
+class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
     """A decoder model that reuses the KV of retrieved chunks.
 
     Args:
@@ -50,6 +47,8 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         lead_in: text that stands before a chunk while it is computed ahead, and in no prompt; None for a packaged
             one. Passages of the kind that a request has before the chunk are best.
         calibration: what `chunkcache calibrate` found, or its file; None looks for it in the cache folder.
+        template_options: keywords for the chat template, such as `{"enable_thinking": False}`. Those that change what
+            stands before the chunks belong here, where `precompute` has them too, and not to a call.
         pad: seconds; first tokens are held back to a multiple of it, which hides what was stored. See SECURITY.md.
 
     Attributes:
@@ -58,10 +57,12 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         store: the store that holds chunk KV.
         prompts: builds prompts from texts.
         engine: serves prompts that are built already.
+        attachment: lets the model's own `generate()` reuse chunks; see `attach`.
 
     Raises:
         UnsupportedModelError: the model cannot be served right, or fails its self-check.
         TokenizerMismatchError: the tokenizer is not the model's.
+        PromptError: an option is none of the chat template's, or there are several templates and none is chosen.
         PolicyError, StoreURLError, InputError: policy or store are not known, or `pad` is no time.
         CalibrationError: the policy needs a calibration, and there is none or it is damaged.
     """
@@ -77,23 +78,24 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         instruction: str = INSTRUCTION,
         lead_in: str | None = None,
         calibration: Calibration | str | Path | None = None,
+        template_options: Mapping[str, Any] | None = None,
         pad: float | None = None,
         **renamed: Any,
     ) -> None:
         tenant = renamed_options(renamed, {"salt": "tenant"}, "wrap").get("tenant", tenant)
         chosen, pad = parse_policy(policy), check_pad(pad)
+        self.prompts = PromptBuilder(tokenizer, instruction, lead_in, template_options)
         store = store if store is not None else os.environ.get("CHUNKCACHE_STORE", DEFAULT_STORE)
         self._owns_store = isinstance(store, str)
         self.store: Store = open_store(store) if isinstance(store, str) else store
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.prompts = PromptBuilder(tokenizer, instruction, lead_in)
         options = LibraryOptions(self.store, tenant, self.prompts.lead_in)
         served = ServedModel(model, tokenizer, options, calibration)
         served.latest.tuning.resolve(chosen)  # refuses one that lacks a calibration
         self._messages = MessageBuilder(self.prompts, served.registry)
         self.engine = Engine(served, tokenizer, chosen, pad)
-        self._attachment = Attachment(self.engine)
+        self.attachment = Attachment(self.engine)
 
     @classmethod
     def from_pretrained(
@@ -131,42 +133,6 @@ class CachedLLM(ChunkMethods, RenamedMethods):
     def policy(self, policy: str | Policy) -> None:
         self.engine.policy = parse_policy(policy)
 
-    @property
-    def fingerprint(self) -> str:
-        """Identity of model and tokenizer as they are now."""
-        return self.engine.served.current().library.fingerprint
-
-    @property
-    def self_check(self) -> SelfCheck:
-        """The figures of the check that ran when the model was wrapped, or found changed."""
-        return self.engine.served.latest.self_check
-
-    def refresh(self) -> str:
-        """Read the whole model again, and return its fingerprint.
-
-        Requests notice by themselves that a model has changed. What they may notice late is a write through `.data`
-        to a few values of a large model: call this after it.
-
-        Raises:
-            UnsupportedModelError, InputError: the model has become one that cannot be served.
-        """
-        return self.engine.served.refresh().library.fingerprint
-
-    @contextmanager
-    def _session(self, adapter: str | None = None) -> Iterator[ChunkLibrary]:
-        with self.engine.served.session(adapter) as served:
-            yield served.library
-
-    def _libraries(self) -> list[ChunkLibrary]:
-        served = self.engine.served
-        library = served.current().library
-        return [library.of_model(name) for name in served.fingerprints]
-
-    @property
-    def max_tokens(self) -> int:
-        """How many tokens a prompt and its answer may have together."""
-        return self.engine.decoder.max_tokens
-
     def resolve_policy(self, policy: str | Policy | None) -> Policy:
         """Return the policy of a call, the wrapper's if it names none, with nothing left open."""
         return self.engine.resolve_policy(policy)
@@ -203,8 +169,9 @@ class CachedLLM(ChunkMethods, RenamedMethods):
             policy: overrides the wrapper's policy for this call.
             max_new_tokens: length of the answer at most; 64, unless a generation config says otherwise.
             options: any keyword of transformers' `generate()` that makes sense for one sequence; `adapter=`, the
-                name of the peft adapter that is active for this call, with chunk KV of its own; `reuse="exact"`, for
-                an answer that is compared with others: only KV that full prefill would compute are reused.
+                name of the peft adapter that is active for this call, with chunk KV of its own; `template_options=`,
+                which come before those of `wrap`; `reuse="exact"`, for an answer that is compared with others: only
+                KV that full prefill would compute are reused.
 
         Raises:
             PromptError: question or chunk is empty or no text.
@@ -234,10 +201,13 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         *,
         system: str | None = None,
         policy: str | Policy | None = None,
-        adapter: str | None = None,
+        **options: Any,
     ) -> PrefillOutput:
-        """Prefill the prompt and return the next token's logits with the cache of the whole prompt."""
-        return self.engine.prefill(self._prepare(question, chunks, system, policy, None, {"adapter": adapter}))
+        """Prefill the prompt and return the next token's logits with the cache of the whole prompt.
+
+        Options are `adapter=`, `reuse=` and `template_options=`, as for `generate`.
+        """
+        return self.engine.prefill(self._prepare(question, chunks, system, policy, None, options))
 
     def prepare_inputs(
         self,
@@ -246,14 +216,14 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         *,
         system: str | None = None,
         policy: str | Policy | None = None,
-        adapter: str | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Return `input_ids`, `attention_mask` and `past_key_values` for a plain `model.generate(**inputs)`.
 
         All tokens of the prompt but the last are prefilled here; `generate()` starts with the last one, which
-        costs one decoding step more than `llm.generate`.
+        costs one decoding step more than `llm.generate`. Options as for `prefill`.
         """
-        request = self._prepare(question, chunks, system, policy, None, {"adapter": adapter})
+        request = self._prepare(question, chunks, system, policy, None, options)
         return model_inputs(self.engine.prefill(request, drop_last=True))
 
     def chat(
@@ -276,7 +246,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
             PromptError: a message is not of this form, or the chat template refuses them.
             InputError, ContextLengthError, PolicyError: as in `generate`.
         """
-        build = partial(self._messages.build, messages)
+        build = partial(self._messages.build, messages, options.pop("template_options", None))
         return self.engine.generate(self.engine.prepare(build, policy, max_new_tokens, options))
 
     def chat_stream(
@@ -288,12 +258,12 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         **options: Any,
     ) -> TextStream:
         """Answer like `chat`, piece by piece; see `stream`."""
-        build = partial(self._messages.build, messages)
+        build = partial(self._messages.build, messages, options.pop("template_options", None))
         return self.engine.stream(self.engine.prepare(build, policy, max_new_tokens, options))
 
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+    def chat_prompt(self, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None) -> Prompt:
         """Return the prompt that `chat` would answer."""
-        return self._messages.build(messages)
+        return self._messages.build(messages, template_options)
 
     def conversation(self, system: str | None = None) -> Conversation:
         """Return a new conversation, in which each question goes on from the KV of those before it."""
@@ -339,31 +309,9 @@ class CachedLLM(ChunkMethods, RenamedMethods):
 
         limits = Limits(MAX_BATCH if max_batch is None else max_batch, max_kv_bytes)
         chosen = self.resolve_policy(take_policy(options, policy))
+        prompts = self.prompts.with_options(options.pop("template_options", None))
         options = with_length(options, max_new_tokens)
-        return Batcher(self.engine, self.prompts, chosen, options, limits, reorder).run(requests, on_batch)
-
-    @contextmanager
-    def attached(self) -> Iterator[CachedLLM]:
-        """Let the model's own `generate()` find and reuse precomputed chunks in any prompt, inside of the `with`.
-
-        What was found is in `last_stats`.
-        """
-        with self._attachment.attached():
-            yield self
-
-    def attach(self) -> CachedLLM:
-        """Let it do so until `detach`."""
-        self._attachment.attach()
-        return self
-
-    def detach(self) -> None:
-        """Give the model its own `generate()` back."""
-        self._attachment.detach()
-
-    @property
-    def last_stats(self) -> RequestStats | None:
-        """What the last `generate()` of the attached model did; None before the first."""
-        return self._attachment.last_stats
+        return Batcher(self.engine, prompts, chosen, options, limits, reorder).run(requests, on_batch)
 
     def _prepare(
         self,
@@ -374,7 +322,9 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         max_new_tokens: int | None = None,
         options: dict[str, Any] | None = None,
     ) -> PreparedRequest:
-        build = partial(self.prompts.build, question, chunks, system)
+        options = dict(options or {})
+        prompts = self.prompts.with_options(options.pop("template_options", None))
+        build = partial(prompts.build, question, chunks, system)
         return self.engine.prepare(build, policy, max_new_tokens, options)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import time
+from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from chunkcache.engine.padding import padded
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import InputError
 from chunkcache.library import ChunkLibrary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # mypy has it; typing's own is of Python 3.11
 
 
 class Attachment:
@@ -139,3 +143,36 @@ class Attachment:
         stats.misses, stats.hits = len(spans) - len(chunks), len(chunks)
         stats.chunks = stats.hits
         return Plan.of(ids, chunks) if chunks else None
+
+
+class AttachMethods(ABC):
+    """The part of `CachedLLM` that lets the model's own `generate()` reuse chunks.
+
+    Attributes:
+        attachment: does it.
+    """
+
+    attachment: Attachment
+
+    @contextmanager
+    def attached(self) -> Iterator[Self]:
+        """Let the model's own `generate()` find and reuse precomputed chunks in any prompt, inside of the `with`.
+
+        What was found is in `last_stats`.
+        """
+        with self.attachment.attached():
+            yield self
+
+    def attach(self) -> Self:
+        """Let it do so until `detach`."""
+        self.attachment.attach()
+        return self
+
+    def detach(self) -> None:
+        """Give the model its own `generate()` back."""
+        self.attachment.detach()
+
+    @property
+    def last_stats(self) -> RequestStats | None:
+        """What the last `generate()` of the attached model did; None before the first."""
+        return self.attachment.last_stats

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from chunkcache.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from chunkcache.engine.engine import Engine
 
 logger = logging.getLogger("chunkcache")
 
@@ -174,3 +177,49 @@ class ServedModel:
         )
         tuning = Tuning(name, self._calibration, len(decoder.layers))
         return Served(state, decoder, library, Planner(decoder, library), tuning, check)
+
+
+class ServedMethods(ABC):
+    """The part of `CachedLLM` that says which model it is.
+
+    Attributes:
+        engine: serves prompts that are built already.
+    """
+
+    engine: Engine
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of model and tokenizer as they are now."""
+        return self.engine.served.current().library.fingerprint
+
+    @property
+    def self_check(self) -> SelfCheck:
+        """The figures of the check that ran when the model was wrapped, or found changed."""
+        return self.engine.served.latest.self_check
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return self.engine.served.latest.decoder.max_tokens
+
+    def refresh(self) -> str:
+        """Read the whole model again, and return its fingerprint.
+
+        Requests notice by themselves that a model has changed. What they may notice late is a write through `.data`
+        to a few values of a large model: call this after it.
+
+        Raises:
+            UnsupportedModelError, InputError: the model has become one that cannot be served.
+        """
+        return self.engine.served.refresh().library.fingerprint
+
+    @contextmanager
+    def _session(self, adapter: str | None = None) -> Iterator[ChunkLibrary]:
+        with self.engine.served.session(adapter) as served:
+            yield served.library
+
+    def _libraries(self) -> list[ChunkLibrary]:
+        served = self.engine.served
+        library = served.current().library
+        return [library.of_model(name) for name in served.fingerprints]
