@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chunkcache.blend import Decoder, Plan, Policy
 from chunkcache.engine.stats import RequestStats
-from chunkcache.errors import ContextLengthError
+from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.kv import ChunkKV, ChunkRef, Span
 from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import Prompt
@@ -93,7 +93,10 @@ class Planner:
         if not policy.lossless:
             return True
         dtype = self._decoder.dtype
-        return all(isinstance(layer, Tensor) and layer.dtype == dtype for layer in kv.loaded().layers)
+        try:
+            return all(isinstance(layer, Tensor) and layer.dtype == dtype for layer in kv.loaded().layers)
+        except EntryLostError:
+            return True  # the prefill counts it, and computes the chunk itself
 
     def _exact(self, prompt: Prompt, policy: Policy) -> list[Span]:
         """Return the first chunks that are stored as they stand here, after the very same tokens."""

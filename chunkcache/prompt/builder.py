@@ -106,7 +106,7 @@ class PromptBuilder:
 
     def start(self) -> PromptIds:
         """Return a prompt that has only what every prompt begins with."""
-        return PromptIds(self._tokens.run, () if self.template else self._tokens.leading())
+        return PromptIds(() if self.template else self._tokens.leading(), self._tokens.run)
 
     def add_chunks(self, prompt: PromptIds, chunks: Sequence[Any]) -> None:
         """Append chunks; behind one that joins the next stands only what is tokenised differently in a whole."""

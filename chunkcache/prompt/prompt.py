@@ -79,11 +79,13 @@ class PromptIds:
     """Token ids of a prompt as it is put together from its beginning on; `build` makes the `Prompt`.
 
     Args:
-        run: tokenises what stands between two chunks; see `Tokens.run`.
         ids: the first token ids.
+        run: tokenises what stands between two chunks; see `Tokens.run`. None where no texts are appended.
     """
 
-    def __init__(self, run: Callable[[tuple[Piece, ...], bool], TokenIds], ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ids: Sequence[int] = (), run: Callable[[tuple[Piece, ...], bool], TokenIds] | None = None
+    ) -> None:
         self._run = run
         self._pieces: list[Piece] = []
         self._continues = False
@@ -97,7 +99,7 @@ class PromptIds:
 
     def flush(self) -> None:
         """Tokenise the texts that were appended since the last chunk."""
-        if self._pieces:
+        if self._pieces and self._run is not None:
             self.ids += self._run(tuple(self._pieces), self._continues)
             self._pieces.clear()
             self._continues = True
