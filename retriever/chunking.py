@@ -14,7 +14,6 @@ are met again. See `chunkcache.retriever.sentences` for where a border may be.
 from __future__ import annotations
 
 import copy
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import regex
 import xxhash
 from numpy.typing import NDArray
 
@@ -35,7 +35,8 @@ from chunkcache.retriever.sentences import Count, Piece, Span, pieces
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WORD = re.compile(r"\S+")
+_WORD = regex.compile(r"(?<!\S)[^\s\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]")  # where one may begin
+_CLUSTER = regex.compile(r"\X")
 # Characters on each side of a border that its hash sees: more would let more edits move it, fewer would make
 # borders between often repeated phrases equal.
 _SEEN = 32
@@ -198,8 +199,8 @@ def _overlapping(
             tokens += parts[nearest].tokens
         whole = sentences[nearest:last]
         words = [word.start() for word in _WORD.finditer(text, whole[0], start)]
-        positions: Sequence[int]
-        for positions in (whole, words, range(whole[0], start)):
+        clusters = [cluster.start() for cluster in _CLUSTER.finditer(text, whole[0], start)]
+        for positions in (whole, words, clusters):
             # bisect only ever answers a position that it has tried, so the bound holds on any tokenizer.
             first = bisect_left(positions, True, key=short)
             if first < len(positions) and not fits(positions[first]):

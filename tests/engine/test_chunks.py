@@ -12,7 +12,6 @@ from chunkcache.errors import ContextLengthError, InputError, PromptError
 from chunkcache.kv import hashed_label
 from chunkcache.store import EntryFilter
 
-
 LONG = "a word " * 600  # more than the context of the tiny model
 
 
