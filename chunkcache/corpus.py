@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -17,7 +18,7 @@ from chunkcache.deprecated import renamed_options
 from chunkcache.engine.engine import PreparedRequest
 from chunkcache.engine.generation import Generation, check_options
 from chunkcache.engine.streaming import TextStream
-from chunkcache.errors import InputError
+from chunkcache.errors import ContextLengthError, InputError
 from chunkcache.kv import ChunkKey
 from chunkcache.library import Progress
 from chunkcache.llm import CachedLLM
@@ -94,7 +95,8 @@ class Corpus:
     def precompute(self, on_progress: Progress | None = None) -> int:
         """Compute and store the KV of every chunk that the store lacks; return how many these were.
 
-        `on_progress(done, total)` counts chunks.
+        `on_progress(done, total)` counts chunks. Those that are longer than the model's context are left out, which
+        is logged; a question that needs one raises ContextLengthError.
         """
         return self._compute(self.retriever.chunks, on_progress)
 
@@ -116,14 +118,15 @@ class Corpus:
             change = self.retriever.update(document)
             if change.added or change.removed:
                 texts = [chunk.text for chunk in (*change.kept, *change.added)]
-                self.llm.update_document(
-                    document.id,
-                    texts,
-                    system=self._system,
-                    policy=self._policy,
-                    on_progress=on_progress,
-                    compute=self._precompute,
-                )
+                with suppress(ContextLengthError):  # of one chunk alone; among others it would be left out, too
+                    self.llm.update_document(
+                        document.id,
+                        texts,
+                        system=self._system,
+                        policy=self._policy,
+                        on_progress=on_progress,
+                        compute=self._precompute,
+                    )
             return change
 
     def delete(self, document_id: str) -> Change:
@@ -218,9 +221,11 @@ class Corpus:
 
     def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
         texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
-        return self.llm.precompute(
-            texts, system=self._system, policy=self._policy, documents=owners, on_progress=on_progress
-        ).computed
+        with suppress(ContextLengthError):  # of one chunk alone; among others it would be left out, too
+            return self.llm.precompute(
+                texts, system=self._system, policy=self._policy, documents=owners, on_progress=on_progress
+            ).computed
+        return 0
 
     def _key_of(self, text: str) -> ChunkKey:
         return self.llm.keys([text], system=self._system, policy=self._policy)[0]

@@ -1,6 +1,7 @@
 """Documents to chunks of a bounded token count, whose borders stay where they are when text elsewhere is edited.
 
-Tokens are those of the generation model's tokenizer, because what is bounded is the length of the chunk's KV.
+Tokens are those of the generation model's tokenizer, because what is bounded is the length of the chunk's KV. The
+text of a special token counts as the text that it is in a prompt.
 Each chunk is a slice of its document's text: nothing is added, and only white space between chunks is lost.
 
 Text that is filled up greedily moves every later border when one sentence is edited, and then every later chunk
@@ -12,7 +13,7 @@ are met again. See `chunkcache.retriever.sentences` for where a border may be.
 
 from __future__ import annotations
 
-import re
+import copy
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import regex
 import xxhash
 from numpy.typing import NDArray
 
@@ -32,13 +35,16 @@ from chunkcache.retriever.sentences import Count, Piece, Span, pieces
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WORD = re.compile(r"\S+")
+_WORD = regex.compile(r"(?<!\S)[^\s\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]")  # where one may begin
+_CLUSTER = regex.compile(r"\X")
 # Characters on each side of a border that its hash sees: more would let more edits move it, fewer would make
 # borders between often repeated phrases equal.
 _SEEN = 32
 _UNIT = 1 << 20  # prices are integers, so that sums of them are exact, and equal where the borders are
 # Characters per token that no text of words reaches: a shorter one is tried as a single chunk first.
 _DENSE = 16
+# Reading special tokens or not is a switch inside a tokenizer, so texts are counted by a copy of the caller's.
+_copies: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,21 @@ def split(
 
 
 def _counter(tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Count the tokens of texts, all in one call of the tokenizer, and each text once."""
+    """Count the tokens of texts as prompts have them, all in one call of the tokenizer, and each text once.
+
+    The text of a special token is text, as in every prompt over the chunks.
+    """
+    own = _copies.get(tokenizer)
+    if own is None or len(own) != len(tokenizer):  # tokens were added since
+        own = _copies[tokenizer] = copy.deepcopy(tokenizer)
     known: dict[str, int] = {}
 
     def count(texts: Sequence[str]) -> list[int]:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
             # verbose=False: a long text is counted, never run, so the warning about the model's length is noise.
-            ids = tokenizer(new, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+            options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+            ids = own(new, **options, verbose=False).input_ids
             known.update(zip(new, map(len, ids), strict=True))
         return [known[text] for text in texts]
 
@@ -186,8 +199,8 @@ def _overlapping(
             tokens += parts[nearest].tokens
         whole = sentences[nearest:last]
         words = [word.start() for word in _WORD.finditer(text, whole[0], start)]
-        positions: Sequence[int]
-        for positions in (whole, words, range(whole[0], start)):
+        clusters = [cluster.start() for cluster in _CLUSTER.finditer(text, whole[0], start)]
+        for positions in (whole, words, clusters):
             # bisect only ever answers a position that it has tried, so the bound holds on any tokenizer.
             first = bisect_left(positions, True, key=short)
             if first < len(positions) and not fits(positions[first]):

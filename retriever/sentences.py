@@ -1,14 +1,17 @@
 """Where a chunk may begin: text in pieces that are sentences, or parts of sentences that are too long.
 
-Where a piece begins depends on its paragraph alone, so an edit moves no piece of another one.
+Where a piece begins depends on its paragraph alone, so an edit moves no piece of another one. No piece begins inside
+a grapheme cluster (what a reader takes for one character), but for a cluster that alone is longer than a chunk.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from typing import NamedTuple, cast
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import regex
 
 from chunkcache.errors import InputError, missing_extra
 from chunkcache.retriever.documents import Document
@@ -29,11 +32,30 @@ _LANGUAGE = "en"  # its rules for English end sentences of other languages and s
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n|\n(?=#{1,6}[ \t])")
 _HEADING = re.compile(r"#{1,6}[ \t][^\n]*\n?")
-_SURE_END = re.compile(r"(?<=[^\W\d_]{4}[.!?])\s+(?=[^\W\d_a-z])|(?<=[。！？])(?![。！？”’」』）])")
 _LINE = re.compile(r"\n")
-_ANY_END = re.compile(r"(?<=[.!?])\s+")
-_CLAUSE = re.compile(r"(?<=[,;:)\]–—،])\s+|(?<=[、，；：])")
-_SPACE = re.compile(r"\s+")
+
+# What ends a sentence wherever it stands: the marks that Unicode names, but for those of Latin, which end
+# abbreviations and numbers too, and those that are commas; and some that Unicode does not name: Tibetan, Thai, Khmer,
+# Sinhala, Hebrew, Mongolian.
+_MARK = r"[[\p{Sentence_Terminal}།-༒༔๚๛៚෴׃᠅]--[.!?․﹒．၊꧈᭞]]"
+# Two word dividers stand for an Ethiopic full stop, and marks of Latin for the Greek and Armenian ones.
+_WRITTEN = r"፡፡|(?<=\p{Ethiopic})::|(?<=\p{Greek})[;\u037e](?=\s)|(?<=\p{Armenian}):(?=\s)"
+_CLOSING = r"""[\p{M}\u200d]*[\p{Pe}\p{Pf}]*(?:["'](?!\S))*"""
+_MARKED_END = regex.compile(
+    rf"(?:{_MARK}|{_WRITTEN})(?:\p{{Sentence_Terminal}}|[^\S\n]*{_MARK})*{_CLOSING}", regex.V1
+)
+# Where sentencex ends a sentence and none does: behind commas, inside numbers, before marks that end it later.
+_NO_END = regex.compile(rf"(?<=[၊꧈᭞]\s*)|(?<=\d．)(?=\d)|[^\S\n]*{_MARK}", regex.V1)
+_SURE_END = regex.compile(r"(?<=[\p{L}\p{M}]{4}[.!?])\s+(?=[^\W\d_a-z])")
+_ANY_END = regex.compile(r"(?<=[.!?])\s+")
+_CLAUSE = regex.compile(
+    r"(?<=[,;:)\]–—،])\s+|(?<=[[\p{Terminal_Punctuation}--\p{Sentence_Terminal}--[,;:،]]၊꧈᭞՝])", regex.V1
+)
+_SPACE = regex.compile(r"\s+|(?<=[\u200b་])")  # the latter divide words of scripts without spaces
+
+_CLUSTER = regex.compile(r"\X")
+_JOINED = regex.compile(r"[^\S\n]*(?:[\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=ZWJ}]|(?<=\u200d)\S)")
+_STAND_INS = (0xF0000, 0x10FFFE)  # private characters, from the first to one past the last
 
 
 class Piece(NamedTuple):
@@ -48,8 +70,9 @@ class Piece(NamedTuple):
 def pieces(document: Document, size: int, count: Count) -> list[Piece]:
     """Cut a document into pieces of at most `size` tokens, as `count` counts them, with white space between.
 
-    A sentence of more than `size` tokens is cut between lines, clauses or words, a word within it. Raises
-    InputError when one character has more than `size` tokens.
+    A sentence of more than `size` tokens is cut between lines, clauses or words, a word between its grapheme
+    clusters, and a cluster of more than `size` tokens between its characters. Raises InputError when one of these has
+    more than `size` tokens.
     """
     text = document.text
     ranked = list(_sentences(text))
@@ -73,10 +96,11 @@ def _sentences(text: str) -> Iterator[tuple[int, int, float]]:
             if rest[0] == rest[1]:
                 continue
             start, end = rest
-        for block in _blocks(text, (start, end)):
-            for sentence in _segment(text, block):
-                yield *sentence, BELOW_HEADING if below_heading else rank
-                below_heading, rank = False, SENTENCE
+        for part in _cut(text, (start, end), _MARKED_END):
+            for block in _blocks(text, part):
+                for sentence in _segment(text, block):
+                    yield *sentence, BELOW_HEADING if below_heading else rank
+                    below_heading, rank = False, SENTENCE
 
 
 def _blocks(text: str, span: Span) -> list[Span]:
@@ -101,7 +125,8 @@ def _segment(text: str, span: Span) -> list[Span]:
         raise missing_extra("retriever", "cutting text between sentences", error) from error
     found = get_sentence_boundaries(_LANGUAGE, text[start:end])
     # Only where sentences begin is taken, so that nothing is lost where it leaves out what is between two.
-    return _between(text, span, [start + sentence["start_index"] for sentence in found])
+    begins = [start + sentence["start_index"] for sentence in found]
+    return _between(text, span, [begin for begin in begins if not _NO_END.match(text, begin)])
 
 
 def _parts(document: Document, span: Span, rank: float, size: int, count: Count) -> list[Piece]:
@@ -137,9 +162,18 @@ def _characters(document: Document, word: Piece, size: int, count: Count) -> lis
         from semchunk import chunkerify  # type: ignore[attr-defined]
     except ImportError as error:
         raise missing_extra("retriever", "cutting words into chunks", error) from error
+    # So that it does not cut within a cluster either, one character stands for each that fits.
+    clusters = _CLUSTER.findall(text)
+    longer = sorted({cluster for cluster in clusters if len(cluster) > 1})
+    spare = (chr(code) for code in range(*_STAND_INS) if chr(code) not in letters)
+    fitting = [cluster for cluster, tokens in zip(longer, count(longer), strict=True) if tokens <= size]
+    stand_ins = dict(zip(fitting, spare, strict=False))
+    meant = {ord(one): cluster for cluster, one in stand_ins.items()}
+    short = "".join(stand_ins.get(cluster, cluster) for cluster in clusters)
     # memoize=False, because semchunk's memo lives as long as the process.
-    answer = chunkerify(lambda piece: count([piece])[0], size, memoize=False)(text, offsets=True)
-    spans = cast("list[Span]", answer[1])
+    chunker: Any = chunkerify(lambda piece: count([piece.translate(meant)])[0], size, memoize=False)
+    offsets = [0, *accumulate(len(meant.get(ord(one), one)) for one in short)]
+    spans = [(offsets[start], offsets[end]) for start, end in chunker(short, offsets=True)[1]]
     return [
         Piece(word.start + start, word.start + end, tokens, word.rank if index == 0 else CHARACTER)
         for index, ((start, end), tokens) in enumerate(
@@ -148,12 +182,13 @@ def _characters(document: Document, word: Piece, size: int, count: Count) -> lis
     ]
 
 
-def _cut(text: str, span: Span, pattern: re.Pattern[str]) -> list[Span]:
+def _cut(text: str, span: Span, pattern: Any) -> list[Span]:
     return _between(text, span, [found.end() for found in pattern.finditer(text, *span)])
 
 
 def _between(text: str, span: Span, cuts: Sequence[int]) -> list[Span]:
-    borders = [span[0], *sorted({cut for cut in cuts if span[0] < cut < span[1]}), span[1]]
+    inside = {cut for cut in cuts if span[0] < cut < span[1] and not _JOINED.match(text, cut)}
+    borders = [span[0], *sorted(inside), span[1]]
     spans = [_trim(text, start, end) for start, end in pairwise(borders)]
     return [(start, end) for start, end in spans if start < end]
 

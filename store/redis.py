@@ -155,7 +155,14 @@ class RedisStore(ByteStore):
                 link.done()
             self._commit(server, entry, _MARK.pack(_MAGIC, *mark) + header, parts)
 
-        self._servers.run(parts[0], upload)
+        largest = max(_MARK.size + len(header), *map(len, blocks))
+        if not self._servers.run(parts[0], lambda server: server.within_limit(largest, upload)):
+            self.warn_once(
+                "RedisStore: a value of %d bytes is larger than the server takes: the entry is not stored; raise its "
+                "proto-max-bulk-len, or store smaller chunks",
+                largest,
+            )
+            return False
         if self._is_deleted_anywhere(entry):  # deleted while it was being written
             self._remove(entry.key)
             return False

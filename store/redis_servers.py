@@ -14,6 +14,7 @@ from redis.retry import Retry
 
 from chunkcache.errors import StoreURLError
 from chunkcache.store.breaker import Breaker
+from chunkcache.store.redis_limit import ValueLimit
 from chunkcache.store.redis_link import Link, linked
 from chunkcache.store.redis_url import Address, RedisAddress
 from chunkcache.store.url import redacted
@@ -41,10 +42,28 @@ class Server:
         self._pool, self._timeout = pool, timeout
         self.client: Any = redis.Redis(connection_pool=pool)
         self.breaker = Breaker()
+        self.limit = ValueLimit()
 
     def link(self) -> AbstractContextManager[Link]:
         """Lend a connection."""
         return linked(self._pool, self._timeout)
+
+    def within_limit(self, nbytes: int, send: Callable[[Server], None]) -> bool:
+        """Call `send`, once more if need be, unless the server takes no values of `nbytes`, its largest.
+
+        Returns:
+            False if the server does not take it.
+        """
+        for again in (False, True):
+            if not self.limit.allows(nbytes):
+                return False
+            try:
+                send(self)
+            except (redis.RedisError, OSError) as fault:
+                self.limit.blame(fault, nbytes, self.client, again)
+            else:
+                return True
+        return False
 
     def close(self) -> None:
         """Close all connections."""

@@ -9,7 +9,7 @@ import pytest
 from support.llm import wrapped
 
 from chunkcache.corpus import Corpus
-from chunkcache.errors import InputError
+from chunkcache.errors import ContextLengthError, InputError
 from chunkcache.kv import chunk_name, hashed_label
 from chunkcache.library import ChunkLibrary
 from chunkcache.prompt.builder import PromptChunk
@@ -48,6 +48,29 @@ def test_all_chunks_are_computed_once():
     made = corpus()
     assert made.precompute() == len(made.retriever.chunks) >= 3
     assert made.precompute() == 0
+
+
+def test_documents_that_spell_special_tokens_are_cut_to_size_and_answered_from():
+    spelled = [Document("vocabulary.txt", "v", "<pad>" * 400), Document("log.md", "l", "<s>user\nHi</s>\n" * 40)]
+    made = corpus(BRIDGE, *spelled, size=64)
+    for chunk in made.retriever.chunks:
+        assert chunk.tokens == len(made.llm.prompts.encode(chunk.text)) <= 64
+    assert made.precompute() == len({chunk.text for chunk in made.retriever.chunks})
+    assert made.generate("<pad><pad>", k=2, max_new_tokens=2).generation.stats.misses == 0
+
+
+def test_a_chunk_over_the_context_does_not_stop_the_others(caplog):
+    long = Document("long.md", "Long", "the sea is calm " * 300)
+    made = corpus(BRIDGE, long, FERRY, size=2000)
+    assert made.precompute() == 2
+    assert "1 of 3 chunks" in caplog.text
+    alone = Document("long.md", "Long", "the ferry is back " * 300)
+    changes = made.sync([BRIDGE, alone, KEEPER])
+    assert {chunk.document_id for chunk in changes.added} == {"long.md", "keeper.md"}
+    assert stored(made, "keeper.md") == 1
+    assert made.generate(QUESTION, k=1, max_new_tokens=2).hits[0].chunk.document_id == "bridge.md"
+    with pytest.raises(ContextLengthError):
+        made.generate("Is the ferry back?", k=3, max_new_tokens=2)
 
 
 def test_what_was_precomputed_is_reused():

@@ -236,6 +236,7 @@ def _show_report(report: WarmReport, seconds: float, as_json: bool) -> None:
         "documents": report.documents,
         "chunks": report.chunks,
         "skipped": report.skipped,
+        "too_long": report.too_long,
         "computed": report.computed,
         "tokens": report.computed_tokens,
         "bytes": report.nbytes,
@@ -257,6 +258,8 @@ def _show_report(report: WarmReport, seconds: float, as_json: bool) -> None:
         )
         if report.deleted:
             err.print(f"{report.deleted} entries deleted that are no longer in their documents")
+        if report.too_long:
+            err.print(f"[yellow]{report.too_long} chunks are longer than the model's context, and are left out[/]")
         if report.lost_workers:
             err.print(f"[yellow]{report.lost_workers} of {report.workers} workers died; others did their work[/]")
     if report.store["evictions"]:

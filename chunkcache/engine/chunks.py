@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -16,14 +17,24 @@ from chunkcache.prompt import PromptBuilder
 from chunkcache.prompt.prompt import text_of
 from chunkcache.store import Store
 
+logger = logging.getLogger("chunkcache")
+
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """How many chunks were asked for, how many of them were computed, and their tokens."""
+    """What `precompute` did.
+
+    Attributes:
+        chunks: different chunks that were asked for.
+        computed: those that were computed; the others were stored already, or are skipped.
+        computed_tokens: tokens of these.
+        skipped: chunks that are longer than the model's context and were left out.
+    """
 
     chunks: int
     computed: int
     computed_tokens: int
+    skipped: int = 0
 
 
 class ChunkMethods(ABC):
@@ -61,6 +72,8 @@ class ChunkMethods(ABC):
     ) -> PrecomputeResult:
         """Compute and store the KV of `texts` after the prefix of `system`; what is stored already is left.
 
+        Of several texts those that are longer than the model's context are left out, which is logged.
+
         Args:
             texts: the chunks: strings, or documents with `.page_content` or `.text`.
             system: the system prompt that requests will use.
@@ -74,18 +87,24 @@ class ChunkMethods(ABC):
         Raises:
             PolicyError: the policy is unknown.
             PromptError: a text is empty, or there are more or fewer documents than texts.
-            ContextLengthError: a text is longer than the model's context.
+            ContextLengthError: there is one text, and it is longer than the model's context.
         """
         chosen = self.resolve_policy(policy)
         owners = _owners(texts, documents)
         with self._session(adapter) as library:
             refs = dict(zip(self._register(library, texts, system, chosen, owners), owners, strict=True))
-            missing = [ref for ref in refs if not library.holds(ref, recorded=chosen.versioned)]
-            for ref in refs.keys() - missing:
+            too_long = _too_long(library, refs)
+            missing = [
+                ref for ref in refs if ref not in too_long and not library.holds(ref, recorded=chosen.versioned)
+            ]
+            for ref in refs.keys() - too_long - set(missing):
                 if refs[ref] is not None:
                     library.add_document(ref)
-            library.precompute(missing, on_progress, record=chosen.versioned)
-        return PrecomputeResult(len(refs), len(missing), sum(len(ref.token_ids) for ref in missing))
+            todo = list(refs) if len(refs) == 1 and too_long else missing  # one alone is refused by name
+            library.precompute(todo, on_progress, record=chosen.versioned)
+        return PrecomputeResult(
+            len(refs), len(missing), sum(len(ref.token_ids) for ref in missing), skipped=len(too_long)
+        )
 
     def register(
         self,
@@ -234,3 +253,17 @@ def _owners(texts: Sequence[Any], documents: Sequence[str | None] | None) -> lis
     if len(documents) != len(texts):
         raise PromptError(f"{len(documents)} documents for {len(texts)} texts; pass one document id per text")
     return list(documents)
+
+
+def _too_long(library: ChunkLibrary, refs: Collection[ChunkRef]) -> set[ChunkRef]:
+    """Return the chunks that do not fit the model's context, and say how many they are."""
+    too_long = {ref for ref in refs if not library.fits(ref)}
+    if too_long:
+        logger.warning(
+            "%d of %d chunks do not fit the model's context and are left out, the longest has %d tokens: "
+            "split them into smaller chunks",
+            len(too_long),
+            len(refs),
+            max(len(ref.token_ids) for ref in too_long),
+        )
+    return too_long

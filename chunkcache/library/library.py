@@ -138,6 +138,10 @@ class ChunkLibrary:
             self.registry.forget_key(span.chunk_ids, key)
         return span
 
+    def fits(self, ref: ChunkRef) -> bool:
+        """Return whether a chunk and what it stands behind are within the model's context."""
+        return len(ref.context_ids) + len(ref.token_ids) < self._decoder.max_tokens
+
     # --- compute and store
 
     def put(self, ref: ChunkRef, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> None:
@@ -258,11 +262,10 @@ class ChunkLibrary:
                 yield missing[kv.token_ids], kv
 
     def _check_length(self, ref: ChunkRef) -> None:
-        limit = self._decoder.max_tokens
-        if len(ref.context_ids) + len(ref.token_ids) >= limit:
+        if not self.fits(ref):
             raise ContextLengthError(
                 f"a chunk of {len(ref.token_ids)} tokens behind a prefix of {len(ref.context_ids)} does not fit the "
-                f"model's context of {limit} tokens; split it into smaller chunks"
+                f"model's context of {self._decoder.max_tokens} tokens; split it into smaller chunks"
             )
 
     def credit(self, key: ChunkKey, worth: float) -> None:

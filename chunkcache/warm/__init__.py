@@ -11,7 +11,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from chunkcache.engine.chunks import PrecomputeResult
+from chunkcache.errors import ContextLengthError
 from chunkcache.kv import chunk_name, hashed_label
 from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
@@ -68,7 +69,8 @@ class WarmReport:
     Attributes:
         documents: documents that were read.
         chunks: different chunks that they have.
-        computed: chunks computed; the others were in the store.
+        computed: chunks computed; the others were in the store, or are too long.
+        too_long: chunks that are longer than the model's context and were left out.
         computed_tokens: tokens of these.
         deleted: entries deleted, of what is no longer in its document.
         nbytes: bytes by which the store grew, but for what was deleted.
@@ -85,12 +87,13 @@ class WarmReport:
     nbytes: int = 0
     workers: int = 1
     lost_workers: int = 0
+    too_long: int = 0
     store: Counter[str] = field(default_factory=Counter)
 
     @property
     def skipped(self) -> int:
         """Chunks that were in the store already."""
-        return max(0, self.chunks - self.computed)
+        return max(0, self.chunks - self.computed - self.too_long)
 
     @property
     def failures(self) -> int:
@@ -142,12 +145,18 @@ class Worker:
     def precompute(self, shard: Shard, on_progress: Callable[[int, int], None] | None = None) -> PrecomputeResult:
         """Compute what the store lacks of a shard."""
         texts, documents = zip(*((text, owner) for text, owners in shard.items() for owner in owners), strict=True)
-        return self.llm.precompute(texts, system=self._config.system, documents=documents, on_progress=on_progress)
+        try:
+            return self.llm.precompute(
+                texts, system=self._config.system, documents=documents, on_progress=on_progress
+            )
+        except ContextLengthError:  # of one chunk alone; among others it would be left out, too
+            return PrecomputeResult(1, 0, 0, skipped=1)
 
     def prune(self, document: str, texts: Sequence[str]) -> tuple[int, int]:
         """Delete what is no longer in a document; return how many entries and bytes went."""
         before = _last(self.llm.store).stats()
-        self.llm.update_document(document, texts, system=self._config.system)
+        with suppress(ContextLengthError):  # said by `precompute`
+            self.llm.update_document(document, texts, system=self._config.system)
         after = _last(self.llm.store).stats()
         return before.entries - after.entries, before.nbytes - after.nbytes
 
@@ -216,10 +225,13 @@ def warm(
     total, behind = sum(map(len, [*first, *shards])), sum(map(len, first))
     done = WarmReport(len(documents), sum(map(len, shards)), workers=pool.size)
 
-    def run(shards: list[Shard], offset: int) -> None:
+    def run(shards: list[Shard], offset: int) -> int:
+        too_long = 0
         for computed in pool.precompute(shards, lambda n: on_progress(offset + n, total) if on_progress else None):
             done.computed += computed.computed
             done.computed_tokens += computed.computed_tokens
+            too_long += computed.skipped
+        return too_long
 
     # A chunk that goes from one document may be part of another: so what is deleted is deleted before the rest is
     # computed, and new chunks of edited documents before that, shared out, or pruning would compute them one by one.
@@ -228,7 +240,7 @@ def warm(
         entries, nbytes = pool.ask("prune", document, [c.text for c in edited if c.document_id == document])
         done.deleted += entries
         before -= nbytes
-    run(shards, behind)
+    done.too_long = run(shards, behind)
     done.store = pool.close()
     done.lost_workers = pool.lost
     done.nbytes = _last(store).stats().nbytes - before

@@ -65,6 +65,23 @@ def test_chunks_are_found_anywhere(name, parts):
     assert (llm.last_stats.fallbacks, llm.last_stats.misses) == (0, 0)
 
 
+@pytest.mark.parametrize("before", ["sp", "193", "第", "_"])
+@pytest.mark.parametrize("text", ["reading of the dough in 1931, after a yes or a no", "橋は一九年に開通。"])
+def test_a_text_is_found_right_behind_a_letter_or_a_digit(before, text):
+    model = tiny_model()
+    llm = wrapped(model, policy="prefix")
+    llm.precompute([text])
+    prompt = torch.tensor([ids_of(f"Read this: {before}{text}in full, and say: when?")])
+    expected = plain(model, prompt, do_sample=False, max_new_tokens=6)
+    with llm.attached():
+        assert new_ids(model.generate(prompt, **GREEDY), prompt) == expected
+    chunk = llm.prompts.chunk(text)
+    assert llm.last_stats.hits == 1
+    assert 16 <= llm.last_stats.reused_tokens < len(chunk) < 32
+    message = [{"role": "user", "content": f"Read this: {before}{text}, and say: when?"}]
+    assert llm.chat(message, max_new_tokens=2).stats.chunks == (len(text) >= 32)
+
+
 def test_edges_that_tokenise_differently_are_left_out():
     model = tiny_model()
     llm = ready(model)

@@ -12,6 +12,8 @@ from chunkcache.errors import ContextLengthError, InputError, PromptError
 from chunkcache.kv import hashed_label
 from chunkcache.store import EntryFilter
 
+LONG = "a word " * 600  # more than the context of the tiny model
+
 
 @dataclass
 class Document:
@@ -76,9 +78,32 @@ def test_a_refused_update_deletes_nothing(texts, error, compute):
 def test_what_is_stale_goes_though_the_new_cannot_be_computed():
     llm = wrapped()
     llm.precompute(TEXTS, documents=["d"] * 3)
-    with pytest.raises(ContextLengthError):
-        llm.update_document("d", [TEXTS[0], "a word " * 600])
+    assert llm.update_document("d", [TEXTS[0], LONG]).skipped == 1
     assert entries_of(llm, "d") == 1
+    with pytest.raises(ContextLengthError):
+        llm.update_document("d", [LONG])
+    assert entries_of(llm, "d") == 0
+
+
+def test_texts_that_are_too_long_are_left_out_counted_and_said_once(caplog):
+    llm, other = wrapped(), LONG + "again"
+    done = llm.precompute([LONG, TEXTS[0], other, TEXTS[1], LONG], documents=["d"] * 5)
+    assert (done.chunks, done.computed, done.skipped) == (4, 2, 2)
+    [said] = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "2 of 4 chunks" in said
+    assert "a word" not in said
+    assert entries_of(llm, "d") == 2
+    again = llm.precompute([LONG, *TEXTS[:2]])
+    assert (again.computed, again.skipped) == (0, 1)
+    assert llm.generate(QUESTION, TEXTS[:2], max_new_tokens=1).stats.misses == 0
+
+
+def test_one_text_that_is_too_long_is_refused_as_is_a_request_over_it():
+    llm = wrapped()
+    with pytest.raises(ContextLengthError, match="smaller chunks"):
+        llm.precompute([LONG])
+    with pytest.raises(ContextLengthError):
+        llm.generate(QUESTION, [TEXTS[0], LONG], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("named", [{}, {"document": "d", "texts": TEXTS}, {"texts": TEXTS, "tenant": True}])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.library.finder import BASE, WINDOW, Match, TokenIndex, window_hashes
+from chunkcache.library.finder import BASE, SEED, SHORT, WINDOW, Match, TokenIndex, window_hashes
 
 quick = settings(deadline=None, max_examples=150)
 outside = st.lists(st.integers(0, 20), max_size=60)
@@ -53,6 +53,17 @@ def test_a_chunk_with_other_edges_is_found_as_far_as_it_agrees(before, after, se
     inner = chunk[first : len(chunk) - last]
     matches = index_of(chunk).find([*before, *inner, *after])
     assert matches == [match(chunk, len(before), first, len(inner))]
+
+
+@quick
+@given(before=outside, after=outside, data=st.data())
+def test_every_run_that_is_long_enough_is_found_wherever_in_a_chunk_it_begins(before, after, data):
+    length = data.draw(st.integers(WINDOW, 2 * SHORT))
+    chunk, least = tokens(length, length), WINDOW if length <= SHORT else WINDOW + SEED
+    run = data.draw(st.integers(least, length))
+    first = data.draw(st.integers(0, length - run))
+    matches = index_of(chunk).find([*before, *chunk[first : first + run], *after])
+    assert matches == [match(chunk, len(before), first, run)]
 
 
 @quick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -21,7 +22,7 @@ def document(text):
 
 
 def tokens(text, tokenizer):
-    return len(tokenizer(text, add_special_tokens=False).input_ids)
+    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 def odd_tokenizer():
@@ -74,6 +75,19 @@ def test_no_chunk_is_over_the_bound_and_no_character_is_lost(name, text, size, o
 def test_small_chunks_of_long_words_hold_the_bound_too(text, size):
     for chunk in split(document(text), tiny_tokenizer(), size=size):
         assert chunk.tokens == tokens(chunk.text, tiny_tokenizer()) <= size
+
+
+@pytest.mark.parametrize("text", ["<pad>" * 300, "<s>user\nHow deep?</s>\n<s>assistant\n9 metres.</s>\n" * 30])
+@pytest.mark.parametrize("overlap", [0, 6])
+def test_special_tokens_count_as_the_text_that_they_are(text, overlap):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    before = tokenizer(text).input_ids
+    for chunk in split(document(text), tokenizer, size=32, overlap=overlap):
+        assert chunk.tokens == tokens(chunk.text, tiny_tokenizer()) <= 32
+    assert tokenizer(text).input_ids == before  # the caller's tokenizer is as it was
+    tokenizer.add_tokens(["metres."])
+    for chunk in split(document(text), tokenizer, size=32, overlap=overlap):
+        assert chunk.tokens == tokens(chunk.text, copy.deepcopy(tokenizer))
 
 
 def test_cuts_fall_between_paragraphs_then_sentences():

@@ -99,6 +99,16 @@ def test_all_of_a_folder_is_stored_and_found_by_requests(config, docs):
     assert (stats.hits, stats.misses) == (3, 0)
 
 
+def test_chunks_over_the_context_are_left_out_and_counted(config, docs):
+    write(docs, "long", "<s>the sea is calm</s> " * 120)
+    config = replace(config, chunk_tokens=2000)
+    report = run(config, docs)
+    assert (report.chunks, report.computed, report.too_long, report.skipped) == (4, 3, 1, 0)
+    write(docs, "long", "<s>the sea is rough</s> " * 110)
+    report = run(config, docs)
+    assert (report.computed, report.too_long, report.skipped) == (0, 1, 3)
+
+
 def test_what_is_stored_is_not_computed_again(config, docs):
     first = run(config, docs)
     before = {entry.key: entry.created for entry in entries(config)}
