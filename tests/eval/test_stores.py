@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from helpers_redis import Valkey
 from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model, wrapped
-from support.redis import Valkey
 
 from chunkcache.eval import Case, Results
 from chunkcache.eval.stores import BENCH, MEMORY, bench_stores, summary

@@ -8,9 +8,9 @@ import json
 import sqlite3
 import sys
 
+import helpers_redis
 import pytest
 import torch
-from support import redis as helpers_redis
 from support.store import disk_store, key, kv, memory_store, random_kv, same, with_options
 
 from chunkcache.errors import EntryLostError, InputError, StoreURLError

@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import helpers_redis
 import pytest
 import redis
 import torch
+from helpers_redis import PEM, SLOTS, cluster, eventually, free_port, replicated, sentinel, servers, tls_in_front_of
 from redis.crc import key_slot
-from support import redis as helpers_redis
-from support.redis import PEM, SLOTS, cluster, eventually, free_port, replicated, sentinel, servers, tls_in_front_of
 from support.store import SIZE, key, kv, memory_store, random_kv, same, with_options
 
 from chunkcache.errors import EntryLostError, StoreURLError

@@ -9,8 +9,8 @@ import time
 import pytest
 import redis
 import torch
+from helpers_redis import SLOTS, Valkey, cluster, free_port, replicated, sentinel, servers
 from redis.crc import key_slot
-from support.redis import SLOTS, Valkey, cluster, free_port, replicated, sentinel, servers
 from support.store import key, kv, same, with_options
 
 from chunkcache.kv import ChunkKV

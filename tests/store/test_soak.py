@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers_redis import Valkey
 from support.llm import QUESTION, own_model, wrapped
-from support.redis import Valkey
 
 from chunkcache.library.encoder import Encoder
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers_redis import eventually
 from support.llm import tiny_model
-from support.redis import eventually
 from support.store import SIZE, in_new_interpreter, key, kv, memory_store, open_tier, random_kv, same
 
 from chunkcache.blend import Decoder
