@@ -23,6 +23,7 @@ from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
 from chunkcache.prompt import Prompt
 from chunkcache.prompt.messages import MessageBuilder, Turn
+from chunkcache.prompt.prompt import common
 
 
 class Conversation:
@@ -114,20 +115,16 @@ class Conversation:
         served = self._engine.served.current()
         if head is None or self._head_of != served.library.fingerprint or (policy.lossless and not self._exact):
             return None
-        common = 0
-        for one, other in zip(head.token_ids, prompt.token_ids[:-1], strict=False):
-            if one != other:
-                break
-            common += 1
+        shared = common(head.token_ids, prompt.token_ids[:-1])
         for span in prompt.spans:
-            if span.start < common < span.stop:
-                common = span.start
-        if common == len(head):
+            if span.start < shared < span.stop:
+                shared = span.start
+        if shared == len(head):
             return head
-        if not common or not self._can_cut:
+        if not shared or not self._can_cut:
             return None
-        layers = [layer[:, :, :common] for layer in head.layers if isinstance(layer, Tensor)]
-        return ChunkKV.of(head.token_ids[:common], 0, layers)
+        layers = [layer[:, :, :shared] for layer in head.layers if isinstance(layer, Tensor)]
+        return ChunkKV.of(head.token_ids[:shared], 0, layers)
 
     def _answer(self, request: PreparedRequest, asked: Turn) -> Generation:
         """Answer, and go on from here: keep what was said and its KV. The last token of an answer has none yet."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
 from chunkcache.prompt.builder import ANSWER, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import FoundText
-from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds
+from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common
 from chunkcache.prompt.template import Options
 
 __all__ = ["Message", "MessageBuilder", "PromptChunk", "Turn"]
@@ -82,8 +82,7 @@ class MessageBuilder:
             ids.text(own, True)
             if turn is not None:
                 if turn.role == "assistant" and found.opening is None and not ids.spans:
-                    ids.flush()
-                    found.opening = len(ids.ids)
+                    found.opening = ids.mark()
                 self._add(prompts, ids, turn, found)
         ids.flush()
         return self._prompt(prompts, ids, found)
@@ -91,7 +90,7 @@ class MessageBuilder:
     def _prompt(self, prompts: PromptBuilder, ids: PromptIds, found: _Found) -> Prompt:
         """Divide what stands before the first chunk into what is likely to stand there again, and the rest."""
         before = tuple(ids.ids[: ids.spans[0].start] if ids.spans else ids.ids)
-        prefix = self._beginnings.common(before[: found.opening])
+        prefix = self._beginnings.common(before[: found.opening() if found.opening else None])
         if not ids.spans:
             return ids.build(prefix if prefix < len(before) else 0)
         try:
@@ -147,11 +146,11 @@ class _Found:
 
     Attributes:
         system: the system prompt that its first chunk was computed after.
-        opening: how many tokens stood there before the assistant first spoke, if no chunk came before that.
+        opening: says how many tokens stood there before the assistant first spoke, if no chunk came before that.
     """
 
     system: str | None
-    opening: int | None = None
+    opening: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -258,14 +257,7 @@ class _Beginnings:
     def common(self, ids: TokenIds) -> int:
         """Return how many of the first tokens another prompt began with, in whole blocks or all of them."""
         with self._lock:
-            common = max((_agreeing(ids, seen) for seen in self._seen), default=0)
+            shared = max((common(ids, seen) for seen in self._seen), default=0)
             if ids not in self._seen:
                 self._seen.append(ids)
-        return len(ids) if common == len(ids) else common - common % _BLOCK
-
-
-def _agreeing(ids: TokenIds, others: TokenIds) -> int:
-    for count, (one, other) in enumerate(zip(ids, others, strict=False)):
-        if one != other:
-            return count
-    return min(len(ids), len(others))
+        return len(ids) if shared == len(ids) else shared - shared % _BLOCK

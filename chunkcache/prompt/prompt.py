@@ -104,6 +104,16 @@ class PromptIds:
             self._pieces.clear()
             self._continues = True
 
+    def mark(self) -> Callable[[], int]:
+        """Return a function that says, once the prompt is built, how many of its tokens are of what stands here."""
+        start, pieces, continues = len(self.ids), tuple(self._pieces), self._continues
+
+        def tokens() -> int:
+            alone = self._run(pieces, continues) if pieces and self._run is not None else ()
+            return start + common(alone, self.ids[start:])
+
+        return tokens
+
     def add(self, ids: Sequence[int]) -> None:
         """Append token ids that are no chunk."""
         self.flush()
@@ -126,6 +136,14 @@ class PromptIds:
         return Prompt(
             ids, prefix_tokens, tuple(self.spans), ids[:prefix_tokens] if context_ids is None else context_ids
         )
+
+
+def common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin alike with."""
+    for count, (one, other) in enumerate(zip(ids, others, strict=False)):
+        if one != other:
+            return count
+    return min(len(ids), len(others))
 
 
 def text_of(chunk: Any) -> str:
