@@ -51,12 +51,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
+from chunkcache.models.gguf import check_pre_tokenizer, pre_tokenizer_name, restore_pre_tokenizer
 
 log = logging.getLogger(__name__)
 
 # from_pretrained swaps out a method of its model class for as long as it runs. Two threads that overlap there
 # can leave weight tying switched off for good, which gives later models a random output layer.
 _ONE_AT_A_TIME = threading.Lock()
+
+_FORMAT = 2  # of a conversion; counted up when the same file comes to be converted to something else
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -171,7 +174,7 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
     """Folder with the converted model of a GGUF file, made at the first call."""
     with _failure_named("file", name, str(gguf)):
         digest = _digest(gguf)
-    folder = cache_dir() / "models" / f"{gguf.stem}-{digest}"
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest}-v{_FORMAT}"
     if folder.is_dir():
         return folder
     _check_gguf_packages(gguf)
@@ -204,6 +207,10 @@ def _check_gguf_packages(gguf: Path) -> None:
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:
+    with _failure_named("tokenizer", name, str(gguf)):
+        pre_tokenizer = pre_tokenizer_name(gguf)
+    if pre_tokenizer is not None:
+        check_pre_tokenizer(pre_tokenizer, gguf)
     with _no_gguf_bar():
         model, tokenizer = _from_pretrained(
             name,
@@ -213,6 +220,8 @@ def _convert(name: str, gguf: Path, folder: Path) -> None:
             # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
             quantization_config=GgufConfig(dequantize=True),
         )
+    if pre_tokenizer is not None:
+        restore_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
