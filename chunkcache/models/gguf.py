@@ -5,19 +5,27 @@ transformers knows some of the names and takes GPT-2's pre-tokenizer for all oth
 than the model was trained with: SmolLM2, for one, cuts numbers into single digits.
 
 The table here has every name of llama.cpp, with its regular expressions. They are taken as data from llama.cpp
-(MIT licence), `src/llama-vocab.cpp` and `src/unicode.cpp` at commit 00ad355e009e. Where llama.cpp notes the original
-expression of a model's own tokenizer beside a rewritten one for its own engine, the original stands here. Each
-expression cuts the pieces that the one before it left; what it matches and what lies between are pieces of their own.
+(MIT licence), `src/llama-vocab.cpp` and `src/unicode.cpp` at commit 00ad355e009e. Each expression cuts the pieces
+that the one before it left; what it matches and what lies between are pieces of their own.
+
+Where llama.cpp notes the expression of the model's own tokenizer beside one rewritten for its own engine, the
+model's own stands here. So ids differ from llama.cpp's for `kimi-k2`, `youtu`, `tiny_aya` and `cohere2moe` where a
+capital follows a small letter inside a word, and for `tekken` and `gpt-4o` where that capital is not ASCII; and for
+`afmoe`, `tiny_aya` and `cohere2moe` where several spaces stand before a number.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from chunkcache.errors import ModelNotFoundError
+
+log = logging.getLogger(__name__)
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BREAKS_AND_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,6 +43,11 @@ def _by_case(upper: str, lower: str, ending: str = "") -> str:
     return f"{_BEFORE}{upper}*{lower}+{ending}|{_BEFORE}{upper}+{lower}*{ending}"
 
 
+def _class(ranges: str) -> str:
+    """A class of characters, from their code points in hexadecimal: as letters some look like others."""
+    return "[" + "".join(re.sub("[0-9A-F]+", r"\\x{\g<0>}", ranges).split()) + "]"
+
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTION + _WORD + r"|\p{N}{1,3}" + _REST
 _QWEN2 = _CONTRACTION + _WORD + r"|\p{N}" + _REST
@@ -46,14 +59,10 @@ _JAIS2 = (
 )
 _TEKKEN = _by_case(_UPPER, _LOWER) + r"|\p{N}" + _REST_WITH_SLASH
 _GPT4O = _by_case(_UPPER, _LOWER, _CONTRACTION + "?") + r"|\p{N}{1,3}" + _REST_WITH_SLASH
-_KIMI = (
-    r"\p{Han}+|" + _by_case(_UPPER_NOT_HAN, _LOWER_NOT_HAN, _CONTRACTION + "?") + r"|\p{N}{1,3}" + _REST
-)
+_KIMI = r"\p{Han}+|" + _by_case(_UPPER_NOT_HAN, _LOWER_NOT_HAN, _CONTRACTION + "?") + r"|\p{N}{1,3}" + _REST
 _YOUTU = _by_case(_UPPER, _LOWER, _CONTRACTION + "?") + r"|\p{N}" + _REST_WITH_SLASH
 _SEED_CODER = _CONTRACTION + _WORD + r"|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _BREAKS_AND_SPACES
-_BAILING = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+_BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _EXAONE_MOE = (
     _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -65,19 +74,24 @@ _DEEPSEEK_WORD = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"""
 )
 _DEEPSEEK3 = _DEEPSEEK_WORD + r"[\r\n]*" + _BREAKS_AND_SPACES
-_DEEPSEEK3_HAN = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+"
-_DEEPSEEK_HAN = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
-_DEEPSEEK_LETTERS = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼι"
-    r"ῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
-    r"𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
-)
+_DEEPSEEK3_HAN = _class("4E00-9FA5 3040-309F 30A0-30FF") + "+"
+_DEEPSEEK_HAN = _class("4E00-9FA5 0800-4E00 AC00-D7FF") + "+"
+_CASED_LETTERS = """
+    0041-005A 0061-007A 00B5 00C0-00D6 00D8-00F6 00F8-01BA 01BC-01BF 01C4-0293 0295-02AF 0370-0373 0376 0377
+    037B-037D 037F 0386 0388-038A 038C 038E-03A1 03A3-03F5 03F7-0481 048A-052F 0531-0556 10A0-10C5 13A0-13F5
+    13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D
+    1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB
+    1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 212A-212D 212F-2134 2139
+    213C-213F 2145-2149 214E 2183 2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D A680-A69B A722-A76F
+    A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB
+    10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943
+"""  # ranges of code points
+_DEEPSEEK_LETTERS = rf"\s?{_class(_CASED_LETTERS)}+"
 _DEEPSEEK_PUNCTUATION = r"\s?[!-/:-~！-／：-～‘-‟\x{3000}-。]+"
-_AFMOE_ASIAN = (
-    r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{309F}\x{30A0}-\x{30FF}\x{FF65}-\x{FF9F}"
-    r"\x{2F00}-\x{2FDF}\x{0E40}-\x{0E7F}\x{0E80}-\x{0EFF}\x{1780}-\x{17FF}\x{1000}-\x{109F}\x{AA60}-\x{AA7F}"
-    r"\x{A9E0}-\x{A9FF}\x{AC00}-\x{D7AF}\x{1100}-\x{11FF}]+"
-)
+_ASIAN_LETTERS = """
+    4E00-9FFF 3400-4DBF F900-FAFF 3040-309F 30A0-30FF FF65-FF9F 2F00-2FDF 0E40-0E7F 0E80-0EFF 1780-17FF 1000-109F
+    AA60-AA7F A9E0-A9FF AC00-D7AF 1100-11FF
+"""
 _NUMBER = r"\p{N}+"
 _THREES_FROM_THE_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*\z)"  # of a number that is a piece already
 
@@ -86,6 +100,10 @@ Splits = tuple[str, ...]
 _BY_DIGIT: Splits = (r"\p{N}", _GPT2)
 _DEEPSEEK3_SPLITS: Splits = (r"\p{N}{1,3}", _DEEPSEEK3_HAN, _DEEPSEEK3)
 
+_LLAMA3_NAMES = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"
+# A piece that is a token as it stands is that token, whatever the merges would make of it.
+_WHOLE_PIECES_FIRST = {*_LLAMA3_NAMES.split(), "minicpm5", "youtu", "tekken", "granite-embed-multi-97m"}
+
 # Names that mean one pre-tokenizer stand in one row. None: the vocabulary is of characters and not of bytes, which
 # transformers cannot read under `tokenizer.ggml.model` "gpt2".
 _ROWS: tuple[tuple[str, Splits | None], ...] = (
@@ -93,7 +111,7 @@ _ROWS: tuple[tuple[str, Splits | None], ...] = (
     ("gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe", (_GPT2,)),
     ("gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4", (_GPT2,)),
     ("starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", _BY_DIGIT),
-    ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", (_LLAMA3,)),
+    (_LLAMA3_NAMES, (_LLAMA3,)),
     ("dbrx smaug-bpe glm4 chatglm-bpe", (_LLAMA3,)),
     ("minicpm5", (r"\p{N}{1,3}", _CONTRACTION + _WORD + r"|\p{N}+" + _REST)),
     ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (_QWEN2,)),
@@ -128,20 +146,17 @@ _ROWS: tuple[tuple[str, Splits | None], ...] = (
     ("deepseek-llm", (r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _DEEPSEEK_HAN, _NUMBER)),
     ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", _DEEPSEEK3_SPLITS),
     ("spark2_5", (r"\p{N}{1,3}", _DEEPSEEK3_HAN, _DEEPSEEK_WORD + r"|[\r\n]|\s+(?!\S)|\s+", r"\p{N}")),
-    ("afmoe", (_NUMBER, _THREES_FROM_THE_RIGHT, _AFMOE_ASIAN, _DEEPSEEK3)),
+    ("afmoe", (_NUMBER, _THREES_FROM_THE_RIGHT, _class(_ASIAN_LETTERS) + "+", _DEEPSEEK3)),
     ("gemma4 granite-embed-multi-311m sarvam-moe whitespace", None),
 )
 PRE_TOKENIZERS: dict[str, Splits | None] = {name: splits for names, splits in _ROWS for name in names.split()}
 
-# A piece that is a token as it stands is that token, whatever the merges would make of it.
-_WHOLE_PIECES_FIRST = frozenset(
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano minicpm5 youtu tekken "
-    "granite-embed-multi-97m".split()
-)
-
 
 def pre_tokenizer_name(gguf: Path) -> str | None:
     """Return the name of a file's pre-tokenizer, from its metadata alone.
+
+    Args:
+        gguf: the file; it is mapped to memory, and its weights are not read.
 
     Returns:
         the name; "default", as in llama.cpp, where the file has none; None for a vocabulary of another kind than
@@ -160,11 +175,14 @@ def pre_tokenizer_name(gguf: Path) -> str | None:
 
     if text("tokenizer.ggml.model") != "gpt2":
         return None
-    return text("tokenizer.ggml.pre") or "default"
+    name = text("tokenizer.ggml.pre")
+    if not name:
+        log.warning("%s names no pre-tokenizer: its texts are cut as by llama.cpp's default", gguf.name)
+    return name or "default"
 
 
 def check_pre_tokenizer(name: str, gguf: Path) -> None:
-    """Refuse a pre-tokenizer that cannot be restored.
+    """Refuse a pre-tokenizer that cannot be restored, by the name that `pre_tokenizer_name` gave of the file.
 
     Raises:
         ModelNotFoundError: the table has no such name, or no expressions for it.
@@ -173,9 +191,9 @@ def check_pre_tokenizer(name: str, gguf: Path) -> None:
         reason = "is not known here" if name not in PRE_TOKENIZERS else "cannot be restored here"
         raise ModelNotFoundError(
             f"No tokenizer can be made from {str(gguf)!r}: its pre-tokenizer {name!r} (tokenizer.ggml.pre) {reason}, "
-            "and without it the token ids would not be the model's. Load the original model by its folder or its "
-            "Hugging Face id, or load the original tokenizer with transformers' AutoTokenizer and pass it, with the "
-            "model of this file, to chunkcache.wrap."
+            "and without it the token ids would not be the model's. Load the original model by its folder or Hugging "
+            "Face id; or load the original tokenizer with transformers' AutoTokenizer, the model of this file with "
+            "its AutoModelForCausalLM (gguf_file=...), and pass both to chunkcache.wrap."
         )
 
 
