@@ -3,14 +3,16 @@
 A name is an alias, a folder written by `save_pretrained`, a `.gguf` file, or a Hugging Face id, tried in that
 order; `./name` reaches a folder that shares its name with an alias. Remote code is never run.
 
-A GGUF file is converted once, to `models/<stem>-<digest>` in the cache folder, and from then on loads like
+A GGUF file is converted once, to `models/<stem>-<digest>-v<format>` in the cache folder, and from then on loads like
 any other folder. The digest covers the file's whole content, so that one conversion serves
-every copy of a file, and an edited file never meets its old conversion. Weights are saved in float32: they
-come out of their blocks as such, and a narrower type would round them a second time.
+every copy of a file, and an edited file never meets its old conversion; nor does one that an older chunkcache made
+in another way, whose folder has another format or none. Weights are saved in float32: they
+come out of their blocks as such, and a narrower type would round them a second time. The tokenizer has the file's
+pre-tokenizer, by `chunkcache.models.gguf`.
 
     $CHUNKCACHE_CACHE_DIR, or the platform's cache folder for chunkcache
     └── models/
-        └── SmolLM2-135M-Instruct.Q4_1-3f2a…/    config, safetensors and tokenizer; delete it to convert again
+        └── SmolLM2-135M-Instruct.Q4_1-3f2a…-v2/    config, safetensors and tokenizer; delete it to convert again
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -46,17 +49,21 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 
 from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
+from chunkcache.models.gguf import check_pre_tokenizer, pre_tokenizer_name, restore_pre_tokenizer
 
 log = logging.getLogger(__name__)
 
 # from_pretrained swaps out a method of its model class for as long as it runs. Two threads that overlap there
 # can leave weight tying switched off for good, which gives later models a random output layer.
 _ONE_AT_A_TIME = threading.Lock()
+
+_FORMAT = 2  # of a conversion: counted up whenever the same file comes to give another one
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -103,7 +110,8 @@ def load_model(
     keeps the checkpoint's own type, which for a GGUF file is float32. `on_status` is called with one line
     before each step that can take seconds.
 
-    Raises `ModelNotFoundError` when nothing can be loaded under `name`, and `InputError` for a device or a
+    Raises `ModelNotFoundError` when nothing can be loaded under `name`, or a GGUF file names a pre-tokenizer that is
+    not known here, and `InputError` for a device or a
     dtype that does not exist here, a cache folder that cannot be written, or a GGUF file without the packages of
     the extra `gguf`.
     """
@@ -171,7 +179,7 @@ def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
     """Folder with the converted model of a GGUF file, made at the first call."""
     with _failure_named("file", name, str(gguf)):
         digest = _digest(gguf)
-    folder = cache_dir() / "models" / f"{gguf.stem}-{digest}"
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest}-v{_FORMAT}"
     if folder.is_dir():
         return folder
     _check_gguf_packages(gguf)
@@ -204,32 +212,51 @@ def _check_gguf_packages(gguf: Path) -> None:
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:
+    with _failure_named("tokenizer", name, str(gguf)):
+        pre_tokenizer = pre_tokenizer_name(gguf)
+    if pre_tokenizer is not None:
+        check_pre_tokenizer(pre_tokenizer, gguf)
     with _no_gguf_bar():
         model, tokenizer = _from_pretrained(
             name,
             str(gguf.parent),
             gguf_file=gguf.name,
+            tokenizer_class=AutoTokenizer if pre_tokenizer is None else PreTrainedTokenizerFast,
             dtype="float32",
             # With GGUF kernels installed the weights would stay in their blocks and could not be saved.
             quantization_config=GgufConfig(dequantize=True),
         )
+    if pre_tokenizer is not None:
+        restore_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _from_pretrained(
-    name: str, source: str, *, gguf_file: str | None = None, **options: Any
+    name: str, source: str, *, gguf_file: str | None = None, tokenizer_class: Any = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # Left unset, transformers would ask on the terminal whether to run code that comes with the model.
     common = {"gguf_file": gguf_file, "trust_remote_code": False}
     with _failure_named("model", name, source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **common, **options)
     with _failure_named("tokenizer", name, source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = (tokenizer_class or _tokenizer_class(source)).from_pretrained(source, **common)
     model, info = loaded
     if info["missing_keys"]:
         raise _not_found(name, f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     return model, tokenizer
+
+
+def _tokenizer_class(source: str) -> Any:
+    """What reads the tokenizer of `source`: of the conversion of a byte-level BPE, a class that takes it as it is.
+
+    For some models AutoTokenizer takes a class that puts a pre-tokenizer of its own in place of the file's.
+    """
+    if cache_dir() not in Path(source).parents:
+        return AutoTokenizer
+    config = json.loads(Path(source, "tokenizer_config.json").read_text(encoding="utf-8"))
+    as_it_is = config.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
+    return PreTrainedTokenizerFast if as_it_is else AutoTokenizer
 
 
 @contextmanager
