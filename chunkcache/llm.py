@@ -201,14 +201,15 @@ class CachedLLM(ChunkMethods, RenamedMethods):
                 the prompt; repeats are allowed.
             system: system prompt; None for the chat template's own.
             policy: overrides the wrapper's policy for this call.
-            max_new_tokens: length of the answer at most; 64, unless a generation config says otherwise.
+            max_new_tokens: length of the answer at most. None is what the keyword `max_length` says, or the given
+                generation config, or the model's own, or else 64.
             options: any keyword of transformers' `generate()` that makes sense for one sequence; `adapter=`, the
                 name of the peft adapter that is active for this call, with chunk KV of its own; `reuse="exact"`, for
                 an answer that is compared with others: only KV that full prefill would compute are reused.
 
         Raises:
             PromptError: question or chunk is empty or no text.
-            InputError: an option asks for more than one sequence.
+            InputError: an option is unknown, or asks for more than one sequence.
             ContextLengthError: prompt and answer do not fit the model's context.
             PolicyError: the policy is unknown.
         """
@@ -339,7 +340,7 @@ class CachedLLM(ChunkMethods, RenamedMethods):
 
         limits = Limits(MAX_BATCH if max_batch is None else max_batch, max_kv_bytes)
         chosen = self.resolve_policy(take_policy(options, policy))
-        options = with_length(options, max_new_tokens)
+        options = with_length(self.engine.model, options, max_new_tokens)
         return Batcher(self.engine, self.prompts, chosen, options, limits, reorder).run(requests, on_batch)
 
     @contextmanager

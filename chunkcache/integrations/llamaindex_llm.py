@@ -23,7 +23,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import Field, InstanceOf
 
 from chunkcache.blend import Policy
-from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation
+from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation, with_length
 from chunkcache.errors import PromptError
 from chunkcache.integrations.answering import SETTINGS, chat_options, load_llm, model_name, strip_stop
 from chunkcache.integrations.llamaindex_errors import let_through
@@ -98,9 +98,10 @@ class ChunkCacheLLM(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex fits prompts to: lengths of context and answer, in tokens."""
+        options = with_length(self.llm.model, self._options({}), None)
         return LLMMetadata(
             context_window=self.llm.max_tokens,
-            num_output=self.max_tokens or DEFAULT_NEW_TOKENS,
+            num_output=options["max_new_tokens"] or DEFAULT_NEW_TOKENS,
             is_chat_model=True,
             model_name=self.model_name,
         )
