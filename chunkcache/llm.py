@@ -14,7 +14,7 @@ from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
-from chunkcache.engine.generation import Generation, take_policy, with_length
+from chunkcache.engine.generation import Generation, corrected, take_policy, with_length
 from chunkcache.engine.padding import check_pad
 from chunkcache.engine.served import LibraryOptions, ServedModel
 from chunkcache.engine.streaming import TextStream
@@ -252,10 +252,12 @@ class CachedLLM(ChunkMethods, RenamedMethods):
         """Return `input_ids`, `attention_mask` and `past_key_values` for a plain `model.generate(**inputs)`.
 
         All tokens of the prompt but the last are prefilled here; `generate()` starts with the last one, which
-        costs one decoding step more than `llm.generate`.
+        costs one decoding step more than `llm.generate`. Where the model's generation config would not go on from a
+        cache (`use_cache`, `cache_implementation`), the keywords that correct it are among them.
         """
         request = self._prepare(question, chunks, system, policy, None, {"adapter": adapter})
-        return model_inputs(self.engine.prefill(request, drop_last=True))
+        inputs = model_inputs(self.engine.prefill(request, drop_last=True))
+        return {**inputs, **corrected(self.engine.model.generation_config)}
 
     def chat(
         self,

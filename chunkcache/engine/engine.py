@@ -37,6 +37,7 @@ from chunkcache.engine.served import Served, ServedModel
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.streaming import TextStream
 from chunkcache.engine.tuning import Tuning
+from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
 from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import Prompt
@@ -195,7 +196,12 @@ class Engine:
         Args:
             request: the prompt, its policy and options.
             answer: what runs there, for a caller that goes on with the answer; None for `generate`.
+
+        Raises:
+            InputError: a keyword, or a generation config, asks for beam search.
         """
+        if needs_finished_cache(self.model, request.options):
+            raise InputError("num_beams: beam search knows its answer at the end alone; call generate(), or pass 1")
         answer = answer or self.generate
 
         def run(streamer: Any, stop: Any) -> Generation:

@@ -187,6 +187,12 @@ def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
     return given if given is not None else getattr(model.generation_config, name, None)
 
 
+def corrected(config: GenerationConfig) -> dict[str, Any]:
+    """Return the keywords by which `generate()` goes on from a prefilled cache, where `config` says otherwise."""
+    said = {name: getattr(config, name, None) for name in FIXED}
+    return {name: value for name, value in FIXED.items() if said[name] not in (None, value)}
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id that pads: the tokenizer's, which may be 0, or else its EOS token's."""
     pad: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
