@@ -160,7 +160,8 @@ def _generated(prefill: SelectivePrefill, ids: Tensor) -> Tensor:
     config = GenerationConfig(
         max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )
-    output = prefill.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    prefill.model.generation_config = config  # the shadow's: the model's own may ask for beams, or for another cache
+    output = prefill.generate(ids, attention_mask=torch.ones_like(ids))
     logits: Tensor = output.logits[0][0]
     return logits
 

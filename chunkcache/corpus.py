@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkcache.deprecated import renamed_options
 from chunkcache.engine.engine import PreparedRequest
-from chunkcache.engine.generation import Generation, check_options
+from chunkcache.engine.generation import Generation, check_keywords, check_options
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import ContextLengthError, InputError
 from chunkcache.kv import ChunkKey
@@ -204,6 +204,7 @@ class Corpus:
     def _prepare(self, question: str, k: int, options: dict[str, Any]) -> tuple[list[Hit], PreparedRequest]:
         """Return what a question is asked over, and the request."""
         check_options(options)
+        check_keywords(self.llm.engine.model, options)
         hits = self.search(question, k)
         length = options.pop("max_new_tokens", None)
         return hits, self.llm.engine.prepare(

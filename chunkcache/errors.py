@@ -12,6 +12,7 @@ ChunkCacheError
 │   ├── CalibrationError         a policy needs a calibration that is missing, damaged or another model's
 │   ├── PeerError                a system to be measured beside this one is unknown, not set up, or failed
 │   └── ResultsError             a file of measurements that is damaged, or of another measurement than this
+├── ServingError                 any of these inside LlamaIndex, which would swallow it; it is the `__cause__`
 ├── EntryLostError               a stored entry that went away, or proved damaged, while it was being read
 └── UnsupportedModelError        this model cannot be served right; the message says why
     └── SelfCheckError           the model looked right, but its self-check did not agree
@@ -68,6 +69,13 @@ class PeerError(InputError):
 
 class ResultsError(InputError):
     """A file of measurements is damaged, in use, or was made with other settings."""
+
+
+class ServingError(ChunkCacheError):
+    """A request failed inside a framework that takes ValueErrors for answers it cannot read.
+
+    It is no ValueError, so it reaches the caller. The message is that of the error it stands for, its `__cause__`.
+    """
 
 
 class EntryLostError(ChunkCacheError):

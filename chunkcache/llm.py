@@ -13,7 +13,7 @@ from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment, AttachMethods
 from chunkcache.engine.chunks import ChunkMethods
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
-from chunkcache.engine.generation import Generation, take_policy, with_length
+from chunkcache.engine.generation import Generation, corrected, take_policy, with_length
 from chunkcache.engine.padding import check_pad
 from chunkcache.engine.served import LibraryOptions, ServedMethods, ServedModel
 from chunkcache.engine.streaming import TextStream
@@ -167,7 +167,8 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
                 the prompt; repeats are allowed.
             system: system prompt; None for the chat template's own.
             policy: overrides the wrapper's policy for this call.
-            max_new_tokens: length of the answer at most; 64, unless a generation config says otherwise.
+            max_new_tokens: length of the answer at most. None is what the keyword `max_length` says, or the given
+                generation config, or the model's own, or else 64.
             options: any keyword of transformers' `generate()` that makes sense for one sequence; `adapter=`, the
                 name of the peft adapter that is active for this call, with chunk KV of its own; `template_options=`,
                 which come before those of `wrap`; `reuse="exact"`, for an answer that is compared with others: only
@@ -175,7 +176,7 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
 
         Raises:
             PromptError: question or chunk is empty or no text.
-            InputError: an option asks for more than one sequence.
+            InputError: an option is unknown, or asks for more than one sequence.
             ContextLengthError: prompt and answer do not fit the model's context.
             PolicyError: the policy is unknown.
         """
@@ -221,10 +222,13 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         """Return `input_ids`, `attention_mask` and `past_key_values` for a plain `model.generate(**inputs)`.
 
         All tokens of the prompt but the last are prefilled here; `generate()` starts with the last one, which
-        costs one decoding step more than `llm.generate`. Options as for `prefill`.
+        costs one decoding step more than `llm.generate`. Where the model's generation config would not go on from a
+        cache (`use_cache`, `cache_implementation`), the keywords that correct it are among them. Options as for
+        `prefill`.
         """
         request = self._prepare(question, chunks, system, policy, None, options)
-        return model_inputs(self.engine.prefill(request, drop_last=True))
+        inputs = model_inputs(self.engine.prefill(request, drop_last=True))
+        return {**inputs, **corrected(self.engine.model.generation_config)}
 
     def chat(
         self,
@@ -310,7 +314,7 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         limits = Limits(MAX_BATCH if max_batch is None else max_batch, max_kv_bytes)
         chosen = self.resolve_policy(take_policy(options, policy))
         prompts = self.prompts.with_options(options.pop("template_options", None))
-        options = with_length(options, max_new_tokens)
+        options = with_length(self.engine.model, options, max_new_tokens)
         return Batcher(self.engine, prompts, chosen, options, limits, reorder).run(requests, on_batch)
 
     def _prepare(

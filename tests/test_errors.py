@@ -175,7 +175,7 @@ def test_foreign_tokenizer_is_named():
 
 
 def test_meta_device_is_named():
-    with pytest.raises(InputError, match="offloaded, or not loaded .*meta device"):
+    with pytest.raises(InputError, match=r"offloaded, or not loaded .*meta device"):
         wrapped(own_model().to("meta"))
 
 

@@ -37,6 +37,7 @@ PUBLIC = {
     "ResultsError",
     "Retriever",
     "SelfCheckError",
+    "ServingError",
     "Store",
     "StoreURLError",
     "TextStream",

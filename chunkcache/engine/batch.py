@@ -19,7 +19,15 @@ from typing import Any
 from chunkcache.blend import Policy
 from chunkcache.engine.engine import Engine, PreparedRequest
 from chunkcache.engine.fused_batch import Fused, FusedDecoding
-from chunkcache.engine.generation import Generation, check_options, is_assisted, needs_finished_cache, setting
+from chunkcache.engine.generation import (
+    Generation,
+    check_keywords,
+    check_options,
+    is_assisted,
+    needs_finished_cache,
+    new_tokens,
+    setting,
+)
 from chunkcache.engine.grouping import checked, grouped, ordered, reordered
 from chunkcache.engine.stats import warn_once
 from chunkcache.errors import ContextLengthError, InputError
@@ -105,10 +113,10 @@ class Batcher:
         if setting(engine.model, options, "stop_strings"):
             self._options.setdefault("tokenizer", engine.tokenizer)
         self._reorder = reorder
-        self._new_tokens = self._check()
+        self._check()
         layers = len(engine.decoder.layers)
         self._looks = bool(policy.attention_layers(layers) or policy.watched_layers(layers))
-        self._fused = FusedDecoding(engine, policy, self._options, self._new_tokens, self._looks)
+        self._fused = FusedDecoding(engine, policy, self._options, self._looks)
 
     def run(self, requests: Iterable[tuple[Any, ...]], on_batch: OnBatch | None) -> list[Generation]:
         """Answer `requests`; return the answers in their order.
@@ -145,10 +153,11 @@ class Batcher:
 
     # --- before any work
 
-    def _check(self) -> int:
-        """Return how many new tokens an answer may have; raise for what a batch cannot do."""
-        check_options(self._options)
+    def _check(self) -> None:
+        """Raise for what a batch cannot do."""
         model = self._engine.model
+        check_options(self._options)
+        check_keywords(model, self._options)
         for name in _ONE_BY_ONE:
             value = setting(model, self._options, name)
             if value is True or value not in (None, False, 1):  # 1 is no guidance
@@ -163,10 +172,6 @@ class Batcher:
             raise InputError(
                 "beam search and assisted generation take one sequence; call generate() for each request"
             )
-        new_tokens = setting(model, self._options, "max_new_tokens")
-        if new_tokens is None or new_tokens < 1:
-            raise InputError(f"max_new_tokens={new_tokens}: a batch needs a length of its answers; pass 1 or more")
-        return int(new_tokens)
 
     def _prompts(self, requests: Iterable[tuple[Any, ...]]) -> list[Prompt]:
         asked = checked(requests)
@@ -174,14 +179,15 @@ class Batcher:
         for index, request in enumerate(reordered(asked) if self._reorder else asked):
             try:
                 prompt = self._prompt_builder.build(*request)
+                tokens = len(prompt.token_ids)
+                room = new_tokens(self._options, tokens)
             except InputError as error:
                 raise type(error)(f"request {index}: {error}") from error
-            tokens = len(prompt.token_ids)
-            if tokens + self._new_tokens > self._engine.decoder.max_tokens:
+            if tokens + room > self._engine.decoder.max_tokens:
                 raise ContextLengthError(
-                    f"request {index} has {tokens} tokens, which with {self._new_tokens} new ones do not fit "
+                    f"request {index} has {tokens} tokens, which with {room} new ones do not fit "
                     f"the model's context of {self._engine.decoder.max_tokens}; pass fewer or shorter chunks, or "
-                    "lower max_new_tokens"
+                    "pass a lower max_new_tokens"
                 )
             prompts.append(prompt)
         return prompts
@@ -207,8 +213,11 @@ class Batcher:
         limits = self._limits
         most = limits.max_kv_bytes
         long = prompts[batch[0]].end + sum(len(prompts[index].question) for index in batch)
+        # An answer that ends at `max_length` has as many tokens as the prompt leaves.
+        alike = self._options.get("max_length") is None or len({len(prompts[index].question) for index in batch}) == 1
         return (
-            len(batch) <= limits.max_batch
+            alike
+            and len(batch) <= limits.max_batch
             and (most is None or self._kv_bytes(batch, prompts) <= most)
             and (not self._looks or long < self._engine.decoder.max_tokens)
         )
@@ -222,7 +231,8 @@ class Batcher:
         )
         questions = [len(prompts[index].question) for index in batch]
         fused = sum(questions) if self._looks else max(questions)  # what stands behind the shared part meanwhile
-        own = len(batch) * (max(questions) + self._new_tokens)
+        room = max(new_tokens(self._options, len(prompts[index].token_ids)) for index in batch)
+        own = len(batch) * (max(questions) + room)
         return per_token * (prompts[batch[0]].end + fused + own)
 
     # --- the work

@@ -19,10 +19,13 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from chunkcache.blend import Decoder, Plan, Policy, SelectivePrefill, parse_policy
 from chunkcache.deprecated import warn_renamed
 from chunkcache.engine.generation import (
+    FIXED,
     FirstTokenClock,
     Generation,
+    check_keywords,
     check_options,
     needs_finished_cache,
+    new_tokens,
     pad_token_id,
     setting,
     take_policy,
@@ -34,6 +37,7 @@ from chunkcache.engine.served import Served, ServedModel
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.streaming import TextStream
 from chunkcache.engine.tuning import Tuning
+from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
 from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import Prompt
@@ -154,7 +158,7 @@ class Engine:
         The adapter may also be one of the options, and so may `reuse="exact"` instead of a policy.
 
         Raises:
-            InputError: an option makes no sense for one sequence.
+            InputError: an option is unknown, or makes no sense for one sequence.
             PromptError, PolicyError, CalibrationError: prompt or policy cannot be used.
         """
         started = time.perf_counter()
@@ -162,8 +166,10 @@ class Engine:
         adapter = options.pop("adapter", adapter)
         policy = take_policy(options, policy)
         check_options(options)
+        check_keywords(self.model, options)
         resolved = self.resolve_policy(policy)
-        return PreparedRequest(build(), resolved, with_length(options, max_new_tokens), started, adapter)
+        options = with_length(self.model, options, max_new_tokens)
+        return PreparedRequest(build(), resolved, options, started, adapter)
 
     def prefill(self, request: PreparedRequest, drop_last: bool = False) -> PrefillOutput:
         """Prefill a prompt.
@@ -190,7 +196,12 @@ class Engine:
         Args:
             request: the prompt, its policy and options.
             answer: what runs there, for a caller that goes on with the answer; None for `generate`.
+
+        Raises:
+            InputError: a keyword, or a generation config, asks for beam search.
         """
+        if needs_finished_cache(self.model, request.options):
+            raise InputError("num_beams: beam search knows its answer at the end alone; call generate(), or pass 1")
         answer = answer or self.generate
 
         def run(streamer: Any, stop: Any) -> Generation:
@@ -207,7 +218,7 @@ class Engine:
 
     def generate_options(self, options: dict[str, Any], clock: FirstTokenClock) -> dict[str, Any]:
         """Return the keywords for `generate()` with what every answer needs."""
-        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
+        options = {**options, **FIXED}
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), clock])
         if setting(self.model, options, "pad_token_id") is None:
             options["pad_token_id"] = pad_token_id(self.tokenizer)
@@ -218,7 +229,7 @@ class Engine:
     # --- the steps
 
     def _answer(self, served: Served, request: PreparedRequest) -> tuple[Generation, Cache]:
-        room = setting(self.model, request.options, "max_new_tokens") or 1
+        room = new_tokens(request.options, len(request.prompt.token_ids))
         plan, stats = self._plan(served, request, room)
         clock = FirstTokenClock()
         options = padded(self.generate_options(request.options, clock), clock, request.started, self.pad)

@@ -16,7 +16,7 @@ from chunkcache.blend import Plan, Policy, SelectivePrefill, layer_kv
 from chunkcache.blend.hydragen import KV, SharedCache, over_shared, padded
 from chunkcache.engine.contextual import kept
 from chunkcache.engine.engine import Engine
-from chunkcache.engine.generation import FirstTokenClock, Generation, pad_token_id, setting
+from chunkcache.engine.generation import FIXED, FirstTokenClock, Generation, new_tokens, pad_token_id, setting
 from chunkcache.engine.served import Served
 from chunkcache.engine.stats import RequestStats
 from chunkcache.prompt import Prompt
@@ -28,14 +28,12 @@ class FusedDecoding:
     Args:
         engine: what answers.
         policy: what is recomputed; with nothing left open.
-        options: keywords for `generate()`.
-        new_tokens: tokens that an answer may have.
+        options: keywords for `generate()`, with a length; see `with_length`.
         looks: whether the policy looks at the question.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, options: dict[str, Any], new_tokens: int, looks: bool) -> None:
-        self._engine, self._policy, self._options = engine, policy, options
-        self._new_tokens, self._looks = new_tokens, looks
+    def __init__(self, engine: Engine, policy: Policy, options: dict[str, Any], looks: bool) -> None:
+        self._engine, self._policy, self._options, self._looks = engine, policy, options, looks
 
     def fuse(self, members: Sequence[Prompt], plan: Plan | None, hits: int, served: int) -> Fused:
         """Fuse the shared part of some prompts.
@@ -85,12 +83,13 @@ class FusedDecoding:
         first = members[0]
         tails = [each.question for each in members]
         input_ids, mask, pads = padded(first.token_ids[: first.end], tails, engine.decoder.device)
-        cache = SharedCache(engine.decoder.config, fused.layers, pads, max(map(len, tails)) + self._new_tokens)
+        room = new_tokens(options, len(first.token_ids))  # where it depends on the prompt, members are as long
+        cache = SharedCache(engine.decoder.config, fused.layers, pads, max(map(len, tails)) + room)
         stop_strings, tokenizer = setting(engine.model, options, "stop_strings"), options.get("tokenizer")
         ends = _Ends(options.pop("stopping_criteria", None), stop_strings, tokenizer)
         if setting(engine.model, options, "pad_token_id") is None:
             options["pad_token_id"] = pad_token_id(engine.tokenizer)
-        options = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, **options}
+        options = {**options, **FIXED}
         model = over_shared(engine.decoder, cache)
         output: Tensor = type(model).generate(
             model,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.utils.generic import TransformersKwargs
 
 from chunkcache.blend import Policy
 from chunkcache.engine.stats import RequestStats
@@ -19,7 +23,14 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 
+# What no generation config may say of an answer: one sequence, decoded on from the KV that chunkcache made.
+FIXED = {"use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, "num_return_sequences": 1}
+
+_LENGTHS = ("max_new_tokens", "max_length")
+_UNASKED_LENGTH = 20  # the `max_length` of a generation config in which nobody chose one
 _OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "past_key_values", "cache_implementation")
+_OWN_KEYWORDS = {"adapter", "reuse"}
+_TAKEN_BY_GENERATE = {"tokenizer", "assistant_tokenizer", "trust_remote_code"}  # not among its parameters
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,42 @@ def check_options(options: dict[str, Any]) -> None:
         )
 
 
+def check_keywords(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuse keywords that neither `generate()`, nor a generation config, nor the model's forward knows.
+
+    Raises:
+        InputError: there is such a keyword.
+    """
+    if options.get("custom_generate") is not None:  # it may take any
+        return
+    kind: Any = type(model)
+    known = _keywords(kind)
+    if known.issuperset(options):
+        return
+    for config in (model.generation_config, options.get("generation_config")):
+        known |= set(config.to_dict()) if config is not None else set()
+    for name, value in options.items():
+        if value is not None and name not in known:
+            raise InputError(
+                f"{name}= is no keyword of generate(): check its name, or leave it out; what is meant for the chat "
+                "template goes into template_options={...}"
+            )
+
+
+@lru_cache(maxsize=16)
+def _keywords(kind: Any) -> frozenset[str]:
+    """Return the keywords that are known for a class of models."""
+    known = {
+        *_OWN_KEYWORDS,
+        *_TAKEN_BY_GENERATE,
+        *TransformersKwargs.__optional_keys__,
+        *GenerationConfig().to_dict(),
+    }
+    for takes in (kind.generate, kind.prepare_inputs_for_generation, kind.forward):
+        known |= set(inspect.signature(takes).parameters)
+    return frozenset(known)
+
+
 def take_policy(options: dict[str, Any], policy: str | Policy | None) -> str | Policy | None:
     """Return the policy of a call, and remove `reuse=` from its options, which stands for one.
 
@@ -100,17 +147,51 @@ def take_policy(options: dict[str, Any], policy: str | Policy | None) -> str | P
     return "exact"
 
 
-def with_length(options: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:
-    """Return `options` with the length of the answer: as asked, as the generation config says, or 64 tokens."""
+def with_length(model: PreTrainedModel, options: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:
+    """Return `options` with one length of the answer, `max_new_tokens` or `max_length`; the other is None.
+
+    It is what a keyword says, else what the given generation config says, else the model's, else 64 new tokens. Of
+    two lengths in one place `max_new_tokens` counts, as in transformers.
+
+    Raises:
+        InputError: it is less than one token.
+    """
+    named = {name: options.get(name) for name in _LENGTHS}
     if max_new_tokens is not None:
-        return {**options, "max_new_tokens": max_new_tokens}
-    config = options.get("generation_config")
-    lengths = (
-        options.get("max_length"),
-        getattr(config, "max_length", None),
-        getattr(config, "max_new_tokens", None),
-    )
-    return options if any(lengths) else {**options, "max_new_tokens": DEFAULT_NEW_TOKENS}
+        named["max_new_tokens"] = max_new_tokens
+    places = [named, *(_lengths(config) for config in (options.get("generation_config"), model.generation_config))]
+    for place in places:
+        for name, length in place.items():
+            if length is None:
+                continue
+            if length < 1:
+                raise InputError(f"{name}={length} leaves no answer; pass 1 or more")
+            return {**options, **dict.fromkeys(_LENGTHS), name: length}
+    return {**options, **dict.fromkeys(_LENGTHS), "max_new_tokens": DEFAULT_NEW_TOKENS}
+
+
+def _lengths(config: GenerationConfig | None) -> dict[str, int | None]:
+    lengths = {name: getattr(config, name, None) for name in _LENGTHS}
+    if lengths["max_length"] == _UNASKED_LENGTH:
+        lengths["max_length"] = None
+    return lengths
+
+
+def new_tokens(options: dict[str, Any], tokens: int) -> int:
+    """Return how many tokens the answer to a prompt of `tokens` may have, by the options of `with_length`.
+
+    Raises:
+        InputError: `max_length`, which counts the prompt, too, leaves none.
+    """
+    if options.get("max_new_tokens") is not None:
+        return int(options["max_new_tokens"])
+    room = int(options["max_length"]) - tokens
+    if room < 1:
+        raise InputError(
+            f"max_length={options['max_length']} leaves no answer behind a prompt of {tokens} tokens; raise it, or "
+            "pass max_new_tokens"
+        )
+    return room
 
 
 def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
@@ -119,6 +200,12 @@ def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
         return options[name]
     given = getattr(options.get("generation_config"), name, None)
     return given if given is not None else getattr(model.generation_config, name, None)
+
+
+def corrected(config: GenerationConfig) -> dict[str, Any]:
+    """Return the keywords by which `generate()` goes on from a prefilled cache, where `config` says otherwise."""
+    said = {name: getattr(config, name, None) for name in FIXED}
+    return {name: value for name, value in FIXED.items() if said[name] not in (None, value)}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -57,7 +57,7 @@ class Planner:
         if len(ids) + room > limit:
             raise ContextLengthError(
                 f"a prompt of {len(ids)} tokens and {room} new ones do not fit the model's context of {limit} "
-                "tokens; pass fewer or shorter chunks, or lower max_new_tokens"
+                "tokens; pass fewer or shorter chunks, or pass a lower max_new_tokens"
             )
         stats.chunks = len(prompt.spans)
         if not policy.reuses:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from chunkcache.errors import InputError
 from chunkcache.integrations.stops import cut, listed
 
 if TYPE_CHECKING:
     from chunkcache.engine.generation import Generation
     from chunkcache.llm import CachedLLM
 
+NO_TOOLS = "tools are not served: chunkcache answers with text, and calls none; leave them out"
+_TOOLS = ("tools", "tool_choice", "functions", "function_call")  # what the frameworks call them
 SETTINGS = ("policy", "stop", "temperature", "top_p", "max_tokens")
 
 
@@ -23,8 +26,11 @@ def chat_options(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
         given: the keywords of a call, which go before them.
 
     Raises:
-        InputError: a stop string is empty or not a string.
+        InputError: a stop string is empty or not a string, or the call brings tools.
     """
+    for name in _TOOLS:
+        if given.get(name) is not None:
+            raise InputError(f"{name}=: {NO_TOOLS}")
     chosen = {name: fields.get(name) if given.get(name) is None else given[name] for name in SETTINGS}
     options: dict[str, Any] = {"policy": chosen["policy"]}
     if stops := listed(chosen["stop"]):
@@ -36,7 +42,7 @@ def chat_options(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
         options["do_sample"] = False
     elif sampling:
         options |= {"do_sample": True, **sampling}
-    return {**options, **{name: value for name, value in given.items() if name not in SETTINGS}}
+    return {**options, **{name: value for name, value in given.items() if name not in (*SETTINGS, *_TOOLS)}}
 
 
 def load_llm(name: str, own: Iterable[str], options: Mapping[str, Any]) -> tuple[CachedLLM, dict[str, Any]]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, InstanceOf
@@ -18,7 +19,7 @@ from chunkcache.blend import Policy
 from chunkcache.engine.generation import Generation, setting
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
-from chunkcache.integrations.answering import SETTINGS, chat_options, load_llm, model_name, strip_stop
+from chunkcache.integrations.answering import NO_TOOLS, SETTINGS, chat_options, load_llm, model_name, strip_stop
 from chunkcache.integrations.langchain_messages import as_chat
 from chunkcache.integrations.stops import listed, stripped, until
 from chunkcache.llm import CachedLLM
@@ -201,6 +202,12 @@ class ChatChunkCache(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return super()._get_ls_params(stop=stop or self.stop, **kwargs)
 
+    def bind_tools(
+        self, tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool], **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Raise NotImplementedError, which says that tools are not served; `with_structured_output` needs them."""
+        raise NotImplementedError(NO_TOOLS)
+
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of a text, by the model's own tokenizer."""
         return list(self.llm.prompts.encode(text))
@@ -212,7 +219,7 @@ class ChatChunkCache(BaseChatModel):
     ) -> int:
         """Return how many tokens the prompt of these messages has; raises InputError if there are tools."""
         if tools:
-            raise InputError(f"{len(tools)} tools: chunkcache calls none; leave tools= out")
+            raise InputError(f"{len(tools)} tools: {NO_TOOLS}")
         return len(self.llm.chat_prompt(as_chat(messages)).token_ids)
 
 

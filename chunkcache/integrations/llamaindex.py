@@ -14,7 +14,8 @@ LLM finds the known texts in its messages. So a node is reused where its text st
   of one line are found there; take `compact`.
 - Earlier answers, in the later prompts of `refine`, `compact` and `tree_summarize`, are new and computed.
 
-Set `Settings.tokenizer` to `llm.token_ids`, or LlamaIndex counts the window in another tokenizer's tokens.
+Set `Settings.tokenizer` to `llm.token_ids`, or LlamaIndex counts the window in another tokenizer's tokens. A prompt
+that is too long then, and any other request that cannot be served, is a ServingError.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import Field, InstanceOf
 
 from chunkcache.blend import Policy
-from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation
+from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation, with_length
 from chunkcache.errors import PromptError
 from chunkcache.integrations.answering import SETTINGS, chat_options, load_llm, model_name, strip_stop
+from chunkcache.integrations.llamaindex_errors import let_through
 from chunkcache.integrations.stops import listed, stripped, until
 from chunkcache.llm import CachedLLM
 
@@ -49,6 +50,8 @@ class ChunkCacheLLM(CustomLLM):
     response of a stream has them. Async calls run in another thread.
 
     Keywords of a call go before the fields, and any other keyword is one of transformers' `generate()`.
+
+    An error of a call is a ServingError: LlamaIndex swallows ValueErrors, and answers "Empty Response".
 
     Attributes:
         llm: the wrapped model.
@@ -95,9 +98,10 @@ class ChunkCacheLLM(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex fits prompts to: lengths of context and answer, in tokens."""
+        options = with_length(self.llm.model, self._options({}), None)
         return LLMMetadata(
             context_window=self.llm.max_tokens,
-            num_output=self.max_tokens or DEFAULT_NEW_TOKENS,
+            num_output=options["max_new_tokens"] or DEFAULT_NEW_TOKENS,
             is_chat_model=True,
             model_name=self.model_name,
         )
@@ -113,53 +117,53 @@ class ChunkCacheLLM(CustomLLM):
         """Answer messages.
 
         Raises:
-            PromptError: a message has other content than text, or an option asks for more than one sequence.
-            ContextLengthError: prompt and answer do not fit the model's context.
+            ServingError: the request cannot be served. Its `__cause__` is the InputError that `llm.chat` raises: a
+                PromptError, a ContextLengthError, a PolicyError, and so on.
         """
-        return self._answer(as_chat(messages), kwargs, _chat_response)
+        return self._answer(partial(as_chat, messages), kwargs, _chat_response)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages; see `chat`."""
-        return await _last(self._stream(as_chat(messages), kwargs, _chat_response))
+        return await _last(self._stream(partial(as_chat, messages), kwargs, _chat_response))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse, None, None]:
         """Answer messages piece by piece; leaving the loop early ends the generation. See `chat`."""
-        return self._stream(as_chat(messages), kwargs, _chat_response)
+        return self._stream(partial(as_chat, messages), kwargs, _chat_response)
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> AsyncGenerator[ChatResponse, None]:
         """Answer messages piece by piece; see `stream_chat`."""
-        return _in_thread(self._stream(as_chat(messages), kwargs, _chat_response))
+        return _in_thread(self._stream(partial(as_chat, messages), kwargs, _chat_response))
 
     # --- completion
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer one user message; see `chat`."""
-        return self._answer(self._asked(prompt, formatted), kwargs, _completion_response)
+        return self._answer(partial(self._asked, prompt, formatted), kwargs, _completion_response)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer one user message; see `chat`."""
-        return await _last(self._stream(self._asked(prompt, formatted), kwargs, _completion_response))
+        return await _last(self._stream(partial(self._asked, prompt, formatted), kwargs, _completion_response))
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> Generator[CompletionResponse, None, None]:
         """Answer one user message piece by piece; see `stream_chat`."""
-        return self._stream(self._asked(prompt, formatted), kwargs, _completion_response)
+        return self._stream(partial(self._asked, prompt, formatted), kwargs, _completion_response)
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> AsyncGenerator[CompletionResponse, None]:
         """Answer one user message piece by piece; see `stream_chat`."""
-        return _in_thread(self._stream(self._asked(prompt, formatted), kwargs, _completion_response))
+        return _in_thread(self._stream(partial(self._asked, prompt, formatted), kwargs, _completion_response))
 
     # --- inside
 
@@ -173,18 +177,24 @@ class ChunkCacheLLM(CustomLLM):
         return chat_options(fields, {**self.options, **given})
 
     def _answer(
-        self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
+        self, build: Callable[[], Chat], given: dict[str, Any], response: Callable[[str, str | None], Response]
     ) -> Response:
-        options = self._options(given)
-        generation = self.llm.chat(messages, **options)
-        return _with_usage(response(strip_stop(self.llm, generation, options)[0], None), generation)
+        with let_through():
+            options = self._options(given)
+            generation = self.llm.chat(build(), **options)
+            return _with_usage(response(strip_stop(self.llm, generation, options)[0], None), generation)
 
     def _stream(
-        self, messages: Chat, given: dict[str, Any], response: Callable[[str, str | None], Response]
+        self, build: Callable[[], Chat], given: dict[str, Any], response: Callable[[str, str | None], Response]
     ) -> Generator[Response, None, None]:
-        options = self._options(given)
+        with let_through():
+            messages, options = build(), self._options(given)
+        return self._pieces(messages, options, response)
 
-        def pieces() -> Generator[Response, None, None]:
+    def _pieces(
+        self, messages: Chat, options: dict[str, Any], response: Callable[[str, str | None], Response]
+    ) -> Generator[Response, None, None]:
+        with let_through():
             stream = self.llm.chat_stream(messages, **options)  # here, because it begins at once
             text = ""
             try:
@@ -195,8 +205,6 @@ class ChunkCacheLLM(CustomLLM):
                 stream.close()
             if stream.result is not None:
                 yield _with_usage(response(text, ""), stream.result)
-
-        return pieces()
 
 
 def as_chat(messages: Sequence[ChatMessage]) -> Chat:

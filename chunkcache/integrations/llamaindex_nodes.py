@@ -12,6 +12,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from pydantic import Field, InstanceOf, PrivateAttr
 
 from chunkcache.blend import Policy
+from chunkcache.integrations.llamaindex_errors import let_through
 from chunkcache.integrations.llamaindex_llm import ChunkCacheLLM
 from chunkcache.integrations.precomputing import CHUNK_KEY, BackgroundPrecompute
 from chunkcache.llm import CachedLLM
@@ -68,9 +69,10 @@ class ChunkCachePostprocessor(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         texts = [found.node.get_content(metadata_mode=MetadataMode.LLM) for found in nodes]
-        order = self._ahead.order(texts)
-        nodes, texts = [nodes[index] for index in order], [texts[index] for index in order]
-        digests = self._ahead.take(texts, [found.node.ref_doc_id for found in nodes])
+        with let_through():
+            order = self._ahead.order(texts)
+            nodes, texts = [nodes[index] for index in order], [texts[index] for index in order]
+            digests = self._ahead.take(texts, [found.node.ref_doc_id for found in nodes])
         return [
             found if digest is None else found.model_copy(update={"node": _keyed(found.node, digest)})
             for found, digest in zip(nodes, digests, strict=True)

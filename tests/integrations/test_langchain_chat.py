@@ -386,9 +386,16 @@ def test_keywords_that_nobody_knows_are_refused(wrong):
         chat().invoke("Hello", **wrong)
 
 
-def test_tools_are_refused():
-    with pytest.raises(NotImplementedError):
+def test_tools_are_refused_in_words():
+    with pytest.raises(NotImplementedError, match="tools are not served"):
         chat().bind_tools([])
+    with pytest.raises(NotImplementedError, match="tools are not served"):
+        chat().with_structured_output({"title": "depth", "type": "object", "properties": {}})
+    given = [{"type": "function", "function": {"name": "depth"}}]
+    for name, value in (("tools", given), ("tool_choice", "any"), ("functions", given)):
+        for how in ("invoke", "stream", "astream", "ainvoke"):
+            with pytest.raises(InputError, match=f"{name}=: tools are not served"):
+                ask(chat(), how, **{name: value})
 
 
 def test_traces_have_the_model_and_no_secret():

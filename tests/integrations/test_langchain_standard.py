@@ -86,6 +86,10 @@ class TestChatUnit(ChatModelUnitTests):
         return ChatChunkCache
 
     @property
+    def has_tool_calling(self) -> bool:
+        return False  # `bind_tools` is there to say so
+
+    @property
     def chat_model_params(self) -> dict[str, Any]:
         return {"llm": tiny_llm(), "model_name": "tiny"}
 
@@ -100,6 +104,10 @@ class TestChatIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_class(self) -> type[ChatChunkCache]:
         return ChatChunkCache
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False  # `bind_tools` is there to say so
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
