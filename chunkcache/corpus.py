@@ -203,12 +203,13 @@ class Corpus:
 
     def _prepare(self, question: str, k: int, options: dict[str, Any]) -> tuple[list[Hit], PreparedRequest]:
         """Return what a question is asked over, and the request."""
+        prompts = self.llm.prompts.with_options(options.pop("template_options", None))
         check_options(options)
         check_keywords(self.llm.engine.model, options)
         hits = self.search(question, k)
         length = options.pop("max_new_tokens", None)
         return hits, self.llm.engine.prepare(
-            lambda: self.llm.prompts.build(question, self.passages(hits), self._system), self._policy, length, options
+            lambda: prompts.build(question, self.passages(hits), self._system), self._policy, length, options
         )
 
     def _answer(self, hits: Sequence[Hit], request: PreparedRequest) -> Generation:

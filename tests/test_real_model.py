@@ -141,9 +141,11 @@ def test_chunks_are_found_in_an_ordinary_prompt(llm):
     with llm.attached():
         output = llm.model.generate(**inputs, **GREEDY)
     assert fact in llm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
-    assert llm.last_stats.hits == 2
+    assert llm.last_stats.hits in (2, 3)  # with what the prompt begins with, if a test before has computed that
     known = sum(len(llm.prompts.chunk(chunk)) for chunk in chunks)
-    assert known - 8 <= llm.last_stats.reused_tokens <= known  # edges tokenise differently
+    assert (
+        known - 8 <= llm.last_stats.reused_tokens <= known + len(llm.prompts.prefix())
+    )  # edges tokenise differently
     assert "generate" not in llm.model.__dict__
 
 
