@@ -97,10 +97,14 @@ class ChunkCacheLLM(CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex fits prompts to: lengths of context and answer, in tokens."""
+        """What LlamaIndex fits prompts to: lengths of context and answer, in tokens.
+
+        The context is what the chat template leaves of the model's: LlamaIndex counts the texts of messages alone.
+        """
+        framing = len(self.llm.chat_prompt([{"role": "user", "content": "x"}]).token_ids)
         options = with_length(self.llm.model, self._options({}), None)
         return LLMMetadata(
-            context_window=self.llm.max_tokens,
+            context_window=self.llm.max_tokens - framing,
             num_output=options["max_new_tokens"] or DEFAULT_NEW_TOKENS,
             is_chat_model=True,
             model_name=self.model_name,

@@ -129,3 +129,13 @@ async def test_a_postprocessor_raises_it_too():
     post.ahead._policy = "nonsense"  # as if the policy had gone since
     with pytest.raises(ServingError, match="nonsense"):
         await ask(index_of(), "query", llm=answering(), node_postprocessors=[post])
+
+
+async def test_counted_by_the_models_tokenizer_more_nodes_than_fit_are_answered():
+    llm = answering()
+    Settings.tokenizer = llm.token_ids
+    nodes = [TextNode(text=" ".join(f"{text} It is number {n}." for text in TEXTS)) for n in range(12)]
+    index = VectorStoreIndex(nodes, embed_model=MockEmbedding(8))
+    for mode in ("compact", "tree_summarize", "compact_accumulate"):
+        engine = index.as_query_engine(llm=llm, similarity_top_k=12, response_mode=mode)
+        await asyncio.to_thread(lambda engine=engine: engine.query(QUESTION))
