@@ -16,7 +16,7 @@ from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, InstanceOf
 
 from chunkcache.blend import Policy
-from chunkcache.engine.generation import Generation, setting
+from chunkcache.engine.generation import Generation, needs_finished_cache, setting
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
 from chunkcache.integrations.answering import NO_TOOLS, SETTINGS, chat_options, load_llm, model_name, strip_stop
@@ -95,8 +95,11 @@ class ChatChunkCache(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        """Answer in another thread, which ends when this is cancelled."""
+        """Answer in another thread, which ends when this is cancelled; under beam search it runs to its end."""
         options = self._options(stop, kwargs)
+        if needs_finished_cache(self.llm.model, options):  # there is no stream of beams
+            generation = await run_in_executor(None, lambda: self.llm.chat(as_chat(messages), **options))
+            return self._result(generation, options)
         stream = self.llm.chat_stream(as_chat(messages), **options)
         try:
             await run_in_executor(None, lambda: list(stream))

@@ -23,7 +23,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from pydantic import Field, InstanceOf
 
 from chunkcache.blend import Policy
-from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation, with_length
+from chunkcache.engine.generation import DEFAULT_NEW_TOKENS, Generation, needs_finished_cache, with_length
 from chunkcache.errors import PromptError
 from chunkcache.integrations.answering import SETTINGS, chat_options, load_llm, model_name, strip_stop
 from chunkcache.integrations.llamaindex_errors import let_through
@@ -129,7 +129,7 @@ class ChunkCacheLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages; see `chat`."""
-        return await _last(self._stream(partial(as_chat, messages), kwargs, _chat_response))
+        return await self._aanswer(partial(as_chat, messages), kwargs, _chat_response)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> Generator[ChatResponse, None, None]:
@@ -153,7 +153,7 @@ class ChunkCacheLLM(CustomLLM):
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer one user message; see `chat`."""
-        return await _last(self._stream(partial(self._asked, prompt, formatted), kwargs, _completion_response))
+        return await self._aanswer(partial(self._asked, prompt, formatted), kwargs, _completion_response)
 
     @llm_completion_callback()
     def stream_complete(
@@ -187,6 +187,16 @@ class ChunkCacheLLM(CustomLLM):
             options = self._options(given)
             generation = self.llm.chat(build(), **options)
             return _with_usage(response(strip_stop(self.llm, generation, options)[0], None), generation)
+
+    async def _aanswer(
+        self, build: Callable[[], Chat], given: dict[str, Any], response: Callable[[str, str | None], Response]
+    ) -> Response:
+        """Answer in another thread; the generation ends when this is cancelled, but for beam search."""
+        with let_through():
+            beams = needs_finished_cache(self.llm.model, self._options(given))
+        if beams:  # there is no stream of them
+            return await asyncio.to_thread(self._answer, build, given, response)
+        return await _last(self._stream(build, given, response))
 
     def _stream(
         self, build: Callable[[], Chat], given: dict[str, Any], response: Callable[[str, str | None], Response]

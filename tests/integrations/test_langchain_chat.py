@@ -31,7 +31,7 @@ from langchain_core.runnables import RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import ValidationError
 from support.langchain import ListRetriever
-from support.llm import QUESTION, TEXTS, plain, tiny_model, wrapped
+from support.llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
 from transformers import GenerationConfig, StoppingCriteria
 
 from chunkcache.errors import InputError, PromptError
@@ -538,6 +538,13 @@ async def ended(counted):
         before = counted.tokens
         await asyncio.sleep(0.05)
     assert 0 < counted.tokens < LONG["max_tokens"]
+
+
+def test_beams_answer_alike_with_and_without_async():
+    llm = chat(wrapped(own_model()))
+    answers = [ask(llm, how, num_beams=2) for how in ("invoke", "ainvoke")]
+    assert len({answer.text for answer in answers}) == 1
+    assert [answer.usage_metadata["output_tokens"] for answer in answers] == [12, 12]
 
 
 def test_an_error_of_the_model_is_the_callers_in_every_way():

@@ -377,6 +377,13 @@ def test_keywords_of_generate_come_as_options_or_with_a_call():
         answering().complete(QUESTION, nonsense=1)
 
 
+def test_beams_answer_alike_with_and_without_async():
+    llm = answering(options={"num_beams": 2})
+    answer = llm.complete(QUESTION)
+    assert asyncio.run(llm.acomplete(QUESTION)).text == answer.text
+    assert asyncio.run(llm.achat([ChatMessage(QUESTION)])).message.content == answer.text
+
+
 def test_a_policy_per_call():
     prompt = f"{TEXTS[0]}\n\n{QUESTION}"
     assert answering().complete(prompt, policy="full").additional_kwargs["cached_tokens"] == 0
