@@ -118,6 +118,8 @@ class Attachment:
         model = self._model
         input_ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         mask = kwargs.get("attention_mask")
+        if len(args) > 1:
+            kwargs = {**kwargs, "generation_config": args[1]}
         plain = (
             isinstance(input_ids, Tensor)
             and input_ids.ndim == 2

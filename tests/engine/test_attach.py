@@ -191,6 +191,17 @@ def test_what_it_cannot_help_goes_straight_through(case):
     assert (llm.last_stats.fallbacks, llm.last_stats.hits) == (1, 0)
 
 
+def test_a_generation_config_by_place_counts():
+    model = tiny_model()
+    llm = ready(model)
+    prompt = prompt_of(llm, "Read. ", 2, 0, "Well?")
+    config = GenerationConfig(num_beams=2, max_new_tokens=6, pad_token_id=3)
+    expected = model.generate(prompt, config).tolist()
+    with llm.attached():
+        assert model.generate(prompt, config).tolist() == expected
+    assert (llm.last_stats.fallbacks, llm.last_stats.hits) == (1, 0)
+
+
 def test_a_batch_goes_straight_through():
     model = tiny_model()
     llm = ready(model)
