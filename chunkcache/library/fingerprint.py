@@ -103,12 +103,13 @@ def _ordered(value: Any) -> Any:
 
 
 def _foreign(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Yield what other people put round a module's forward."""
-    yield from module._forward_pre_hooks.values()
-    yield from module._forward_hooks.values()
+    """Yield what other people put round a module's forward, but for libraries that change no output by it."""
     forward = vars(module).get("forward")
-    if forward is not None and not hasattr(module, "_hf_hook"):
-        yield forward
+    own = [] if forward is None or hasattr(module, "_hf_hook") else [forward]
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *own):
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        if not (getattr(function, "__module__", None) or "").startswith(_HARMLESS):
+            yield hook
 
 
 def _global_hooks() -> list[Callable[..., Any]]:
@@ -116,15 +117,11 @@ def _global_hooks() -> list[Callable[..., Any]]:
 
 
 def _token(hook: Any) -> str:
-    """Return a name for a hook: of a library's that changes no output, its own; else one that no other ever has.
+    """Return a name for a hook that no other ever has.
 
-    What a hook of somebody's does cannot be read off it. KV that are computed under it are for this process, and for
-    as long as the hook is there.
+    What it does cannot be read off it. KV that are computed under it are for this process, and for as long as it is
+    there.
     """
-    function = hook.func if isinstance(hook, functools.partial) else hook
-    module = getattr(function, "__module__", None) or ""
-    if module.startswith(_HARMLESS):
-        return f"{module}.{getattr(function, '__qualname__', '')}"
     try:
         return _tokens.setdefault(hook, uuid.uuid4().hex)
     except TypeError:  # it can be no key of a dictionary

@@ -276,3 +276,15 @@ def test_refresh_reads_all_again():
     assert llm.refresh() == before
     one_row_by_data(model)
     assert llm.refresh() != before
+
+
+def test_what_changes_no_output_is_no_change():
+    model = tiny()
+    llm = warm(model)
+    before, served = llm.fingerprint, llm.engine.served.current()
+    with llm.attached():
+        assert llm.engine.served.current() is served
+    model(input_ids=torch.arange(10, 20)[None], output_hidden_states=True, output_attentions=True)
+    model.generate(torch.arange(10, 20)[None], max_new_tokens=2, **OPTIONS)
+    assert llm.fingerprint == before
+    assert llm.prefill(QUESTION, TEXTS).stats.cached_tokens > 0
