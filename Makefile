@@ -27,7 +27,7 @@ test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in
 	@.venv/lmcache/bin/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
 
 test-adapters: .venv/adapters/.installed    ## run the tests that need peft, torchao and bitsandbytes, likewise
-	@.venv/adapters/bin/python -m pytest tests/engine/test_adapters.py
+	@.venv/adapters/bin/python -m pytest tests/engine/test_adapters.py tests/engine/test_mutations.py
 
 lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -24,8 +24,10 @@ from torch.nn.modules import module as nn_module
 from chunkcache.library.tensors import model_tensors, raw_bytes
 
 AUDIT_BYTES = 1 << 20  # of weights that a look compares whole
+_SMALL = 4 << 20  # bytes of a model that every look compares all of: it has few modules, so that there is time
 _BLOCK = 1 << 18
 _SAMPLE = 32  # bytes of each tensor that every look compares
+_TABLE = 4096  # bytes of a buffer that is compared whole instead: rotary tables are rewritten, alike, at each forward
 _MARK = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _PRIVATE = frozenset(("_active_adapter", "_disable_adapters"))  # peft's, of an adapter's layers
 _VOLATILE = frozenset(("max_seq_len_cached", "name_or_path", "gradient_checkpointing"))
@@ -103,7 +105,8 @@ class Sentinel:
         self._config_copy = copy.deepcopy(vars(self._config)) if self._config is not None else {}
         tensors = {id(tensor): tensor for _, tensor in model_tensors(self._model)}
         self._tensors = [tensor for tensor in tensors.values() if tensor.device.type != "meta"]
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._tables = {id(buffer) for buffer in self._model.buffers() if buffer.nbytes <= _TABLE}
+        self._counted = [t for t in self._tensors if not (t.is_inference() or id(t) in self._tables)]
         self._versions, self._pointers = self._writes()
         self._sample()
 
@@ -134,14 +137,18 @@ class Sentinel:
 
     def _sample(self) -> None:
         """Note some bytes of each tensor, and divide all of them into blocks."""
-        here = [raw_bytes(tensor) for tensor in self._tensors if _is_mapped(tensor)]
-        self._samples = [raw[len(raw) // 2 :][:_SAMPLE] for raw in here]
+        mapped = [tensor for tensor in self._tensors if _is_mapped(tensor)]
+        here = [raw_bytes(tensor) for tensor in mapped]
+        whole = [id(tensor) in self._tables for tensor in mapped]
+        self._samples = [raw if w else raw[len(raw) // 2 :][:_SAMPLE] for raw, w in zip(here, whole, strict=True)]
         self._bytes = b"".join(self._samples)
-        elsewhere = [tensor.detach() for tensor in self._tensors if tensor.device.type != "cpu" and tensor.numel()]
-        self._far = [_middle(tensor) for tensor in elsewhere]
+        elsewhere = [tensor for tensor in self._tensors if tensor.device.type != "cpu" and tensor.numel()]
+        self._far = [_middle(tensor, id(tensor) in self._tables) for tensor in elsewhere]
         self._far_bytes = torch.cat(self._far) if self._far else None
         self._blocks = [raw[at : at + _BLOCK] for raw in here for at in range(0, len(raw), _BLOCK)]
         self._digests: list[int | None] = [None] * len(self._blocks)
+        total = sum(map(len, here))
+        self._share = total if total <= _SMALL else AUDIT_BYTES
         self._turn = itertools.cycle(range(len(self._blocks)))
         self._audit()
 
@@ -160,7 +167,7 @@ class Sentinel:
             if known is not None and known != digest:
                 return False
             done += len(block)
-            if done >= AUDIT_BYTES:
+            if done >= self._share:
                 break
         return True
 
@@ -170,7 +177,9 @@ def _is_mapped(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.is_contiguous()
 
 
-def _middle(tensor: Tensor) -> Tensor:
-    flat = tensor.contiguous().reshape(-1)
+def _middle(tensor: Tensor, whole: bool) -> Tensor:
+    flat = tensor.detach().contiguous().reshape(-1)
+    if whole:
+        return flat.view(torch.uint8)
     count = max(1, _SAMPLE // flat.element_size())
     return flat[flat.numel() // 2 :][:count].view(torch.uint8)

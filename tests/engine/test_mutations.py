@@ -1,7 +1,7 @@
 """Any changes of a model in any order, over one disk store: each request is answered as the model itself would.
 
-CHUNKCACHE_EXAMPLES sets how many orders are tried, of up to eight changes each. Adapters are among the changes where
-peft is installed: `make test-adapters`.
+CHUNKCACHE_EXAMPLES sets how many orders are tried, of up to eight changes each; `pytest -s` prints how many changes it
+were. Adapters are among them where peft is installed: `make test-adapters`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def subject() -> Any:
 def store(tmp_path_factory):
     with open_store(f"disk://{tmp_path_factory.mktemp('shared')}?max_bytes=256MiB") as opened:
         yield opened
+    print(f"{mutations[0]} changes")
 
 
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))

@@ -288,3 +288,13 @@ def test_what_changes_no_output_is_no_change():
     model.generate(torch.arange(10, 20)[None], max_new_tokens=2, **OPTIONS)
     assert llm.fingerprint == before
     assert llm.prefill(QUESTION, TEXTS).stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_no_family_changes_by_being_used(name):
+    model = zoo.new(name, zoo.FAMILIES[name].attentions[0], vocab_size=VOCAB)
+    llm = warm(model, policy="reuse")
+    served = llm.engine.served.current()
+    llm.generate(QUESTION, TEXTS, max_new_tokens=2, **OPTIONS)
+    model.generate(torch.arange(10, 20)[None], max_new_tokens=2, **OPTIONS)
+    assert llm.engine.served.current() is served
