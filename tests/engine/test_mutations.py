@@ -1,7 +1,7 @@
 """Any changes of a model in any order, over one disk store: each request is answered as the model itself would.
 
-CHUNKCACHE_EXAMPLES sets how many orders are tried, of up to eight changes each; `pytest -s` prints how many changes it
-were. Adapters are among them where peft is installed: `make test-adapters`.
+CHUNKCACHE_EXAMPLES sets how many orders are tried, of up to eight changes each; `pytest -s` prints how many changes
+were made. Adapters are among them where peft is installed: `make test-adapters`.
 """
 
 from __future__ import annotations
