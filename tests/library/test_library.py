@@ -171,3 +171,25 @@ def test_a_key_shows_no_token_and_no_tenant():
     key = new_library(tenant="tenant-7").ref(CHUNKS[0], PREFIX).key
     assert re.fullmatch("[0-9a-f]{64}", key.digest)
     assert key.digest.startswith(str(key))
+
+
+@pytest.mark.parametrize("cut", ["tokens", "layers"])
+def test_kv_that_are_not_all_of_the_chunk_are_not_stored(cut):
+    """A hook may prune the cache while a chunk is computed."""
+    library = new_library()
+    ref = library.ref((5, 6, 7, 8), ())
+    kv = library.compute([ref])[ref]
+    library.drop(ref.key)
+    layers = [layer[:, :, 1:] for layer in kv.layers] if cut == "tokens" else kv.layers[1:]
+    library.put(ref, kv.of_layers(layers))
+    assert not library.holds(ref)
+    assert library.refused == 1
+
+
+def test_nothing_is_stored_once_the_model_is_another():
+    library = new_library()
+    ref = library.ref((5, 6, 7, 8), ())
+    library._is_current = lambda: False
+    assert library.compute([ref])[ref].token_ids == ref.token_ids
+    assert not library.holds(ref)
+    assert library.refused == 1
