@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from chunkcache.blend.attention import register, rows_attention
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 
+Item = TypeVar("Item")
 NAME = "chunkcache_pack"
 PACK_TOKENS = 1024  # of all chunks in one forward; twice as many measured no faster on a CPU
 
@@ -51,7 +52,7 @@ class Encoder:
         if record or not self._packable():
             yield from self._one_by_one(context, chunks, record)
             return
-        for pack in _packs(chunks):
+        for pack in packs(chunks, len, PACK_TOKENS):
             yield from _Pack(self._decoder, context, pack).prefill()
 
     def _packable(self) -> bool:
@@ -151,16 +152,16 @@ class _Pack:
         return torch.cat(outputs, dim=1), None
 
 
-def _packs(chunks: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
-    """Group chunks in their order, so that a pack of several stays within `PACK_TOKENS`."""
-    pack: list[TokenIds] = []
+def packs(items: Sequence[Item], tokens_of: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Group items in their order, so that a group of several stays within `most` tokens."""
+    pack: list[Item] = []
     tokens = 0
-    for chunk in chunks:
-        if pack and tokens + len(chunk) > PACK_TOKENS:
+    for item in items:
+        if pack and tokens + tokens_of(item) > most:
             yield pack
             pack, tokens = [], 0
-        pack.append(chunk)
-        tokens += len(chunk)
+        pack.append(item)
+        tokens += tokens_of(item)
     if pack:
         yield pack
 

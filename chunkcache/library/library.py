@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from chunkcache.blend import Decoder, Policy
 from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.kv import ChunkKey, ChunkKV, ChunkRef, Origin, Span, TokenIds, chunk_name, hashed_label
-from chunkcache.library.encoder import Encoder
+from chunkcache.library.encoder import Encoder, packs
 from chunkcache.library.registry import ChunkRegistry
 from chunkcache.library.single_flight import SingleFlight
 from chunkcache.store import Entry, EntryFilter, Store
@@ -151,8 +151,7 @@ class ChunkLibrary:
             ref: what it is stored as.
             kv: its KV.
             chunks: the whole chunk that it is of, and those that stand in its context; () if it is a chunk itself,
-                and no other stands there. If one has another trust label, it is not made findable: what it encodes
-                of that one stays in this context.
+                and no other stands there. Behind one of another trust label it is not made findable.
         """
         if self._may_store(kv):
             self._store.put(ref.key, self.with_origin(kv, chunks))
@@ -237,9 +236,12 @@ class ChunkLibrary:
         """
         self._store.flush()  # what a far tier once refused is written now
         done = 0
-        for part in _parts(refs):
-            before = done
-            counted = None if on_progress is None else partial(_count_on, on_progress, before, len(refs))
+        for part in packs(refs, lambda ref: len(ref.token_ids), PART_TOKENS):
+
+            def counted(n: int, _: int, before: int = done) -> None:
+                if on_progress is not None:
+                    on_progress(before + n, len(refs))
+
             self.compute(part, counted, record)
             self._store.flush()
             done += len(part)
@@ -338,21 +340,3 @@ class ChunkLibrary:
             others = tuple(label for label in entry.documents if label != document)
             with suppress(EntryLostError):  # counted by the store
                 self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))
-
-
-def _count_on(on_progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    on_progress(before + done, total)
-
-
-def _parts(refs: Sequence[ChunkRef]) -> Iterator[list[ChunkRef]]:
-    """Divide chunks into parts of `PART_TOKENS`, or of one chunk that is longer."""
-    part: list[ChunkRef] = []
-    tokens = 0
-    for ref in refs:
-        if part and tokens + len(ref.token_ids) > PART_TOKENS:
-            yield part
-            part, tokens = [], 0
-        part.append(ref)
-        tokens += len(ref.token_ids)
-    if part:
-        yield part
