@@ -269,11 +269,13 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         """Return the prompt that `chat` would answer."""
         return self._messages.build(messages, template_options)
 
-    def conversation(self, system: str | None = None) -> Conversation:
+    def conversation(
+        self, system: str | None = None, template_options: Mapping[str, Any] | None = None
+    ) -> Conversation:
         """Return a new conversation, in which each question goes on from the KV of those before it."""
         from chunkcache.engine.conversation import Conversation
 
-        return Conversation(self.engine, self._messages, system)
+        return Conversation(self.engine, self._messages, system, template_options)
 
     def generate_batch(
         self,

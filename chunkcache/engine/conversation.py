@@ -7,7 +7,7 @@ along are reused at the place where they now stand, like those of the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from chunkcache.blend import Policy, layer_kv
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest
-from chunkcache.engine.generation import Generation, needs_finished_cache, take_policy
+from chunkcache.engine.generation import Generation, end_ids, needs_finished_cache, take_policy
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
@@ -33,13 +33,22 @@ class Conversation:
         engine: what answers.
         messages: builds the prompts.
         system: system prompt; None for the chat template's own.
+        template_options: keywords for the chat template at each turn; those of a turn come before them.
 
     Attributes:
         token_ids: all that has been said so far, answers included.
         turns: how many questions were answered.
     """
 
-    def __init__(self, engine: Engine, messages: MessageBuilder, system: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        messages: MessageBuilder,
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        messages.prompts.with_options(template_options)  # refuses what the template does not read
+        self._template_options = dict(template_options or {})
         self._engine, self._messages, self._system = engine, messages, system
         self._said: list[Turn] = [Turn("system", system)] if system else []
         self._head: ChunkKV | None = None
@@ -81,10 +90,10 @@ class Conversation:
         return self._engine.stream(request, partial(self._answer, asked=asked))
 
     def prefill(
-        self, question: str, chunks: Sequence[Any] = (), *, policy: str | Policy | None = None
+        self, question: str, chunks: Sequence[Any] = (), *, policy: str | Policy | None = None, **options: Any
     ) -> PrefillOutput:
         """Prefill the next question like `CachedLLM.prefill`; the conversation stays where it is."""
-        return self._engine.prefill(self._prepare(question, chunks, policy, None, {})[0])
+        return self._engine.prefill(self._prepare(question, chunks, policy, None, options)[0])
 
     def _prepare(
         self,
@@ -98,7 +107,7 @@ class Conversation:
             raise InputError("num_beams: a conversation goes on from one sequence; leave beam search out")
         options = dict(options)
         chosen = self._engine.resolve_policy(take_policy(options, policy))
-        template_options = options.pop("template_options", None)
+        template_options = {**self._template_options, **(options.pop("template_options", None) or {})}
         self._messages.prompts.check(question, chunks)
         asked = Turn("user", question.strip(), tuple(chunks), framed=True)
 
@@ -131,7 +140,7 @@ class Conversation:
         before = self._engine.served.current()
         generation, cache = self._engine.answer(request)
         prompts = self._messages.prompts
-        spoken = prompts.without_end(generation.token_ids)
+        spoken = prompts.without_end(generation.token_ids, end_ids(self._engine.model, request.options))
         text = prompts.text_of(spoken)
         answer = Turn("assistant", generation.text if text is None else text, token_ids=spoken if text else ())
         self._said += [asked, answer]

@@ -202,6 +202,14 @@ def setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
     return given if given is not None else getattr(model.generation_config, name, None)
 
 
+def end_ids(model: PreTrainedModel, options: dict[str, Any]) -> list[int]:
+    """Return the ids of the tokens that end an answer."""
+    ids = setting(model, options, "eos_token_id")
+    if isinstance(ids, Tensor):
+        ids = ids.flatten().tolist()
+    return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [int(ids)]
+
+
 def corrected(config: GenerationConfig) -> dict[str, Any]:
     """Return the keywords by which `generate()` goes on from a prefilled cache, where `config` says otherwise."""
     said = {name: getattr(config, name, None) for name in FIXED}

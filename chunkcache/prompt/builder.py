@@ -7,7 +7,7 @@ depend on what stands beside it; full prefill of the joined ids is the same prom
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -108,6 +108,11 @@ class PromptBuilder:
         """Return a prompt that has only what every prompt begins with."""
         return PromptIds(() if self.template else self._tokens.leading(), self._tokens.run)
 
+    def add_own(self, prompt: PromptIds, text: str) -> None:
+        """Append a text of the template's own."""
+        for piece in self._tokens.pieces(text):
+            prompt.text(*piece)
+
     def add_chunks(self, prompt: PromptIds, chunks: Sequence[Any]) -> None:
         """Append chunks; behind one that joins the next stands only what is tokenised differently in a whole."""
         for chunk in chunks:
@@ -165,17 +170,16 @@ class PromptBuilder:
         return self._tokens.text(text)
 
     def text_of(self, token_ids: Sequence[int]) -> str | None:
-        """Return the text of an answer; None where it has special tokens in the middle."""
-        tokenizer: Any = self._tokens.tokenizer
-        if set(token_ids) & set(tokenizer.all_special_ids):
+        """Return the text of an answer as it stands behind its prompt; None where it has BOS, EOS or the like in it."""
+        if set(token_ids) & set(self._tokens.tokenizer.all_special_ids):
             return None
-        return str(tokenizer.decode(list(token_ids)))
+        return self._tokens.decode(token_ids)
 
-    def without_end(self, token_ids: Sequence[int]) -> TokenIds:
-        """Return an answer without the special tokens at its end."""
-        special = set(self._tokens.tokenizer.all_special_ids)
+    def without_end(self, token_ids: Sequence[int], ends: Collection[int] = ()) -> TokenIds:
+        """Return an answer without the tokens at its end that end it: EOS and the like, and `ends`."""
+        ends = {*self._tokens.tokenizer.all_special_ids, *ends}
         end = len(token_ids)
-        while end and token_ids[end - 1] in special:
+        while end and token_ids[end - 1] in ends:
             end -= 1
         return tuple(token_ids[:end])
 
@@ -199,7 +203,7 @@ class PromptBuilder:
                 "place in it; set tokenizer.chat_template to one that does, or to None for plain text"
             )
         for own, index in rendered:
-            yield own, True
+            yield from self._tokens.pieces(own)
             if index == asked:
                 yield before, False
                 yield None

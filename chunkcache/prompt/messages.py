@@ -19,7 +19,7 @@ from chunkcache.kv import TokenIds
 from chunkcache.prompt.builder import ANSWER, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import FoundText
 from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common
-from chunkcache.prompt.template import Options
+from chunkcache.prompt.template import MessagesRefusedError, Options
 
 __all__ = ["Message", "MessageBuilder", "PromptChunk", "Turn"]
 
@@ -73,13 +73,13 @@ class MessageBuilder:
         if asked.is_framed and asked.role == "user" and len(before) == (system is not None):
             try:
                 return prompts.build(asked.text, asked.chunks, system)
-            except PromptError:
+            except MessagesRefusedError:
                 if system is None:
                     raise  # else the template may take no system message, and it is folded below
         ids = prompts.start()
         found = _Found(system)
         for own, turn in self._placed(prompts, turns):
-            ids.text(own, True)
+            prompts.add_own(ids, own)
             if turn is not None:
                 if turn.role == "assistant" and found.opening is None and not ids.spans:
                     found.opening = ids.mark()
@@ -95,7 +95,7 @@ class MessageBuilder:
             return ids.build(prefix if prefix < len(before) else 0)
         try:
             context = prompts.prefix(found.system)
-        except PromptError:  # the template takes no system message: chunks cannot have been computed after one
+        except MessagesRefusedError:  # the template takes no system message: chunks cannot have been computed after one
             context = prompts.prefix(None)
         return ids.build(prefix, context)
 
@@ -130,7 +130,7 @@ class MessageBuilder:
         frame = prompts.frame_texts()
         try:
             rendered, texts = prompts.template.place([(turn.role, turn.whole(*frame)) for turn in turns])
-        except PromptError:
+        except MessagesRefusedError:
             folded = _folded(turns)  # a template may want user and assistant in turn, and no system message
             if folded == turns:
                 raise

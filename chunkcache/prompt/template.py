@@ -1,7 +1,8 @@
 """What a chat template makes of messages, and where in it each message's text stands.
 
 A template may compute something (a date), look at options (`enable_thinking`), drop thoughts, or move the system
-prompt: so it is rendered at each request, with marks in the place of the texts and once more with the texts.
+prompt: so it is rendered at each request, with marks in the place of the texts and once more with the texts. Where it
+decides by what a text says (`/no_think`), marks stand round the texts.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from chunkcache.errors import PromptError
 from chunkcache.prompt.tokens import Tokens
@@ -23,7 +26,14 @@ Rendered = list[tuple[str, int | None]]  # the template's own text, and the mess
 
 _MARK = "[[message {} stands here]]"
 _MARKS = re.compile(r"\[\[message (\d+) stands here]]")
+_ROUND = "[[text {0} begins]]{1}[[text {0} ends]]"
+_BORDERS = re.compile(r"\[\[text (\d+) (begins|ends)]]")
 _OURS = ("messages", "add_generation_prompt", "tokenize", "return_tensors", "return_dict", "continue_final_message")
+_GIVEN = {"tools", "raise_exception", "strftime_now"}  # names in a template that no option is meant for
+
+
+class MessagesRefusedError(PromptError):
+    """The template takes no such messages, or leaves one out; it may take them in another form."""
 
 
 class ChatTemplate:
@@ -44,32 +54,44 @@ class ChatTemplate:
         self._check()
 
     def __bool__(self) -> bool:
-        return bool(self._given.chat_template)
+        return bool(self._source)
 
     def with_options(self, options: Options) -> ChatTemplate:
         """Return the template with more options, which come before those that it has."""
         return ChatTemplate(self._given, self._tokens, {**self.options, **options})
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return what the template makes of messages.
+        """Return what the template makes of messages; `Tokens.hide` went over the texts in its options.
 
         Raises:
-            PromptError: it refuses them.
+            PromptError: it refuses them, or an option is none of the template's, which may be another by now.
         """
         tokenizer: Any = self._tokens.tokenizer
+        self._check()
+        options = {name: self._hidden(value) for name, value in self.options.items() if name != "chat_template"}
         try:
             rendered = tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=True,
-                **{"chat_template": self._source, **{k: v for k, v in self.options.items() if k != "chat_template"}},
+                list(messages), tokenize=False, add_generation_prompt=True, chat_template=self._source, **options
             )
         except TemplateError as error:
-            raise PromptError(
+            raise MessagesRefusedError(
                 f"the tokenizer's chat template refuses these messages ({error}); "
                 "leave out system=, or put its text into instruction="
             ) from error
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # may quote a text
+            raise MessagesRefusedError(
+                f"the tokenizer's chat template fails on these messages or options ({type(error).__name__}); pass "
+                "others, or set tokenizer.chat_template to one that takes them"
+            ) from error
         return str(rendered)
+
+    def _hidden(self, value: Any) -> Any:
+        """Return an option in which no text is read as special tokens, but one that is nothing else."""
+        if isinstance(value, str):
+            return value if value in self._tokens.names else self._tokens.hide(value)
+        if isinstance(value, Mapping):
+            return {name: self._hidden(each) for name, each in value.items()}
+        return [self._hidden(each) for each in value] if isinstance(value, list | tuple) else value
 
     def place(self, messages: Sequence[tuple[str, str]]) -> tuple[Rendered, list[str]]:
         """Return the template's own text round the texts of messages, and these texts as the template writes them.
@@ -86,7 +108,7 @@ class ChatTemplate:
         parts = _MARKS.split(marked)
         places = [int(index) for index in parts[1::2]]
         if sorted(places) != list(range(len(messages))):
-            raise PromptError(
+            raise MessagesRefusedError(
                 f"the tokenizer's chat template does not keep these messages apart and whole ({', '.join(roles)}); "
                 "leave out those it does not know, or set tokenizer.chat_template to one that does, or to None for "
                 "plain text"
@@ -98,12 +120,37 @@ class ChatTemplate:
             if _filled(rendered, written) == whole:
                 return rendered, written
         written = [self._written(roles, marks, marked, index, text) for index, text in enumerate(texts)]
-        if _filled(rendered, written) != whole:
-            raise PromptError(
-                "the tokenizer's chat template writes something else where other messages stand, so that theirs "
-                "cannot be told from its own text; set tokenizer.chat_template to one that does not"
-            )
-        return rendered, written
+        if _filled(rendered, written) == whole:
+            return rendered, written
+        return self._place_whole(roles, written, whole)
+
+    def _place_whole(self, roles: Sequence[str], texts: Sequence[str], whole: str) -> tuple[Rendered, list[str]]:
+        """Return what `place` does, where what stands round a text depends on what it says.
+
+        Args:
+            roles: of the messages.
+            texts: as the template writes them, as far as that is known.
+            whole: what the template makes of the messages.
+        """
+        hide, shown = self._tokens.hide, self._tokens.shown
+        parts = _BORDERS.split(self._with_texts(roles, [_ROUND.format(n, hide(t)) for n, t in enumerate(texts)]))
+        own, between = parts[::6], parts[3::6]
+        order = [int(index) for index in parts[1::6]]
+        borders = list(zip(parts[1::3], parts[2::3], strict=True))
+        rendered: Rendered = list(zip(own, [*order, None], strict=False))
+        written = list(texts)
+        if borders == [(str(index), border) for index in order for border in ("begins", "ends")]:
+            end = len(shown(own[0]))
+            for index, text, behind in zip(order, map(shown, between), map(shown, own[1:]), strict=True):
+                forms = (text, text.rstrip(), text.lstrip(), text.strip())
+                written[index] = next((form for form in forms if whole.startswith(form + behind, end)), text)
+                end += len(written[index] + behind)
+            if sorted(order) == list(range(len(texts))) and shown(_filled(rendered, written)) == shown(whole):
+                return rendered, written
+        raise PromptError(
+            "the tokenizer's chat template writes something else where other messages stand, so that theirs "
+            "cannot be told from its own text; set tokenizer.chat_template to one that does not"
+        )
 
     def _with_texts(self, roles: Sequence[str], texts: Sequence[str]) -> str:
         return self.render([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
@@ -118,35 +165,51 @@ class ChatTemplate:
 
     @property
     def _source(self) -> str:
+        """The template that is used now; empty for none."""
         template, name = self._given.chat_template, self.options.get("chat_template")
-        if not isinstance(template, dict):
-            return str(name or template)
-        if name is None:
-            name = "default"
-        return str(template.get(name, name))
+        named = template if isinstance(template, dict) else {}
+        if name is None and not named:
+            return str(template or "")
+        if name is None and "default" not in named:
+            raise PromptError(
+                f"the tokenizer has the chat templates {', '.join(map(repr, named))}, and none called 'default': "
+                "choose one by template_options={'chat_template': NAME}, or set tokenizer.chat_template"
+            )
+        chosen = str(name or "default")
+        if chosen not in named and "{" not in chosen:
+            raise PromptError(
+                f"template_options: the tokenizer has no chat template called {chosen!r}; pass a template, or one of "
+                f"its names: {', '.join(map(repr, named)) or 'it has none'}"
+            )
+        return str(named.get(chosen, chosen))
 
     def _check(self) -> None:
-        template = self._given.chat_template
-        if isinstance(template, dict) and "chat_template" not in self.options and "default" not in template:
-            raise PromptError(
-                f"the tokenizer has the chat templates {', '.join(map(repr, template))}, and none called 'default': "
-                "choose one by template_options={'chat_template': NAME}, or set tokenizer.chat_template; wrap again"
-            )
+        source = self._source
         if "tools" in self.options:
             raise PromptError("template_options: tools are not served; write them into the system prompt")
         ours = [name for name in self.options if name in _OURS]
         if ours:
             raise PromptError(f"template_options: {ours[0]!r} is chunkcache's own to set; leave it out")
         wanted = self.options.keys() - {"chat_template"}
-        if not wanted:
-            return
-        read = _variables(self._source) if self else frozenset()
+        read = _variables(source) if wanted else None
         unknown = sorted(wanted - read) if read is not None else []
         if unknown:
+            tokens = self._tokens.tokenizer.special_tokens_map
             raise PromptError(
                 f"template_options: the chat template does not read {unknown[0]!r}; it reads "
-                f"{', '.join(sorted((read or frozenset()) - set(_OURS))) or 'nothing'}"
+                f"{', '.join(sorted((read or frozenset()) - {*_OURS, *_GIVEN, *tokens})) or 'nothing'}"
             )
+
+
+class _Generation(Extension):
+    """The tag of transformers' own that stands round answers."""
+
+    tags = {"generation"}  # noqa: RUF012 - as in jinja2
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _filled(rendered: Rendered, texts: Sequence[str]) -> str:
@@ -156,8 +219,8 @@ def _filled(rendered: Rendered, texts: Sequence[str]) -> str:
 @lru_cache(maxsize=64)
 def _variables(source: str) -> frozenset[str] | None:
     """Return the names that a template reads, or None where that cannot be said."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation], autoescape=False)
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(source)))
-    except TemplateError:  # it has tags of transformers' own
+    except TemplateError:
         return None
