@@ -48,7 +48,7 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
             one. Passages of the kind that a request has before the chunk are best.
         calibration: what `chunkcache calibrate` found, or its file; None looks for it in the cache folder.
         template_options: keywords for the chat template, such as `{"enable_thinking": False}`. Those that change what
-            stands before the chunks belong here, where `precompute` has them too, and not to a call.
+            stands before the chunks are best here, where every call has them; else pass `precompute` the same ones.
         pad: seconds; first tokens are held back to a multiple of it, which hides what was stored. See SECURITY.md.
 
     Attributes:

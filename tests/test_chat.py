@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from support.llm import QUESTION, TEXTS, own_model, plain, tiny_model, wrapped
+from support.llm import QUESTION, TEXTS, chat_tokenizer, own_model, plain, tiny_model, wrapped
 
+import chunkcache
 from chunkcache.errors import InputError, PromptError
 from chunkcache.kv import chunk_name
 from chunkcache.prompt.builder import PromptChunk
@@ -177,3 +180,26 @@ def test_what_stands_before_the_chunks_of_one_prompt_alone_is_not_stored():
     before = llm.store.stats().entries
     llm.chat([{"role": "user", "content": f"My password is hunter2. {TEXTS[0]}\n\n{QUESTION}"}], max_new_tokens=2)
     assert llm.store.stats().entries == before
+
+
+def test_options_of_the_template_that_stand_before_the_chunks_are_the_same_in_precompute_and_in_a_request():
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.chat_template = "<s>system\n{{ mood }}</s>\n" + tokenizer.chat_template
+    llm = chunkcache.wrap(tiny_model(), tokenizer, policy="reuse")
+    calm = {"template_options": {"mood": "calm"}}
+    assert llm.precompute(TEXTS[:2], **calm).computed == 2
+    assert llm.prefetch(TEXTS, **calm) == [TEXTS[2]]
+    assert llm.register(TEXTS, **calm) == llm.keys(TEXTS, **calm) != llm.keys(TEXTS)
+    assert llm.update_document("a", TEXTS[1:], **calm).computed == 1
+    for prefilled in (llm.prefill(QUESTION, TEXTS, **calm), llm.generate(QUESTION, TEXTS, max_new_tokens=2, **calm)):
+        assert (prefilled.stats.hits, prefilled.stats.misses) == (3, 0)
+    asked = [{"role": "user", "content": [*map(PromptChunk, TEXTS), QUESTION]}]
+    assert llm.chat(asked, max_new_tokens=2, **calm).stats.hits == 3
+    assert (
+        llm.chat_prompt(asked, **calm).token_ids
+        == llm.prompts.with_options({"mood": "calm"}).build(QUESTION, TEXTS).token_ids
+    )
+    batch = llm.generate_batch([(QUESTION, TEXTS)], max_new_tokens=2, **calm)
+    assert batch[0].stats.hits == 3
+    with pytest.raises(PromptError, match="does not read 'mod'"):
+        llm.precompute(TEXTS, template_options={"mod": "calm"})

@@ -15,6 +15,7 @@ from chunkcache.kv import ChunkKey, ChunkRef, hashed_label
 from chunkcache.library import ChunkLibrary, Progress
 from chunkcache.prompt import PromptBuilder
 from chunkcache.prompt.prompt import text_of
+from chunkcache.prompt.template import Options
 from chunkcache.store import Store
 
 logger = logging.getLogger("chunkcache")
@@ -69,6 +70,7 @@ class ChunkMethods(ABC):
         documents: Sequence[str | None] | None = None,
         on_progress: Progress | None = None,
         adapter: str | None = None,
+        template_options: Options | None = None,
     ) -> PrecomputeResult:
         """Compute and store the KV of `texts` after the prefix of `system`; what is stored already is left.
 
@@ -83,6 +85,7 @@ class ChunkMethods(ABC):
                 by default the `.id` of a document, where it has one.
             on_progress: called with (chunks done, chunks to do) after every chunk.
             adapter: the peft adapter that is active meanwhile, and in the requests; None for the one that is.
+            template_options: keywords for the chat template that requests will use.
 
         Raises:
             PolicyError: the policy is unknown.
@@ -91,8 +94,9 @@ class ChunkMethods(ABC):
         """
         chosen = self.resolve_policy(policy)
         owners = _owners(texts, documents)
+        prompts = self.prompts.with_options(template_options)
         with self._session(adapter) as library:
-            refs = dict(zip(self._register(library, texts, system, chosen, owners), owners, strict=True))
+            refs = dict(zip(_register(library, prompts, texts, system, chosen, owners), owners, strict=True))
             too_long = _too_long(library, refs)
             missing = [
                 ref for ref in refs if ref not in too_long and not library.holds(ref, recorded=chosen.versioned)
@@ -115,6 +119,7 @@ class ChunkMethods(ABC):
         documents: Sequence[str | None] | None = None,
         adapter: str | None = None,
         trust: str | None = None,
+        template_options: Options | None = None,
     ) -> list[ChunkKey]:
         """Make texts findable in messages and, while attached, in prompts; computes nothing.
 
@@ -128,8 +133,9 @@ class ChunkMethods(ABC):
             the keys under which their KV are stored.
         """
         chosen, owners = self.resolve_policy(policy), _owners(texts, documents)
+        prompts = self.prompts.with_options(template_options)
         with self._session(adapter) as library:
-            refs = self._register(library, texts, system, chosen, owners)
+            refs = _register(library, prompts, texts, system, chosen, owners)
             for ref in refs if trust else ():
                 library.registry.add(ref, model=library.fingerprint, trust=trust)
             return [ref.key for ref in refs]
@@ -141,10 +147,12 @@ class ChunkMethods(ABC):
         system: str | None = None,
         policy: str | Policy | None = None,
         adapter: str | None = None,
+        template_options: Options | None = None,
     ) -> list[ChunkKey]:
         """Return the key under which the chunk KV of each text are stored. See `precompute`."""
+        prompts = self.prompts.with_options(template_options)
         with self._session(adapter) as library:
-            return [ref.key for ref in self._refs(library, texts, system, self.resolve_policy(policy))]
+            return [ref.key for ref in _refs(library, prompts, texts, system, self.resolve_policy(policy))]
 
     def prefetch(
         self,
@@ -154,13 +162,15 @@ class ChunkMethods(ABC):
         policy: str | Policy | None = None,
         documents: Sequence[str | None] | None = None,
         adapter: str | None = None,
+        template_options: Options | None = None,
     ) -> list[Any]:
         """Register texts, start bringing their chunk KV to the store's nearest tier, and return at once.
 
         Returns:
             the texts, each once, that are not stored. See `precompute` for the rest.
         """
-        keys = self.register(texts, system=system, policy=policy, documents=documents, adapter=adapter)
+        how: dict[str, Any] = {"system": system, "policy": policy, "template_options": template_options}
+        keys = self.register(texts, documents=documents, adapter=adapter, **how)
         held = {key for key in dict.fromkeys(keys) if key in self.store}
         self.store.prefetch(held)
         missing = {key: text for text, key in zip(texts, keys, strict=True) if key not in held}
@@ -175,6 +185,7 @@ class ChunkMethods(ABC):
         policy: str | Policy | None = None,
         on_progress: Progress | None = None,
         compute: bool = True,
+        template_options: Options | None = None,
     ) -> PrecomputeResult:
         """Precompute the chunks of a document that was edited, and delete those that are no longer in it.
 
@@ -183,13 +194,15 @@ class ChunkMethods(ABC):
         where computing fails, what is stale is deleted all the same.
         """
         chosen, owners = self.resolve_policy(policy), [document] * len(texts)
+        prompts = self.prompts.with_options(template_options)
         with self._session() as library:
-            chunks = [ref.token_ids for ref in self._refs(library, texts, system, chosen)]
+            chunks = [ref.token_ids for ref in _refs(library, prompts, texts, system, chosen)]
+        how: dict[str, Any] = {"system": system, "policy": chosen, "template_options": template_options}
         try:
             if not compute:
-                self.register(texts, system=system, policy=chosen, documents=owners)
+                self.register(texts, documents=owners, **how)
                 return PrecomputeResult(len(texts), 0, 0)
-            return self.precompute(texts, system=system, policy=chosen, documents=owners, on_progress=on_progress)
+            return self.precompute(texts, documents=owners, on_progress=on_progress, **how)
         finally:
             for library in self._libraries():
                 library.delete_stale(hashed_label("document", document), chunks)
@@ -223,27 +236,29 @@ class ChunkMethods(ABC):
             return 0
         return sum(library.delete(document=label, chunks=chunks) for library in self._libraries())
 
-    def _refs(
-        self, library: ChunkLibrary, texts: Sequence[Any], system: str | None, policy: Policy
-    ) -> list[ChunkRef]:
-        if isinstance(texts, str):
-            raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
-        prefix = self.prompts.prefix(system)
-        return [library.ref_for(self.prompts.chunk(text), prefix, policy) for text in texts]
 
-    def _register(
-        self,
-        library: ChunkLibrary,
-        texts: Sequence[Any],
-        system: str | None,
-        policy: Policy,
-        owners: Sequence[str | None],
-    ) -> list[ChunkRef]:
-        refs = self._refs(library, texts, system, policy)
-        for ref, text, owner in zip(refs, texts, owners, strict=True):
-            label = None if owner is None else hashed_label("document", owner)
-            library.registry.add(ref, text_of(text), system, label, library.fingerprint)
-        return refs
+def _refs(
+    library: ChunkLibrary, prompts: PromptBuilder, texts: Sequence[Any], system: str | None, policy: Policy
+) -> list[ChunkRef]:
+    if isinstance(texts, str):
+        raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
+    prefix = prompts.prefix(system)
+    return [library.ref_for(prompts.chunk(text), prefix, policy) for text in texts]
+
+
+def _register(
+    library: ChunkLibrary,
+    prompts: PromptBuilder,
+    texts: Sequence[Any],
+    system: str | None,
+    policy: Policy,
+    owners: Sequence[str | None],
+) -> list[ChunkRef]:
+    refs = _refs(library, prompts, texts, system, policy)
+    for ref, text, owner in zip(refs, texts, owners, strict=True):
+        label = None if owner is None else hashed_label("document", owner)
+        library.registry.add(ref, text_of(text), system, label, library.fingerprint)
+    return refs
 
 
 def _owners(texts: Sequence[Any], documents: Sequence[str | None] | None) -> list[str | None]:

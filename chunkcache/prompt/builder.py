@@ -170,7 +170,7 @@ class PromptBuilder:
         return self._tokens.text(text)
 
     def text_of(self, token_ids: Sequence[int]) -> str | None:
-        """Return the text of an answer as it stands behind its prompt; None where it has BOS, EOS or the like in it."""
+        """Return the text of an answer as it stands behind its prompt; None where BOS, EOS or the like is in it."""
         if set(token_ids) & set(self._tokens.tokenizer.all_special_ids):
             return None
         return self._tokens.decode(token_ids)

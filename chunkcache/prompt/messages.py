@@ -95,7 +95,7 @@ class MessageBuilder:
             return ids.build(prefix if prefix < len(before) else 0)
         try:
             context = prompts.prefix(found.system)
-        except MessagesRefusedError:  # the template takes no system message: chunks cannot have been computed after one
+        except MessagesRefusedError:  # no system message is taken: chunks cannot have been computed after one
             context = prompts.prefix(None)
         return ids.build(prefix, context)
 

@@ -199,7 +199,7 @@ class Tokens:
                 guards.append((guard, ids))
         return guards
 
-    def _decode(self, ids: TokenIds) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 

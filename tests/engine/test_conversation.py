@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from support.llm import QUESTION, TEXTS, chat_tokenizer, plain, tiny_model, wrapped
+import zoo
+from support.llm import QUESTION, TEXTS, VOCAB, chat_tokenizer, plain, tiny_model, wrapped
+from tokenizers import AddedToken
 
 import chunkcache
 from chunkcache import blend
@@ -182,3 +184,39 @@ def test_a_template_for_one_turn_only_is_refused_by_the_second():
     conversation.generate(QUESTION, TEXTS, max_new_tokens=4)
     with pytest.raises(PromptError, match="does not keep these messages apart"):
         conversation.generate(THEN, MORE)
+
+
+def test_an_end_of_turn_that_only_the_model_names_is_not_said_twice():
+    """Such as `<|end|>`: no EOS of the tokenizer, but among those of the generation config."""
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    model = zoo.new("llama", vocab_size=VOCAB + 8)
+    model.generation_config.eos_token_id = [2, end]
+    conversation = chunkcache.wrap(model, tokenizer).conversation()
+    plainly = {"do_sample": False, "suppress_tokens": SPECIAL, "min_new_tokens": 3}
+    said = conversation.generate(QUESTION, TEXTS, max_new_tokens=4, forced_eos_token_id=end, **plainly)
+    assert said.token_ids[-1] == end
+    second = conversation.prefill(THEN, MORE)
+    ids = second.input_ids[0].tolist()
+    assert ids[: len(conversation.token_ids)] == list(conversation.token_ids)
+    assert ids[len(conversation.token_ids)] != end
+    assert second.stats.exact_tokens >= len(conversation.token_ids) - 1
+
+
+def test_template_options_of_a_conversation_and_of_a_turn():
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.chat_template += "{{ mood }}"
+    conversation = chunkcache.wrap(tiny_model(), tokenizer).conversation(template_options={"mood": "calm"})
+
+    def end(**options):
+        return tokenizer.decode(conversation.prefill(QUESTION, TEXTS, **options).input_ids[0]).rpartition("\n")[2]
+
+    assert end() == "calm"
+    assert end(template_options={"mood": "gay"}) == "gay"
+    with pytest.raises(PromptError, match="does not read 'mod'"):
+        chunkcache.wrap(tiny_model(), tokenizer).conversation(template_options={"mod": "calm"})
