@@ -24,6 +24,7 @@ from chunkcache.kv import ChunkKV
 from chunkcache.prompt import Prompt
 from chunkcache.prompt.messages import MessageBuilder, Turn
 from chunkcache.prompt.prompt import common
+from chunkcache.prompt.template import merged
 
 
 class Conversation:
@@ -107,7 +108,7 @@ class Conversation:
             raise InputError("num_beams: a conversation goes on from one sequence; leave beam search out")
         options = dict(options)
         chosen = self._engine.resolve_policy(take_policy(options, policy))
-        template_options = {**self._template_options, **(options.pop("template_options", None) or {})}
+        template_options = merged(self._template_options, options.pop("template_options", None))
         self._messages.prompts.check(question, chunks)
         asked = Turn("user", question.strip(), tuple(chunks), framed=True)
 

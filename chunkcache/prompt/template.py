@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -26,6 +27,7 @@ Rendered = list[tuple[str, int | None]]  # the template's own text, and the mess
 
 _MARK = "[[message {} stands here]]"
 _MARKS = re.compile(r"\[\[message (\d+) stands here]]")
+_END = "[[text {} ends]]"
 _ROUND = "[[text {0} begins]]{1}[[text {0} ends]]"
 _BORDERS = re.compile(r"\[\[text (\d+) (begins|ends)]]")
 _OURS = ("messages", "add_generation_prompt", "tokenize", "return_tensors", "return_dict", "continue_final_message")
@@ -50,7 +52,7 @@ class ChatTemplate:
 
     def __init__(self, given: Any, tokens: Tokens, options: Options | None = None) -> None:
         self._given, self._tokens = given, tokens
-        self.options = dict(options or {})
+        self.options = merged({}, options)
         self._check()
 
     def __bool__(self) -> bool:
@@ -58,7 +60,7 @@ class ChatTemplate:
 
     def with_options(self, options: Options) -> ChatTemplate:
         """Return the template with more options, which come before those that it has."""
-        return ChatTemplate(self._given, self._tokens, {**self.options, **options})
+        return ChatTemplate(self._given, self._tokens, merged(self.options, options))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return what the template makes of messages; `Tokens.hide` went over the texts in its options.
@@ -116,13 +118,11 @@ class ChatTemplate:
         texts = [text for _, text in messages]
         whole = self._with_texts(roles, texts)
         rendered: Rendered = list(zip(parts[::2], [*places, None], strict=True))
-        for written in (texts, [text.strip() for text in texts]):
-            if _filled(rendered, written) == whole:
+        for rewritten in (_as_given, self._behind_each, self._one_by_one):
+            written = _fitted(rendered, rewritten(roles, rendered, texts), whole)
+            if written is not None:
                 return rendered, written
-        written = [self._written(roles, marks, marked, index, text) for index, text in enumerate(texts)]
-        if _filled(rendered, written) == whole:
-            return rendered, written
-        return self._place_whole(roles, written, whole)
+        return self._place_whole(roles, self._one_by_one(roles, rendered, texts), whole)
 
     def _place_whole(self, roles: Sequence[str], texts: Sequence[str], whole: str) -> tuple[Rendered, list[str]]:
         """Return what `place` does, where what stands round a text depends on what it says.
@@ -134,19 +134,15 @@ class ChatTemplate:
         """
         hide, shown = self._tokens.hide, self._tokens.shown
         parts = _BORDERS.split(self._with_texts(roles, [_ROUND.format(n, hide(t)) for n, t in enumerate(texts)]))
-        own, between = parts[::6], parts[3::6]
         order = [int(index) for index in parts[1::6]]
         borders = list(zip(parts[1::3], parts[2::3], strict=True))
-        rendered: Rendered = list(zip(own, [*order, None], strict=False))
-        written = list(texts)
         if borders == [(str(index), border) for index in order for border in ("begins", "ends")]:
-            end = len(shown(own[0]))
-            for index, text, behind in zip(order, map(shown, between), map(shown, own[1:]), strict=True):
-                forms = (text, text.rstrip(), text.lstrip(), text.strip())
-                written[index] = next((form for form in forms if whole.startswith(form + behind, end)), text)
-                end += len(written[index] + behind)
-            if sorted(order) == list(range(len(texts))) and shown(_filled(rendered, written)) == shown(whole):
-                return rendered, written
+            own, between = parts[::6], dict(zip(order, map(shown, parts[3::6]), strict=True))
+            if sorted(between) == list(range(len(texts))):
+                visible: Rendered = list(zip(map(shown, own), [*order, None], strict=True))
+                written = _fitted(visible, [between[index] for index in range(len(texts))], shown(whole))
+                if written is not None:
+                    return list(zip(own, [*order, None], strict=True)), written
         raise PromptError(
             "the tokenizer's chat template writes something else where other messages stand, so that theirs "
             "cannot be told from its own text; set tokenizer.chat_template to one that does not"
@@ -155,13 +151,32 @@ class ChatTemplate:
     def _with_texts(self, roles: Sequence[str], texts: Sequence[str]) -> str:
         return self.render([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
 
-    def _written(self, roles: Sequence[str], marks: list[str], marked: str, index: int, text: str) -> str:
-        """Return a text as the template writes it: trimmed, or without thoughts, or otherwise rewritten."""
-        before, _, after = marked.partition(marks[index])
-        alone = self._with_texts(roles, [*marks[:index], text, *marks[index + 1 :]])
-        if alone.startswith(before) and alone.endswith(after) and len(alone) >= len(before) + len(after):
-            return alone[len(before) : len(alone) - len(after)]
-        return text
+    def _behind_each(self, roles: Sequence[str], rendered: Rendered, texts: Sequence[str]) -> list[str]:
+        """Return texts as the template writes them, by rendering all with a mark behind each."""
+        ends = [_END.format(index) for index in range(len(texts))]
+        whole = self._with_texts(roles, [text + end for text, end in zip(texts, ends, strict=True)])
+        written = list(texts)
+        start = 0
+        for own, index in rendered[:-1]:
+            start += len(own)
+            stop = whole.find(ends[index or 0], start)
+            if index is None or stop < 0:
+                break
+            written[index] = whole[start:stop]
+            start = stop + len(ends[index])
+        return written
+
+    def _one_by_one(self, roles: Sequence[str], rendered: Rendered, texts: Sequence[str]) -> list[str]:
+        """Return texts as the template writes them, by rendering each with marks in the place of the others."""
+        marks = [_MARK.format(index) for index in range(len(texts))]
+        marked = _filled(rendered, marks)
+        written = list(texts)
+        for index, text in enumerate(texts):
+            before, _, after = marked.partition(marks[index])
+            alone = self._with_texts(roles, [*marks[:index], text, *marks[index + 1 :]])
+            if alone.startswith(before) and alone.endswith(after) and len(alone) >= len(before) + len(after):
+                written[index] = alone[len(before) : len(alone) - len(after)]
+        return written
 
     @property
     def _source(self) -> str:
@@ -201,6 +216,17 @@ class ChatTemplate:
             )
 
 
+def merged(options: Options, others: Options | None) -> dict[str, Any]:
+    """Return options with others, which come before them.
+
+    Raises:
+        PromptError: the others are no mapping.
+    """
+    if others is not None and not isinstance(others, Mapping):
+        raise PromptError(f"template_options is a {type(others).__name__}; pass a mapping of keywords to values")
+    return {**options, **(others or {})}
+
+
 class _Generation(Extension):
     """The tag of transformers' own that stands round answers."""
 
@@ -212,8 +238,27 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def _as_given(roles: Sequence[str], rendered: Rendered, texts: Sequence[str]) -> list[str]:
+    return list(texts)
+
+
 def _filled(rendered: Rendered, texts: Sequence[str]) -> str:
     return "".join(own + ("" if index is None else texts[index]) for own, index in rendered)
+
+
+def _fitted(rendered: Rendered, texts: Sequence[str], whole: str) -> list[str] | None:
+    """Return texts, without space round them where the template trims it, if with them it is `whole`; else None."""
+    written = list(texts)
+    end = len(rendered[0][0])
+    for (_, index), (behind, _) in pairwise(rendered):
+        text = texts[index or 0]
+        forms = (text, text.rstrip(), text.lstrip(), text.strip())
+        fitting = next((form for form in forms if whole.startswith(form + behind, end)), None)
+        if index is None or fitting is None:
+            return None
+        written[index] = fitting
+        end += len(fitting + behind)
+    return written if _filled(rendered, written) == whole else None
 
 
 @lru_cache(maxsize=64)

@@ -46,6 +46,7 @@ def test_documents_reach_the_template():
     [
         ({"enable_thinkin": False}, r"does not read 'enable_thinkin'; it reads .*enable_thinking"),
         ({"tools": []}, "tools are not served"),
+        ("enable_thinking", "template_options is a str; pass a mapping"),
         ({"add_generation_prompt": False}, "'add_generation_prompt' is chunkcache's own"),
     ],
 )
@@ -69,6 +70,30 @@ def test_a_template_may_decide_by_what_a_text_says(chunks):
         asked = {"role": "user", "content": [*map(PromptChunk, chunks), QUESTION]} if chunks else messages[1]
         chat = MessageBuilder(PromptBuilder(tokenizer), ChunkRegistry()).build([messages[0], asked])
         assert chat.token_ids == prompt.token_ids
+
+
+REWRITES = {
+    "drops thoughts": "{{ m.content.split('</think>')[-1].lstrip('\\n') }}",
+    "trims answers": "{{ m.content | trim if m.role == 'assistant' else m.content }}",
+    "trims questions": "{{ m.content | trim if m.role == 'user' else m.content }}",
+    "keeps the first line": "{{ m.content.split('\\n')[0] if m.role == 'assistant' else m.content }}",
+    "drops notes": "{{ m.content.replace('(note)', '') }}",
+}
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["", "and has a mode"])
+@pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES)
+def test_a_template_may_rewrite_what_was_said(rewrite, mode):
+    start = "{{ 'fast' if '/no_think' in messages[0].content else 'slow' }}" if mode else ""
+    turns = f"{{% for m in messages %}}<s>{{{{ m.role }}}}\n{rewrite}</s>\n{{% endfor %}}"
+    tokenizer = tokenizer_of("byte level", start + turns)
+    said = ["Hm.\n</think>\n\nYes. \nIt is.\n", " (note) Why? ", "<think>\nHm.</think>\nNo", "When?</s>"]
+    roles = ["user", "assistant", "user", "assistant", "user"]
+    contents = ["Be brief. /no_think ", *said]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+    ids = MessageBuilder(PromptBuilder(tokenizer), ChunkRegistry()).build(messages).token_ids
+    assert tokenizer.decode(ids) == rendered(tokenizer, messages)[0]
+    assert [each for each in ids if each in marking(tokenizer)] == [1, 2] * 5
 
 
 def test_a_template_whose_own_text_cannot_be_told_is_refused():
