@@ -135,9 +135,9 @@ class Decoder:
         """Refuse a model whose weights or whose forward cannot be reached."""
         modules = [(path or "the model", module) for path, module in self.model.named_modules()]
         for path, module in modules:
-            if module._compiled_call_impl is not None or hasattr(
-                vars(module).get("forward"), "_torchdynamo_orig_callable"
-            ):
+            compiled = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+            if compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+                name = type(module._modules.get("_orig_mod", self.model)).__name__
                 raise UnsupportedModelError(
                     f"{name} is compiled ({path}, by torch.compile): its forward cannot be cut to the rows that are "
                     "computed; wrap the model without compiling it"

@@ -23,16 +23,11 @@ class Adapters:
         base: the Hugging Face model.
 
     Raises:
-        UnsupportedModelError: the adapter puts something in front of the prompt, or torch has compiled the model.
+        UnsupportedModelError: an adapter puts something in front of the prompt.
     """
 
     def __init__(self, model: Any) -> None:
         self._outer = model
-        if hasattr(model, "_orig_mod"):
-            raise UnsupportedModelError(
-                f"{type(model._orig_mod).__name__} is compiled (by torch.compile): its forward cannot be cut to the "
-                "rows that are computed; wrap the model without compiling it"
-            )
         if type(model).__module__.startswith("peft."):
             for name, config in model.peft_config.items():
                 if getattr(config, "is_prompt_learning", False):

@@ -91,9 +91,10 @@ class Attachment:
         policy = self._engine.resolve_policy(None)
         self.last_stats = stats = RequestStats(str(policy))
         input_ids = self._single_prompt(args, kwargs) if policy.reuses else None
-        served = None if input_ids is None else self._engine.served.current()
-        plan = None if input_ids is None or served is None else self._match(served.library, input_ids, stats)
-        if plan is None or input_ids is None or served is None:
+        if input_ids is not None:
+            served = self._engine.served.current()
+            plan = self._match(served.library, input_ids, stats)
+        if input_ids is None or plan is None:
             stats.fallbacks = 1
             return own(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids")}

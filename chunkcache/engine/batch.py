@@ -29,8 +29,8 @@ from chunkcache.engine.generation import (
     setting,
 )
 from chunkcache.engine.grouping import checked, grouped, ordered, reordered
-from chunkcache.engine.stats import warn_once
 from chunkcache.errors import ContextLengthError, InputError
+from chunkcache.library.registry import warn_once
 from chunkcache.prompt import Prompt, PromptBuilder
 
 logger = logging.getLogger("chunkcache")

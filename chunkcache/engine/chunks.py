@@ -135,10 +135,7 @@ class ChunkMethods(ABC):
         chosen, owners = self.resolve_policy(policy), _owners(texts, documents)
         prompts = self.prompts.with_options(template_options)
         with self._session(adapter) as library:
-            refs = _register(library, prompts, texts, system, chosen, owners)
-            for ref in refs if trust else ():
-                library.registry.add(ref, model=library.fingerprint, trust=trust)
-            return [ref.key for ref in refs]
+            return [ref.key for ref in _register(library, prompts, texts, system, chosen, owners, trust)]
 
     def keys(
         self,
@@ -253,11 +250,12 @@ def _register(
     system: str | None,
     policy: Policy,
     owners: Sequence[str | None],
+    trust: str | None = None,
 ) -> list[ChunkRef]:
     refs = _refs(library, prompts, texts, system, policy)
     for ref, text, owner in zip(refs, texts, owners, strict=True):
         label = None if owner is None else hashed_label("document", owner)
-        library.registry.add(ref, text_of(text), system, label, library.fingerprint)
+        library.registry.add(ref, text_of(text), system, label, library.fingerprint, trust)
     return refs
 
 

@@ -151,11 +151,10 @@ class Engine:
         policy: str | Policy | None = None,
         max_new_tokens: int | None = None,
         options: dict[str, Any] | None = None,
-        adapter: str | None = None,
     ) -> PreparedRequest:
         """Check what is asked for and build the prompt; the request's time counts from here.
 
-        The adapter may also be one of the options, and so may `reuse="exact"` instead of a policy.
+        The adapter is one of the options, and so may be `reuse="exact"` instead of a policy.
 
         Raises:
             InputError: an option is unknown, or makes no sense for one sequence.
@@ -163,7 +162,7 @@ class Engine:
         """
         started = time.perf_counter()
         options = dict(options or {})
-        adapter = options.pop("adapter", adapter)
+        adapter = options.pop("adapter", None)
         policy = take_policy(options, policy)
         check_options(options)
         check_keywords(self.model, options)

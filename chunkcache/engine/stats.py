@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 from chunkcache.blend import Plan, SelectivePrefill
-
-logger = logging.getLogger("chunkcache")
-warn_once = lru_cache(maxsize=None)(logger.warning)
+from chunkcache.library.registry import warn_once
 
 
 @dataclass

@@ -7,7 +7,6 @@ stored. So no chunk believes that it starts the text, and the first chunk of a p
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -18,11 +17,10 @@ from chunkcache.blend import Decoder, Policy
 from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.kv import ChunkKey, ChunkKV, ChunkRef, Origin, Span, TokenIds, chunk_name, hashed_label
 from chunkcache.library.encoder import Encoder, packs
-from chunkcache.library.registry import ChunkRegistry
+from chunkcache.library.registry import ChunkRegistry, warn_once
 from chunkcache.library.single_flight import SingleFlight
 from chunkcache.store import Entry, EntryFilter, Store
 
-_warn_once = lru_cache(maxsize=None)(logging.getLogger("chunkcache").warning)
 Progress = Callable[[int, int], None]
 PART_TOKENS = 8192  # chunk tokens that are computed and stored at a time
 
@@ -170,9 +168,9 @@ class ChunkLibrary:
     def _may_store(self, kv: ChunkKV) -> bool:
         """Return whether KV are what their key says: all of the chunk, of a model that is still the same."""
         if not self._is_current():
-            _warn_once("the model changed while chunks were computed; their KV are not stored")
+            warn_once("the model changed while chunks were computed; their KV are not stored")
         elif any(shape[2] != len(kv) for shape in kv.shapes) or len(kv.shapes) != len(self._decoder.layers):
-            _warn_once("something cut the KV of a chunk while they were computed; they are not stored")
+            warn_once("something cut the KV of a chunk while they were computed; they are not stored")
         else:
             return True
         self.refused += 1

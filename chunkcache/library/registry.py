@@ -20,7 +20,7 @@ from chunkcache.kv import ChunkKey, ChunkRef, Span, TokenIds, chunk_name
 from chunkcache.library.finder import Match, TokenIndex
 from chunkcache.prompt.known_texts import FoundText, TextIndex
 
-_warn_once = lru_cache(maxsize=None)(logging.getLogger("chunkcache").warning)
+warn_once = lru_cache(maxsize=None)(logging.getLogger("chunkcache").warning)
 
 LIMIT = 100_000  # chunks that can be found
 OWNED = 1_000_000  # chunks whose documents are known: names only, without tokens
@@ -195,7 +195,7 @@ class ChunkRegistry:
             self._drop(next(iter(self._known)))
         while len(self._documents) > self._owned:
             self._documents.popitem(last=False)
-            _warn_once(
+            warn_once(
                 "more than %d chunks have documents: what is computed again of the oldest does not name them",
                 self._owned,
             )

@@ -82,12 +82,11 @@ class Sentinel:
                 self.writes += not (content and stayed and noted == (self._versions, self._pointers))
             return self._state
 
-    def renew(self) -> int:
-        """Take the model for changed, whatever it looks like; return the number of its state."""
+    def renew(self) -> None:
+        """Take the model for changed, whatever it looks like."""
         with self._lock:
             self._state += 1
             self._take()
-            return self._state
 
     def _take(self) -> None:
         """Note the model as it is."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INSTRUCTION = "Answer the question from the passages below."
 SEPARATOR = "\n\n"
 _LEAD_IN = Path(__file__).with_name("lead_in.txt")
-_CHUNKS = "[[the passages stand here]]"
+CHUNKS = "[[the passages stand here]]"  # a mark
 ANSWER = "\nAnswer:"  # where there is no template
 _LABEL = "Question: "
 _KEPT = 1024  # chunks whose token ids are kept, since those that are asked for come again
@@ -193,10 +193,10 @@ class PromptBuilder:
             yield f"{label}{question}{ANSWER}", False
             return
         messages = [("system", system)] if system else []
-        body = f"{frame}{_CHUNKS}{label}{question}"
+        body = f"{frame}{CHUNKS}{label}{question}"
         rendered, texts = self.template.place([*messages, ("user", body)])
         asked = len(messages)
-        before, _, after = texts[asked].partition(_CHUNKS)
+        before, _, after = texts[asked].partition(CHUNKS)
         if frame.strip() not in before or after != f"{label}{question}":
             raise PromptError(
                 "the tokenizer's chat template does not keep the user's message in one piece, so chunks have no "

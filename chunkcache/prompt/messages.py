@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
-from chunkcache.prompt.builder import ANSWER, SEPARATOR, PromptBuilder
+from chunkcache.prompt.builder import ANSWER, CHUNKS, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import FoundText
 from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common
 from chunkcache.prompt.template import MessagesRefusedError, Options
@@ -203,7 +203,7 @@ class Turn:
 
     def whole(self, frame: str, label: str) -> str:
         """Return the message as the template gets it, with a mark in the place of its passages."""
-        return f"{self.before}{frame}{_PASSAGES}{label}{self.text.strip()}" if self.is_framed else self.text
+        return f"{self.before}{frame}{CHUNKS}{label}{self.text.strip()}" if self.is_framed else self.text
 
     def written(self, text: str, frame: str, label: str) -> Turn:
         """Return the turn as the template writes it.
@@ -227,9 +227,6 @@ class Turn:
                 "set tokenizer.chat_template to one that does not, or to None for plain text"
             )
         return replace(self, trimmed=True)
-
-
-_PASSAGES = "[[the passages stand here]]"
 
 
 def _folded(turns: Sequence[Turn]) -> list[Turn]:

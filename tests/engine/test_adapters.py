@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from helpers_tokenizer import tiny_tokenizer
-from support.llm import QUESTION, TEXTS
+from support.changing import OPTIONS, error_of, fill_lora, tokenizer, warm
+from support.llm import QUESTION, TEXTS, VOCAB
 
 import chunkcache
 from chunkcache.errors import InputError, SelfCheckError, UnsupportedModelError
@@ -19,12 +18,6 @@ from chunkcache.errors import InputError, SelfCheckError, UnsupportedModelError
 peft = pytest.importorskip("peft", reason="needs peft: run make test-adapters")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these packages warn of is theirs
-VOCAB = 512
-OPTIONS: dict[str, Any] = {"do_sample": False, "pad_token_id": 3, "eos_token_id": None}
-
-
-def tokenizer():
-    return copy.deepcopy(tiny_tokenizer(VOCAB))
 
 
 def lora(alpha: int = 32, **options: Any) -> Any:
@@ -36,31 +29,7 @@ def adapted(alpha: int = 32) -> Any:
     """Return a PeftModel with two adapters, legal and medical; legal is active."""
     model = peft.get_peft_model(zoo.new("llama", vocab_size=VOCAB), lora(alpha), adapter_name="legal")
     model.add_adapter("medical", lora(alpha))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def warm(model: Any, **options: Any) -> chunkcache.CachedLLM:
-    llm = chunkcache.wrap(model, tokenizer(), **{"policy": "prefix", **options})
-    llm.precompute(TEXTS)
-    llm.prefill(QUESTION, TEXTS)
-    return llm
-
-
-def own(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids).logits[0, -1]
-    return logits
-
-
-def error_of(llm: chunkcache.CachedLLM, model: Any, **options: Any) -> float:
-    done = llm.prefill(QUESTION, TEXTS, **options)
-    expected = own(model, done.input_ids)
-    return float((done.logits - expected).norm() / expected.norm())
+    return fill_lora(model)
 
 
 def decoded(model: Any, ids: torch.Tensor, count: int = 5) -> list[int]:
@@ -203,12 +172,7 @@ def test_an_adapter_inside_a_call_with_another_is_refused():
 def test_adapters_of_transformers_itself():
     model = zoo.new("llama", vocab_size=VOCAB)
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=32, target_modules=["k_proj", "v_proj"]), "x")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.2)
-    model.eval()
-    llm = warm(model)
+    llm = warm(fill_lora(model))
     model.disable_adapters()
     assert error_of(llm, model) < 1e-4
 

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from chunkcache.blend.guard import GuardModel
 from chunkcache.blend.query import Query
 from chunkcache.engine.calibration import Calibration
-from chunkcache.engine.stats import warn_once
 from chunkcache.errors import ContextLengthError, InputError, PolicyError
+from chunkcache.library.registry import warn_once
 from chunkcache.store import MemoryStore
 
 QUESTIONS = (

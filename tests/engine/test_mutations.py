@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine.test_served import CHANGES, error_of, tiny, warm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.changing import CHANGES, error_of, fill_lora, warm
+from support.llm import own_model as tiny
 
 from chunkcache.store import open_store
 
@@ -75,12 +76,7 @@ def subject() -> Any:
 
         for name in ADAPTERS:
             model.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]), name)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if "lora_" in name:
-                    weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-    return model.eval()
+    return fill_lora(model)
 
 
 @pytest.fixture(scope="module")
