@@ -13,7 +13,6 @@ are met again. See `chunkcache.retriever.sentences` for where a border may be.
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from chunkcache.errors import InputError
 from chunkcache.retriever.documents import Document
 from chunkcache.retriever.sentences import Count, Piece, Span, pieces
+from chunkcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +43,7 @@ _SEEN = 32
 _UNIT = 1 << 20  # prices are integers, so that sums of them are exact, and equal where the borders are
 # Characters per token that no text of words reaches: a shorter one is tried as a single chunk first.
 _DENSE = 16
-# Reading special tokens or not is a switch inside a tokenizer, so texts are counted by a copy of the caller's.
-_copies: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, Tokens] = WeakKeyDictionary()  # each with a copy of its tokenizer
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,14 @@ def _counter(tokenizer: PreTrainedTokenizerBase) -> Count:
 
     The text of a special token is text, as in every prompt over the chunks.
     """
-    own = _copies.get(tokenizer)
-    if own is None or len(own) != len(tokenizer):  # tokens were added since
-        own = _copies[tokenizer] = copy.deepcopy(tokenizer)
+    own = _tokens.get(tokenizer)
+    if own is None or len(own.tokenizer) != len(tokenizer):  # tokens were added since
+        own = _tokens[tokenizer] = Tokens(tokenizer)
     known: dict[str, int] = {}
 
     def count(texts: Sequence[str]) -> list[int]:
         new = [text for text in dict.fromkeys(texts) if text not in known]
-        if new:
-            # verbose=False: a long text is counted, never run, so the warning about the model's length is noise.
-            options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-            ids = own(new, **options, verbose=False).input_ids
-            known.update(zip(new, map(len, ids), strict=True))
+        known.update(zip(new, own.counts(new), strict=True))
         return [known[text] for text in texts]
 
     return count

@@ -1,7 +1,7 @@
 """From texts to token ids: where the system prompt, the chunks and the question stand in a prompt.
 
 What stands between two chunks is tokenised as one text, and chunks one by one, so that a chunk's token ids never
-depend on what stands beside it; full prefill of the joined ids is the same prompt. See `chunkcache.prompt.tokens`.
+depend on what stands beside it; full prefill of the joined ids is the same prompt. See `chunkcache.tokens`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
 from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, text_of
 from chunkcache.prompt.template import ChatTemplate, Options
-from chunkcache.prompt.tokens import Piece, Tokens
+from chunkcache.tokens import Piece, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import Any
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import ChunkKV, Span, TokenIds
-from chunkcache.prompt.tokens import Piece
+from chunkcache.tokens import Piece
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from chunkcache.errors import PromptError
-from chunkcache.prompt.tokens import Tokens
+from chunkcache.tokens import Tokens
 
 Options = Mapping[str, Any]
 Rendered = list[tuple[str, int | None]]  # the template's own text, and the message behind it; none behind the last

@@ -12,8 +12,10 @@ from support.templates import TEMPLATES
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from chunkcache.prompt import PromptBuilder
-from chunkcache.prompt.tokens import Tokens
+from chunkcache.prompt import SEPARATOR, PromptBuilder
+from chunkcache.retriever import Document
+from chunkcache.retriever.chunking import split
+from chunkcache.tokens import Tokens
 
 NORMALISERS = {"none": None, "lowercase": normalizers.Lowercase(), "no line breaks": normalizers.Replace("\n", " ")}
 
@@ -102,3 +104,20 @@ def test_the_tokens_that_end_an_answer_may_be_any():
     prompts, end = PromptBuilder(tokenizer), tokenizer.convert_tokens_to_ids("<|end|>")
     assert prompts.without_end([50, end, tokenizer.eos_token_id], [end]) == (50,)
     assert prompts.without_end([50, end]) == (50, end)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_splitter_counts_what_stands_in_a_prompt(scheme):
+    tokenizer = unigram(scheme)
+    tokens, prompts = Tokens(tokenizer), PromptBuilder(tokenizer)
+    texts = [*TEXTS, HOSTILE, "</s>" * 9, "x"]
+    assert tokens.counts(texts) == [len(tokens.text(text)) for text in texts]
+    assert tokens.counts([]) == []
+    assert (
+        len(tokenizer(HOSTILE, add_special_tokens=False, split_special_tokens=True).input_ids)
+        < tokens.counts(texts)[3]
+    )
+    room = 32 + len(tokens.text(SEPARATOR, continues=True))
+    for chunk in split(Document("d", "d", "<pad></s> and so on. " * 60), tokenizer, size=32):
+        assert chunk.tokens <= 32
+        assert len(prompts.chunk(chunk.text)) <= room

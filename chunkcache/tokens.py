@@ -70,6 +70,17 @@ class Tokens:
             ids += part
         return tuple(ids)
 
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each of some texts from outside has: as many as `text` returns."""
+        # verbose=False: a long text is counted, never run, so the warning about the model's length is noise
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        with self._lock:
+            found = self.tokenizer(list(texts), **options, verbose=False).input_ids if texts else []
+        return [
+            len(ids) if self._marking.isdisjoint(ids) else len(self.text(text))
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
     def with_offsets(self, text: str) -> list[tuple[int, int]]:
         """Return where each token of `text(text, continues=True)` begins and ends in it."""
         offsets: list[tuple[int, int]] = []
