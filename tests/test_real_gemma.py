@@ -1,0 +1,41 @@
+"""The real Gemma 3 270M, a base model with sliding windows and no chat template, where its packages are installed."""
+
+from __future__ import annotations
+
+import pytest
+
+import chunkcache
+from chunkcache.models import ALIASES
+
+pytestmark = pytest.mark.model
+
+NAME = "gemma3-270m"
+QUESTION = "Who designed the lighthouse called Hexel Light?"
+CHUNKS = (
+    "The town clock strikes thirteen on Lamp Night, and all shops stay open until the last candle has burned down.",
+    "The lighthouse called Hexel Light was designed by Josiah Tarrow. It was built in 1871 and burned whale oil.",
+)
+
+
+@pytest.fixture(scope="module")
+def llm() -> chunkcache.CachedLLM:
+    try:
+        ALIASES[NAME].path()
+    except chunkcache.ModelNotFoundError as error:
+        pytest.skip(str(error))
+    model, tokenizer = chunkcache.load_model(NAME, device="cpu", dtype="float32")
+    return chunkcache.wrap(model, tokenizer)  # its self-check is passed
+
+
+@pytest.mark.parametrize("policy", ["full", "link:k=8", "query"])
+def test_an_easy_question_is_answered(llm: chunkcache.CachedLLM, policy: str) -> None:
+    out = llm.generate(QUESTION, CHUNKS, policy=policy, do_sample=False, max_new_tokens=8)
+    assert "Josiah Tarrow" in out.text
+    assert out.stats.chunks == 2
+
+
+def test_a_prompt_without_a_template_is_plain_text_behind_the_first_token(llm: chunkcache.CachedLLM) -> None:
+    assert llm.tokenizer.chat_template is None
+    text = llm.tokenizer.decode(llm.prompts.build(QUESTION, CHUNKS).token_ids)
+    assert text.startswith(llm.tokenizer.bos_token)
+    assert text.endswith(f"Question: {QUESTION}\nAnswer:")
