@@ -1,4 +1,4 @@
-"""How good an answer is: SQuAD's token F1 and exact match, and ROUGE-L."""
+"""How good an answer is: SQuAD's token F1 and exact match, ROUGE-L, and whether it holds an accepted one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from chunkcache.errors import missing_extra
 
 def f1(answer: str, accepted: Sequence[str]) -> float:
     """Return the best token F1 (0 to 1) of `answer` against the accepted ones (SQuAD, arXiv 1606.05250)."""
-    return max(_f1(_words(answer), _words(gold)) for gold in accepted)
+    return max(_f1(words_of(answer), words_of(gold)) for gold in accepted)
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
     """Return 1 if `answer` is one of the accepted ones but for case, punctuation and articles, else 0 (SQuAD)."""
-    return float(any(_words(answer) == _words(gold) for gold in accepted))
+    return float(any(words_of(answer) == words_of(gold) for gold in accepted))
 
 
 def rouge_l(answer: str, accepted: Sequence[str]) -> float:
@@ -31,10 +31,25 @@ def rouge_l(answer: str, accepted: Sequence[str]) -> float:
     return max(float(_scorer().score(gold, answer)["rougeL"].fmeasure) for gold in accepted)
 
 
-def _words(text: str) -> list[str]:
+def holds_gold(answer: str, accepted: Sequence[str]) -> float:
+    """Return 1 if the words of one of the accepted answers stand in `answer`, one behind the other, else 0.
+
+    Unlike F1 it does not punish a model for answering in sentences. Words are compared as by `exact_match`; an
+    accepted answer of which no word is left stands in none.
+    """
+    words = words_of(answer)
+    return float(any(_stands_in(words_of(gold), words) for gold in accepted))
+
+
+def words_of(text: str) -> list[str]:
     """Return the words that count: lower case, without punctuation and articles."""
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _stands_in(gold: Sequence[str], words: Sequence[str]) -> bool:
+    starts = range(len(words) - len(gold) + 1) if gold else ()
+    return any(words[start : start + len(gold)] == gold for start in starts)
 
 
 def _f1(words: Sequence[str], gold: Sequence[str]) -> float:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chunkcache.eval.answers import rouge_l
+from chunkcache.eval.answers import holds_gold, rouge_l
 from chunkcache.eval.contenders import Contender, PeerContender, Reference, policy_contenders
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, greedy_answer
 from chunkcache.eval.machine import SEED, ran_on
+from chunkcache.eval.overlap import repeated_share
 from chunkcache.eval.results import FULL, Results
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
@@ -58,7 +59,9 @@ class Row:
         question: the prompt's.
         answer: its own greedy answer.
         accepted: the answers that count as right.
-        f1, em, rouge_l: of its answer against these; None if there are none.
+        f1, em, rouge_l, holds_gold: of its answer against these (`eval.answers`); None if there are none.
+        gold_in_chunks: whether an accepted answer stands in a chunk of the prompt; None if there are none.
+        repeated_chunks: share of the prompt's chunks that stand in another of them (`eval.overlap`).
     """
 
     prompt: int
@@ -84,6 +87,9 @@ class Row:
     f1: float | None = None
     em: float | None = None
     rouge_l: float | None = None
+    holds_gold: float | None = None
+    gold_in_chunks: bool | None = None
+    repeated_chunks: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,9 @@ class Comparison:
         cold: empty the stores before each request, so that it computes the KV of its chunks itself; otherwise they
             are precomputed before its clock starts.
         rounds: how often each prompt is timed.
-        answers: whether fidelity and answers are measured, once per prompt.
+        answers: whether fidelity and answers are measured, once per prompt; so is full prefill's own answer, which
+            all are compared with.
+        answer_tokens: the most that an answer has.
         peer_prompts: peers run on the first so many prompts only; None for all.
     """
 
@@ -106,6 +114,7 @@ class Comparison:
     rounds: int = 1
     answers: bool = True
     peer_prompts: int | None = None
+    answer_tokens: int = ANSWER_TOKENS
 
 
 def compare(
@@ -138,7 +147,7 @@ def compare(
     """
     torch.manual_seed(SEED)
     names = list(dict.fromkeys([FULL, *comparison.policies]))
-    ours = policy_contenders(model, tokenizer, names, comparison.store, comparison.cold)
+    ours = policy_contenders(model, tokenizer, names, comparison.store, comparison.cold, comparison.answer_tokens)
     settings = {
         **(about or {}),
         "policies": names,
@@ -150,13 +159,13 @@ def compare(
         "cold": comparison.cold,
         "rounds": comparison.rounds,
         "answers": comparison.answers,
-        "answer_tokens": ANSWER_TOKENS if comparison.answers else 0,
+        "answer_tokens": comparison.answer_tokens if comparison.answers else 0,
         "seed": SEED,
     }
     if comparison.answers and any(case.answers for case in cases):
         rouge_l("a", ["a"])  # raises where it is not installed
     with Results.open(path, BENCH, settings, ran_on(model)) as results:
-        theirs = [PeerContender(peer, ours[0].llm, comparison.cold) for peer in peers]
+        theirs = [PeerContender(peer, ours[0].llm, comparison.cold, comparison.answer_tokens) for peer in peers]
         measured: dict[int, set[tuple[str, int]]] = {}
         for known in results.rows:
             measured.setdefault(known["prompt"], set()).add((known["policy"], known["round"]))
@@ -181,6 +190,11 @@ def _rows(
     llm: CachedLLM, contenders: Sequence[Contender], index: int, case: Case, comparison: Comparison
 ) -> list[Row]:
     rows: list[Row] = []
+    gold = any(holds_gold(chunk, case.answers) for chunk in case.chunks) if case.answers else None
+    about: dict[str, Any] = {
+        "prompt": index, "chunks": len(case.chunks), "gold_in_chunks": gold,
+        "repeated_chunks": repeated_share(case.chunks),
+    }  # fmt: skip
     for turn in range(comparison.rounds):
         for contender in contenders:
             contender.prepare(case, again=turn > 0)
@@ -188,10 +202,10 @@ def _rows(
         timed = {each.name: each.time(case) for each in order}
         judged: dict[str, dict[str, Any]] = {}
         if comparison.answers and turn == 0:
-            reference = Reference(*greedy_answer(llm, timed[FULL].outcome, ANSWER_TOKENS))
+            reference = Reference(*greedy_answer(llm, timed[FULL].outcome, comparison.answer_tokens))
             judged = {each.name: each.judge(case, timed[each.name], reference) for each in contenders}
         rows += [
-            Row(prompt=index, round=turn, policy=name, chunks=len(case.chunks), **shot.fields, **judged.get(name, {}))
+            Row(**about, round=turn, policy=name, **shot.fields, **judged.get(name, {}))
             for name, shot in timed.items()
         ]
     return rows

@@ -17,9 +17,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 import chunkcache
 from chunkcache.blend import Policy, layer_kv, parse_policy
 from chunkcache.errors import PeerError
-from chunkcache.eval.answers import exact_match, f1, rouge_l
+from chunkcache.eval.answers import exact_match, f1, holds_gold, rouge_l
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import ANSWER_TOKENS, first_kl, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import first_kl, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.measure import finite
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import FULL, PEER
@@ -66,13 +66,13 @@ class Contender(Protocol):
 
 
 class PolicyContender:
-    """A policy of ours, over a store of its own or one that it shares."""
+    """A policy of ours, over a store of its own or one that it shares; `answer_tokens` is the most it answers."""
 
-    def __init__(self, name: str, policy: Policy, llm: CachedLLM, cold: bool) -> None:
+    def __init__(self, name: str, policy: Policy, llm: CachedLLM, cold: bool, answer_tokens: int) -> None:
         self.name = name
         self.llm = llm
         self.policy = llm.resolve_policy(policy)
-        self._cold = cold
+        self._cold, self._answer_tokens = cold, answer_tokens
 
     @property
     def options(self) -> str:
@@ -120,7 +120,7 @@ class PolicyContender:
                 start = self.llm.prefill(case.question, case.chunks, policy=self.name)
             elif len(ids) > 1:
                 start.past_key_values.crop(1 - len(ids))
-            ids = greedy_answer(self.llm, start, ANSWER_TOKENS)[0]
+            ids = greedy_answer(self.llm, start, self._answer_tokens)[0]
         measured = {name: finite(value) for name, value in asdict(fidelity).items()}
         return {**measured, **_answered(self.llm.tokenizer, case, ids, reference)}
 
@@ -128,11 +128,11 @@ class PolicyContender:
 class PeerContender:
     """A peer, which is given token ids; one that has ended is left out from then on."""
 
-    def __init__(self, peer: Peer, llm: CachedLLM, cold: bool) -> None:
+    def __init__(self, peer: Peer, llm: CachedLLM, cold: bool, answer_tokens: int) -> None:
         self.name = PEER + peer.name
         self._peer = peer
         self._llm = llm
-        self._cold = cold
+        self._cold, self._answer_tokens = cold, answer_tokens
         self._failed: str | None = None
 
     def prepare(self, case: Case, again: bool) -> None:
@@ -143,7 +143,7 @@ class PeerContender:
     def time(self, case: Case) -> Shot:
         """Prefill, on the clock."""
         parts = self._parts(case)
-        answer = self._try(partial(self._peer.answer, parts, ANSWER_TOKENS))
+        answer = self._try(partial(self._peer.answer, parts, self._answer_tokens))
         ttft_s = None if answer is None else answer.ttft_s
         return Shot({"tokens": sum(map(len, parts)), "ttft_s": ttft_s, "error": self._failed}, answer)
 
@@ -176,7 +176,12 @@ class PeerContender:
 
 
 def policy_contenders(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], store: str | Store, cold: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    store: str | Store,
+    cold: bool,
+    answer_tokens: int,
 ) -> list[PolicyContender]:
     """Return the policies, each over what it would find if it ran alone.
 
@@ -195,7 +200,7 @@ def policy_contenders(
             if lead not in shared:
                 shared[lead] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {lead}")
             llm = shared[lead]
-        contenders.append(PolicyContender(name, policy, llm, cold))
+        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens))
     return contenders
 
 
@@ -211,6 +216,7 @@ def _answered(
     text = str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
     found = {"same_answer": list(ids) == reference.ids, "question": case.question, "answer": text}
     if case.answers:
-        scores = {"f1": f1(text, case.answers), "em": exact_match(text, case.answers)}
-        found |= {"accepted": list(case.answers), **scores, "rouge_l": rouge_l(text, case.answers)}
+        scores = {"f1": f1, "em": exact_match, "rouge_l": rouge_l, "holds_gold": holds_gold}
+        found |= {"accepted": list(case.answers)}
+        found |= {name: score(text, case.answers) for name, score in scores.items()}
     return found

@@ -7,7 +7,12 @@ A file's format is told by the fields of its first row, not by its name:
     HotpotQA    question, context, answer   paragraphs [title, [sentences]]; 2WikiMultihopQA too
     MuSiQue     question, paragraphs        paragraphs[].title and paragraph_text
     LongBench   input, context, answers     "Passage N:" sections
+    MTRAG       input, contexts, targets    contexts[].text
     SQuAD       question, context, answers  the one context
+
+A case of MTRAG (IBM mt-rag-benchmark), whose rows are turns of a conversation, asks the last user turn. What was said
+before stands in front of it, a line for each turn: `user: ...` or `agent: ...`. What is marked as unanswerable has no
+accepted answers. Questions over no context at all are in these data, too; `select` leaves them out.
 """
 
 from __future__ import annotations
@@ -48,6 +53,10 @@ class DataSet:
     path: Path
     cases: list[Case]
 
+    def chunks(self) -> tuple[str, ...]:
+        """Return the chunks of all cases, each once, in the order in which they first come."""
+        return _distinct(self.cases)
+
     @classmethod
     def read(cls, path: str | Path, merge: bool = True) -> DataSet:
         """Read a JSON or JSON Lines file.
@@ -75,12 +84,13 @@ class DataSet:
             chunks: use the first so many chunks of each case, and leave out cases that have fewer.
             limit: return at most so many cases.
             least: leave out cases that have fewer chunks than this.
-            fill: give cases that have fewer than `chunks` some of other cases, at random places (always the same).
+            fill: give cases that have fewer than `chunks` some of other cases, at random places (always the same);
+                not to cases that have none of their own.
 
         Raises:
             DocumentError: no case has enough chunks.
         """
-        cases = self.cases if chunks is None or not fill else _filled_up(self.cases, chunks)
+        cases = self.cases if chunks is None or not fill else _filled_up(self.cases, chunks, self.chunks())
         cases = [case for case in cases if len(case.chunks) >= max(least, chunks or 0)][:limit]
         if not cases:
             raise DocumentError(f"no case of {self.path} has {chunks or least} chunks; ask for fewer")
@@ -99,11 +109,16 @@ def load_cases(
     return DataSet.read(path, merge).select(chunks, limit, least, fill)
 
 
-def _filled_up(cases: Sequence[Case], chunks: int) -> list[Case]:
-    """Return the cases with at least so many chunks each, where there are enough in all."""
-    pool = list(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
+def _distinct(cases: Iterable[Case]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
+
+
+def _filled_up(cases: Iterable[Case], chunks: int, pool: Sequence[str]) -> list[Case]:
+    """Return the cases that have chunks, with at least so many each, where there are enough in the pool."""
     found = []
     for case in cases:
+        if not case.chunks:
+            continue
         draw = random.Random(case.question)
         others = [chunk for chunk in draw.sample(pool, min(len(pool), 2 * chunks)) if chunk not in case.chunks]
         mixed = [*case.chunks, *others[: max(0, chunks - len(case.chunks))]]
@@ -133,11 +148,13 @@ def _reader(row: Row, path: str | Path) -> Callable[[Row], Case]:
         return _musique
     if {"input", "context", "answers"} <= fields:
         return _longbench
+    if {"input", "contexts", "targets"} <= fields:
+        return _mtrag
     if {"question", "context"} <= fields:
         return _hotpotqa if isinstance(row["context"], list) else _squad
     raise DocumentError(
         f"{path} is in no known format: its rows have the fields {', '.join(sorted(fields))}; the known formats are "
-        "CacheBlend, HotpotQA/2WikiMultihopQA, MuSiQue, LongBench and SQuAD"
+        "CacheBlend, HotpotQA/2WikiMultihopQA, MuSiQue, LongBench, MTRAG and SQuAD"
     )
 
 
@@ -160,6 +177,15 @@ def _longbench(row: Row) -> Case:
     passages = re.split(r"(?m)^Passage \d+:\n", row["context"])
     question = row["input"] or "Write a summary of all the passages."
     return Case(question, tuple(p.strip() for p in passages if p.strip()), tuple(row["answers"]))
+
+
+def _mtrag(row: Row) -> Case:
+    *before, last = row["input"]
+    lines = [f"{turn['speaker']}: {turn['text']}" for turn in before]
+    answerable = "UNANSWERABLE" not in row.get("answerability", ())
+    answers = (target["text"] for target in row["targets"] if answerable and target["text"].strip())
+    chunks = (context["text"].strip() for context in row["contexts"])
+    return Case("\n".join([*lines, last["text"]]), tuple(filter(None, chunks)), tuple(answers))
 
 
 def _squad(row: Row) -> Case:
@@ -194,7 +220,7 @@ def prompts_of_lengths(
     """
     wanted = [length for length in lengths for _ in range(repeats)]
     random.Random(0).shuffle(wanted)  # so that a drift of the machine is no growth
-    pool = cycle(dict.fromkeys(chunk for case in cases for chunk in case.chunks))
+    pool = cycle(_distinct(cases))
     questions = cycle(case.question for case in cases)
     return [Case(next(questions), _filled(pool, length, tokenizer)) for length in wanted]
 

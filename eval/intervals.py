@@ -48,6 +48,30 @@ def paired(ours: Sequence[float], theirs: Sequence[float], statistic: str = "mea
     return interval([a - b for a, b in zip(ours, theirs, strict=True)], statistic, seed)
 
 
+def ratio_of_means(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval | None:
+    """Return the mean of `ours` over that of `theirs`, with the interval of drawing pairs; None where theirs is 0.
+
+    Percentiles: BCa says nothing where a draw's denominator comes near 0. Of fewer than six pairs nothing can be
+    said, nor where a draw has nothing but zeros below: low and high are the figure itself.
+
+    Raises:
+        ValueError: there are not as many of each.
+    """
+    pairs = np.array(list(zip(ours, theirs, strict=True)), dtype=float).reshape(-1, 2)
+    if not len(pairs) or pairs[:, 1].mean() == 0:
+        return None
+    value = float(pairs[:, 0].mean() / pairs[:, 1].mean())
+    if len(pairs) < LEAST or (pairs == pairs[0]).all():
+        return Interval(value, value, value)
+    rng = np.random.default_rng(seed)
+    means = pairs[rng.integers(len(pairs), size=(RESAMPLES, len(pairs)))].mean(1)
+    if (means[:, 1] == 0).any():
+        return Interval(value, value, value)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means[:, 0] / means[:, 1], [tail, 100 - tail])
+    return Interval(value, float(low), float(high))
+
+
 def _bootstrap(data: Any, statistic: str, method: str, seed: int) -> tuple[float, float]:
     try:
         from scipy.stats import bootstrap

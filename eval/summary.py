@@ -10,20 +10,23 @@ from typing import Any
 import numpy as np
 
 from chunkcache.errors import missing_extra
-from chunkcache.eval.intervals import Interval, interval, paired
+from chunkcache.eval.intervals import Interval, interval, paired, ratio_of_means
 from chunkcache.eval.results import FULL, PEER, Results
 
 Row = dict[str, Any]
-SCORES = ("f1", "em", "rouge_l")
+SCORES = ("f1", "em", "rouge_l", "holds_gold")
 ROUNDING = 1e-4  # nats; a divergence below is none
 WORST = 3  # prompts of each policy that are listed
 
 
-def summary(results: Results) -> dict[str, Any]:
+def summary(results: Results, against: str = FULL) -> dict[str, Any]:
     """Return what the rows of one file come to, as plain JSON values; every interval is `[value, low, high]`.
 
     Times are medians over prompts, of the medians of their rounds; fidelity and scores are means. `ttft_ratio` is the
     median of the ratios to full prefill of the same prompt, and `*_diff` are paired differences to it.
+
+    `against` is another policy of the results that each is compared with: `against` has its name, and of each policy
+    the median of the ratios of the times to first token, prompt by prompt, and the ratios of the mean divergences.
     """
     rows = _whole(results.rows)
     names = [*results.settings["policies"], *(PEER + name for name in results.settings["peers"])]
@@ -33,6 +36,8 @@ def summary(results: Results) -> dict[str, Any]:
         "prompts": len(full),
         "tokens": _range(row["tokens"] for row in rows),
         "policies": {name: _policy(found, full) for name, found in by_policy.items() if found},
+        "data": _data(full),
+        "against": _against(by_policy, against) if against != FULL and by_policy.get(against) else None,
         "worst": _worst(by_policy, full),
         "peers": _peers(results),
         "growth": _growth(by_policy) if results.settings.get("tokens") else {},
@@ -102,13 +107,55 @@ def _policy(rows: Sequence[Row], full: dict[int, list[Row]]) -> dict[str, Any]:
         "fallbacks": sum(row["fallbacks"] or 0 for row in rows),
     }
     for name in ("kl_first", "kl_mean", "agreement", "same_answer", *SCORES):
-        values = [float(row[name]) for row in rows if row[name] is not None]
+        values = [float(row[name]) for row in rows if row.get(name) is not None]
         found[name] = interval(values, "mean") if values else None
     for name in SCORES:
-        scored = [row for row in rows if row[name] is not None]
+        scored = [row for row in rows if row.get(name) is not None]
         theirs = [full[row["prompt"]][0][name] for row in scored]
         found[f"{name}_diff"] = paired([row[name] for row in scored], theirs) if scored else None
     return found
+
+
+def _data(full: dict[int, list[Row]]) -> dict[str, Any]:
+    """Return what there is to know of the prompts themselves before policies are compared on them.
+
+    `answered` prompts have accepted answers; of these, `full_zero` is the share that full prefill scores 0 in F1 on,
+    and `gold_in_chunks` the share whose chunks hold an accepted answer. `repeated_chunks` is the share of all chunks
+    that stand in another chunk of their prompt.
+    """
+    rows = [rounds[0] for rounds in full.values()]
+    scores = [row["f1"] for row in rows if row["f1"] is not None]
+    gold = [row["gold_in_chunks"] for row in rows if row.get("gold_in_chunks") is not None]
+    known = [row for row in rows if row.get("repeated_chunks") is not None]
+    chunks = sum(row["chunks"] for row in known)
+    return {
+        "answered": max(len(scores), len(gold)),
+        "full_zero": statistics.mean(float(score == 0) for score in scores) if scores else None,
+        "gold_in_chunks": statistics.mean(map(float, gold)) if gold else None,
+        "repeated_chunks": sum(row["repeated_chunks"] * row["chunks"] for row in known) / chunks if chunks else None,
+    }
+
+
+def _against(by_policy: dict[str, list[Row]], name: str) -> dict[str, Any]:
+    """Return how each policy stands to the one called `name` on the prompts that both have run on.
+
+    A divergence of rounding errors is nothing to compare with: the ratios to it are None.
+    """
+    theirs = _by_prompt(by_policy[name])
+    found = {}
+    for policy, rows in by_policy.items():
+        both = {prompt: rounds for prompt, rounds in _by_prompt(rows).items() if prompt in theirs}
+        if policy == name or not both:
+            continue
+        ratios = [_ttft(rounds) / _ttft(theirs[prompt]) for prompt, rounds in both.items()]
+        found[policy] = {"prompts": len(both), "ttft_ratio": interval(ratios)}
+        for kl in ("kl_first", "kl_mean"):
+            pairs = [(rounds[0][kl], theirs[prompt][0][kl]) for prompt, rounds in both.items()]
+            known = [pair for pair in pairs if None not in pair]
+            ours, others = [pair[0] for pair in known], [pair[1] for pair in known]
+            comparable = bool(known) and statistics.mean(others) > ROUNDING
+            found[policy][f"{kl}_ratio"] = ratio_of_means(ours, others) if comparable else None
+    return {"policy": name, "policies": found}
 
 
 def _stages(rows: Sequence[Row]) -> dict[str, float] | None:

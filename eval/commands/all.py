@@ -25,7 +25,7 @@ from chunkcache.eval.commands.requests import (
     COMPARED,
     HeatmapOptions,
     PeerOptions,
-    RequestOptions,
+    QualityOptions,
     TtftOptions,
     bench_heatmap,
     bench_quality,
@@ -66,7 +66,7 @@ def bench_all(options: AllOptions) -> None:
     for source in data:
         for chunks in options.counts:
             bench_quality.run(
-                RequestOptions(
+                QualityOptions(
                     data=(source,), counts=(chunks,), prompts=options.prompts, policies=policies, fill=True,
                     peers=options.peers, model=model, output=output,
                 )

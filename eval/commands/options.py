@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOLDER",
+    "Against",
     "AsJson",
     "ModelOptions",
     "OutputOptions",
@@ -27,6 +28,7 @@ __all__ = [
     "option",
 ]
 
+Against = Annotated[str, option(metavar="POLICY", help="Compare the policies with this one of them, too.")]
 Policies = Annotated[tuple[str, ...], option("--policy", help="May be given several times.")]
 
 

@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err
 from chunkcache.errors import ResultsError
-from chunkcache.eval.commands.options import argument, command, count, option
+from chunkcache.eval.commands.options import Against, argument, command, count, option
+from chunkcache.eval.results import FULL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class ReportOptions:
     ] = None
     without_texts: Annotated[bool, option(help="Leave out the texts of data sets; numbers stay.")] = False
     command: Annotated[str | None, option(help="What was run, to be shown in the report's head.")] = None
+    against: Against = FULL
 
 
 @command("report")
@@ -43,7 +45,9 @@ def bench_report(options: ReportOptions) -> None:
         for name, measured in results.items():
             if not measured.rows:
                 err.print(f"[yellow]left out: {escape(name)} has no rows yet[/]")
-        report = build_report(results, texts=not options.without_texts, command=options.command)
+        report = build_report(
+            results, texts=not options.without_texts, command=options.command, against=options.against
+        )
     for path in write_report(report, html):
         click.echo(path)
 

@@ -14,9 +14,10 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err, progress, status, table, wide
 from chunkcache.cli.inputs import indexed
-from chunkcache.errors import DocumentError, PeerError
+from chunkcache.errors import DocumentError, PeerError, PolicyError
 from chunkcache.eval.commands.inputs import EXAMPLES, about, draw_questions, read_cases, retrieved_cases
 from chunkcache.eval.commands.options import (
+    Against,
     ModelOptions,
     OutputOptions,
     Policies,
@@ -26,7 +27,9 @@ from chunkcache.eval.commands.options import (
     count,
     option,
 )  # fmt: skip
-from chunkcache.eval.commands.show import show_json, show_report
+from chunkcache.eval.commands.show import show_json, show_overview, show_report
+from chunkcache.eval.fidelity import ANSWER_TOKENS
+from chunkcache.eval.results import FULL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +66,7 @@ class RequestOptions:
                                              "corpus that is searched for the chunks.")] = None  # fmt: skip
     fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
     policies: Policies = COMPARED
+    against: Against = FULL
     peers: PeerOptions = PeerOptions()
     chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
     stores: Annotated[tuple[str, ...], option("--store", help="URL of a store; may be given several times.")] = STORES
@@ -90,6 +94,13 @@ class TtftOptions(RequestOptions):
                                               "given several times.", "--tokens")] = ()  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(RequestOptions):
+    """Requests one at a time, with their answers."""
+
+    answer_tokens: Annotated[int, count("Length of an answer at most.")] = ANSWER_TOKENS
+
+
 @command("ttft")
 def bench_ttft(options: TtftOptions) -> None:
     """Measure the time to first token on the prompts of DATA, against full prefill, and where it goes."""
@@ -99,17 +110,22 @@ def bench_ttft(options: TtftOptions) -> None:
 
 
 @command("quality")
-def bench_quality(options: RequestOptions) -> None:
+def bench_quality(options: QualityOptions) -> None:
     """Measure answers and fidelity to full prefill on the prompts of DATA, and the time to first token with them."""
-    _measure("quality", options)
+    _measure("quality", options, answer_tokens=options.answer_tokens)
 
 
-def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = ()) -> None:
-    """Measure all prompts over all stores, each into a file of its own, and show what they come to."""
+def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), answer_tokens: int = 0) -> None:
+    """Measure all prompts over all stores, each into a file of its own, and show what they come to.
+
+    Without `answer_tokens`, only the time to first token is measured.
+    """
     from chunkcache.eval import Comparison, compare
     from chunkcache.eval.report import build_report
 
     check_policies(options.policies)
+    if options.against not in (FULL, *options.policies):
+        raise PolicyError(f"--against {options.against} is not measured; pass --policy {options.against}, too")
     sources = _sources(options)
     model, tokenizer = options.model.load()
     found: dict[str, Results] = {}
@@ -119,8 +135,8 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = ()) -
                 several = f"-{number}-{store.partition(':')[0]}" if len(options.stores) > 1 else ""
                 name = f"{bench}-{prompts}{several}"
                 comparison = Comparison(
-                    options.policies, store, options.cold, options.rounds, bench == "quality",
-                    options.peers.peer_prompts,
+                    options.policies, store, options.cold, options.rounds, answer_tokens > 0,
+                    options.peers.peer_prompts, answer_tokens,
                 )  # fmt: skip
                 with progress(name) as on_prompt:
                     found[name] = compare(
@@ -128,9 +144,11 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = ()) -
                         peers=peers, on_prompt=on_prompt,
                     )  # fmt: skip
                 if not options.output.as_json:
-                    show_report({name: found[name]})
+                    show_report({name: found[name]}, options.against)
     if options.output.as_json:
-        show_json(build_report(found))
+        show_json(build_report(found, against=options.against))
+    else:
+        show_overview(found)
 
 
 def _sources(options: RequestOptions) -> dict[Path, DataSet]:

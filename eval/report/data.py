@@ -1,6 +1,6 @@
 """The report as one JSON object: what each results file comes to, and the rows that plots are drawn from.
 
-{"chunkcache_report": 1, "command": what was run or null,
+{"chunkcache_report": 1, "command": what was run or null, "worst": where each policy is worst, of several data sets,
  "sections": [{"name", "bench", "settings", "ran_on", "started", "summary", "rows" of requests only}]}
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chunkcache.errors import ResultsError, missing_extra
-from chunkcache.eval.results import Results
+from chunkcache.eval.report.overview import worst_by_kind
+from chunkcache.eval.results import FULL, Results
 
 FORMAT = 1
 SUMMARIES = {  # where each bench's summary(results) is
@@ -32,12 +33,14 @@ SUMMARIES = {  # where each bench's summary(results) is
 }
 ORDER = tuple(SUMMARIES)  # of the sections
 KEPT = ("prompt", "round", "policy", "tokens", "ttft_s", "recomputed_share", "kl_first", "kl_mean", "agreement",
-        "f1", "em", "rouge_l")  # fmt: skip
+        "same_answer", "f1", "em", "rouge_l", "holds_gold")  # fmt: skip
 TEXTS = ("question", "answer", "full_answer")
 BLANK = "▪"  # stands for the text of a token
 
 
-def build_report(results: Mapping[str, Results], *, texts: bool = True, command: str | None = None) -> dict[str, Any]:
+def build_report(
+    results: Mapping[str, Results], *, texts: bool = True, command: str | None = None, against: str = FULL
+) -> dict[str, Any]:
     """Return the report of results by their names; those without rows are left out.
 
     Args:
@@ -45,9 +48,10 @@ def build_report(results: Mapping[str, Results], *, texts: bool = True, command:
         texts: whether texts of data sets may be in it: questions, answers, the tokens of heat maps. The example
             documents are of no data set.
         command: what was run, to be shown.
+        against: policy that the others are compared with besides full prefill, in results of requests that have it.
 
     Raises:
-        ResultsError: results are of a bench that is unknown, or there are no rows at all.
+        ResultsError: results are of a bench that is unknown, there are no rows at all, or none of `against`.
     """
     unknown = {found.bench for found in results.values()} - SUMMARIES.keys()
     if unknown:
@@ -57,8 +61,20 @@ def build_report(results: Mapping[str, Results], *, texts: bool = True, command:
     there = sorted((item for item in results.items() if item[1].rows), key=lambda item: _place(*item))
     if not there:
         raise ResultsError("none of the results has a row yet; run the benchmark first")
-    sections = [_section(name, found, texts) for name, found in there]
-    return {"chunkcache_report": FORMAT, "command": command, "sections": sections}
+    requests = [found for _, found in there if found.bench == "requests"]
+    named = {policy for found in requests for policy in found.settings["policies"]}
+    if against not in named | {FULL}:
+        raise ResultsError(
+            f"there are no results of {against!r} to compare with; there are of {', '.join(sorted(named))}"
+        )
+    sections = [_section(name, found, texts, against) for name, found in there]
+    worst = worst_by_kind(sections)
+    return {
+        "chunkcache_report": FORMAT,
+        "command": command,
+        **({} if worst is None else {"worst": worst}),
+        "sections": sections,
+    }
 
 
 def write_report(report: dict[str, Any], html: Path) -> list[Path]:
@@ -106,8 +122,9 @@ def _place(name: str, results: Results) -> tuple[int, str, float, str]:
     return ORDER.index(results.bench), str(data), float("inf") if chunks is None else chunks, name
 
 
-def _section(name: str, results: Results, texts: bool) -> dict[str, Any]:
-    summary = import_module(SUMMARIES[results.bench]).summary(results)
+def _section(name: str, results: Results, texts: bool, against: str) -> dict[str, Any]:
+    options = {"against": against} if results.bench == "requests" else {}
+    summary = import_module(SUMMARIES[results.bench]).summary(results, **options)
     summary = json.loads(json.dumps(summary, allow_nan=False))  # plain values, as they read back
     section = {
         "name": name,

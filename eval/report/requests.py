@@ -14,7 +14,8 @@ from chunkcache.eval.results import FULL, PEER
 
 Section = dict[str, Any]
 EXACT = 1e-4  # nats; what is not above it is drawn at the edge of the Pareto plot
-QUALITY = {"f1": "F1", "em": "exact match", "rouge_l": "ROUGE-L"}
+LONGEST = 300  # characters of a question or an answer
+QUALITY = {"f1": "F1", "em": "exact match", "rouge_l": "ROUGE-L", "holds_gold": "holds gold"}
 
 
 def tables(section: Section) -> list[Table]:
@@ -24,8 +25,12 @@ def tables(section: Section) -> list[Table]:
     policies = summary["policies"].values()
     if any(each["agreement"] is not None or each["kl_first"] is not None for each in policies):
         made.append(_fidelity(summary))
-    if any(each[score] is not None for each in policies for score in QUALITY):
-        made.append(_quality(summary))
+    if scores := [score for score in QUALITY if any(each.get(score) is not None for each in policies)]:
+        made.append(_quality(section, scores))
+    if summary.get("against"):
+        made.append(_against(summary["against"]))
+    if summary.get("data", {}).get("repeated_chunks") is not None:
+        made.append(prompts_table("Prompts", [section]))
     if summary.get("worst"):
         made.append(_worst(summary))
     if summary.get("peers"):
@@ -77,6 +82,30 @@ def growth_table(section: Section) -> Table:
     return Table("Time to first token by context length", columns, rows, note)
 
 
+def prompts_table(title: str, sections: Sequence[Section]) -> Table:
+    """Return what there is to know of the prompts of each section before policies are compared on them."""
+    rows = []
+    for section in sections:
+        summary = section["summary"]
+        data = summary["data"]
+        shares = (data["full_zero"], data["gold_in_chunks"], data["repeated_chunks"])
+        rows.append(
+            [
+                Cell(section["name"]),
+                number(summary["prompts"], 0),
+                number(data["answered"], 0),
+                *(number(share, 1, percent=True) for share in shares),
+            ]
+        )
+    note = (
+        "Full's F1 is 0: share of the prompts with accepted answers on which full prefill itself scores 0, so no "
+        "policy can lose anything there. Gold in chunks: share of them where an accepted answer stands in a chunk. "
+        "Repeated chunks: share of all chunks that stand by 90% of their words in another chunk of their prompt."
+    )
+    columns = ["data set", "prompts", "with answers", "full's F1 is 0", "gold in chunks", "repeated chunks"]
+    return Table(title, columns, rows, note)
+
+
 def _speed(section: Section) -> Table:
     summary = section["summary"]
     rows = [
@@ -108,27 +137,50 @@ def _fidelity(summary: dict[str, Any]) -> Table:
             number(each["kl_first"], 4),
             number(each["kl_mean"], 4),
             number(each["agreement"], 1, percent=True),
+            number(each["same_answer"], 1, percent=True),
         ]
         for policy, each in by_policy(summary).items()
     ]
     note = (
         "KL: KL(full || policy) in nats, of the first token and averaged over full prefill's greedy answer. "
-        "Agreement: share of that answer's tokens that the policy would have chosen too. Means."
+        "Agreement: share of that answer's tokens that the policy would have chosen too. Same answer: share of the "
+        "prompts on which its own greedy answer is full prefill's, token by token. Means."
     )
-    return Table("Fidelity to full prefill", ["policy", "KL first", "KL mean", "agreement"], rows, note)
+    columns = ["policy", "KL first", "KL mean", "agreement", "same answer"]
+    return Table("Fidelity to full prefill", columns, rows, note)
 
 
-def _quality(summary: dict[str, Any]) -> Table:
+def _quality(section: Section, scores: Sequence[str]) -> Table:
     rows = [
-        [Cell(name_of(policy)), *(number(each[name]) for score in QUALITY for name in (score, f"{score}_diff"))]
-        for policy, each in by_policy(summary).items()
+        [Cell(name_of(policy)), *(number(each[name]) for score in scores for name in (score, f"{score}_diff"))]
+        for policy, each in by_policy(section["summary"]).items()
     ]
-    columns = ["policy", *(column for score in QUALITY.values() for column in (score, f"{score} − full"))]
+    columns = ["policy", *(column for score in scores for column in (QUALITY[score], f"{QUALITY[score]} − full"))]
+    tokens = section["settings"].get("answer_tokens", ANSWER_TOKENS)
     note = (
-        f"Greedy answers of at most {ANSWER_TOKENS} tokens against the accepted ones, means. “− full”: the difference"
+        f"Greedy answers of at most {tokens} tokens against the accepted ones, means. “− full”: the difference"
         " to full prefill's score, paired by prompt; where its interval holds 0, the two cannot be told apart."
     )
+    if "holds_gold" in scores:
+        note += " Holds gold: an accepted answer's words stand in the answer, one behind the other."
     return Table("Answers", columns, rows, note)
+
+
+def _against(told: dict[str, Any]) -> Table:
+    rows = [
+        [
+            Cell(name_of(policy)),
+            number(each["prompts"], 0),
+            *(number(each[name]) for name in ("ttft_ratio", "kl_first_ratio", "kl_mean_ratio")),
+        ]
+        for policy, each in told["policies"].items()
+    ]
+    note = (
+        "TTFT: median over the prompts of the ratio on the same prompt. KL: ratio of the means over the same "
+        f"prompts, with the interval of drawing prompts. Below 1 is better than {told['policy']}."
+    )
+    columns = ["policy", "prompts", "TTFT ratio", "KL first ratio", "KL mean ratio"]
+    return Table(f"Against {told['policy']}", columns, rows, note)
 
 
 def _worst(summary: dict[str, Any]) -> Table:
@@ -143,12 +195,17 @@ def _worst(summary: dict[str, Any]) -> Table:
             number(row["kl_mean"]),
             number(row["f1"], 2),
             number(row["full_f1"], 2),
-            *(Cell(row.get(key) or "") for key in texts),
+            *(Cell(_ending(row.get(key) or "")) for key in texts),
         ]
         for row in worst
     ]
     columns = ["policy", "prompt", "KL first", "KL mean", "F1", "full's F1", *texts.values()]
     return Table("Worst prompts", columns, rows, "The prompts on which a policy is farthest from full prefill.")
+
+
+def _ending(text: str) -> str:
+    """Return the end of a text as a table can hold it: the question of a conversation is its last line."""
+    return text if len(text) <= LONGEST else f"… {text[-LONGEST:]}"
 
 
 def _peers(summary: dict[str, Any]) -> Table:

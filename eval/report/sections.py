@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chunkcache.eval.report import requests
+from chunkcache.eval.report.overview import overview_tables
 from chunkcache.eval.report.parts import Plot, Table, table_of
 from chunkcache.eval.results import PEER
 
@@ -54,9 +55,17 @@ class Section:
 
 
 def views(report: dict[str, Any]) -> list[Section]:
-    """Return the sections of a report, in its order."""
+    """Return the sections of a report, in its order; where it has several data sets, what is over all comes first."""
     shared = facts(report)
-    return [_view(section, shared) for section in report["sections"]]
+    over_all = overview(report)
+    return [*([over_all] if over_all else []), *(_view(section, shared) for section in report["sections"])]
+
+
+def overview(report: dict[str, Any]) -> Section | None:
+    """Return what all data sets come to together; None where a report has only one."""
+    tables = overview_tables(report)
+    lead = "Every policy on every data set, and where it is worst. Each data set has a section of its own below."
+    return Section("data-sets", "All data sets", lead, {}, tables, [], {}) if tables else None
 
 
 def facts(report: dict[str, Any]) -> Facts:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model
+from support.llm import QUESTION, TEXTS, chat_tokenizer, plain, prompt_ids, tiny_model, wrapped
 
 import chunkcache
 from chunkcache.errors import PeerError, PolicyError, ResultsError
@@ -67,6 +67,40 @@ def test_answers_are_scored_where_there_are_accepted_ones(results):
     for row in results.rows:
         assert (row["f1"] is None) == (row["prompt"] == 1)
         assert row["question"] == CASES[row["prompt"]].question
+
+
+def test_rows_say_whether_the_chunks_hold_an_answer_and_what_is_repeated(results):
+    assert {row["gold_in_chunks"] for row in results.rows if row["prompt"] == 0} == {True}
+    assert {row["gold_in_chunks"] for row in results.rows if row["prompt"] == 1} == {None}
+    assert {row["repeated_chunks"] for row in results.rows} == {0}
+    twice = Case(QUESTION, (TEXTS[1], TEXTS[0], TEXTS[1]), ("no such thing",))
+    made = compare(tiny_model(), chat_tokenizer(), [twice], Comparison([], answers=False))
+    assert [(row["gold_in_chunks"], row["repeated_chunks"]) for row in made.rows] == [(False, pytest.approx(2 / 3))]
+
+
+def test_full_prefill_runs_once_for_a_prompt_however_many_policies_there_are(monkeypatch):
+    asked = []
+    prefill = chunkcache.CachedLLM.prefill
+
+    def counted(self, question, chunks=(), **options):
+        asked.append((question, options["policy"]))
+        return prefill(self, question, chunks, **options)
+
+    monkeypatch.setattr(chunkcache.CachedLLM, "prefill", counted)
+    compare(tiny_model(), chat_tokenizer(), CASES, Comparison(["full", "reuse", "link:k=2", "query"]))
+    assert [asked.count((case.question, "full")) for case in CASES] == [1, 1]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_answers_have_as_many_tokens_as_asked_for(tokens):
+    comparison = Comparison(["reuse"], answer_tokens=tokens)
+    echo = _Echo()
+    made = compare(tiny_model(), chat_tokenizer(), CASES[:1], comparison, peers=[echo])  # type: ignore[list-item]
+    assert made.settings["answer_tokens"] == tokens
+    assert set(echo.asked) == {tokens}
+    ids = plain(tiny_model(), prompt_ids(wrapped()), max_new_tokens=tokens, do_sample=False)
+    [full] = [row for row in made.rows if row["policy"] == "full"]
+    assert full["answer"] == chat_tokenizer().decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_second_round_does_not_find_what_the_first_left(results):
@@ -144,11 +178,14 @@ class _Echo:
     versions: dict[str, str] = field(default_factory=dict)
     warmed: list[Any] = field(default_factory=list)
     ended: bool = False
+    asked: list[int] = field(default_factory=list)
 
     def warm(self, parts: list[list[int]]) -> None:
         self.warmed.append(parts)
 
     def answer(self, parts: list[list[int]], answer_tokens: int) -> Any:
+        self.asked.append(answer_tokens)
+
         @dataclass
         class Answer:
             ttft_s: float = 0.5
@@ -172,11 +209,11 @@ def test_a_peer_has_rows_beside_the_policies():
 class _Broken(_Echo):
     """A peer that fails the first time it is asked about a prompt."""
 
-    asked = 0
+    calls = 0
 
     def answer(self, parts: list[list[int]], answer_tokens: int) -> Any:
-        self.asked += 1
-        if self.asked == 2:  # the first warms up
+        self.calls += 1
+        if self.calls == 2:  # the first warms up
             raise PeerError("no such luck. It said: /home/someone")
         return super().answer(parts, answer_tokens)
 

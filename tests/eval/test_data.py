@@ -7,7 +7,7 @@ import json
 import pytest
 
 from chunkcache.errors import DocumentError
-from chunkcache.eval.data import MERGED_WORDS, load_cases
+from chunkcache.eval.data import MERGED_WORDS, DataSet, load_cases
 
 PARAGRAPHS = [[f"Title {i}", ["One sentence. ", "Another one."]] for i in range(3)]
 ROWS = {
@@ -19,9 +19,20 @@ ROWS = {
     "hotpotqa": {"question": "q", "answer": "a", "context": PARAGRAPHS},
     "musique": {"question": "q", "answer": "a", "paragraphs": [{"title": "T", "paragraph_text": "x"}]},
     "longbench": {"input": "q", "answers": ["a"], "context": "Passage 1:\nx\nPassage 2:\ny"},
+    "mtrag": {
+        "input": [{"speaker": "user", "text": "q"}],
+        "contexts": [{"document_id": "1", "text": "\nx"}, {"document_id": "2", "text": "y", "title": "T"}],
+        "targets": [{"speaker": "agent", "text": "a"}],
+    },
     "squad": {"question": "q", "context": "x", "answers": {"text": ["a", "a"], "answer_start": [0, 0]}},
 }
-CHUNKS = {"cacheblend": ("T\nx", "y"), "musique": ("T\nx",), "longbench": ("x", "y"), "squad": ("x",)}
+CHUNKS = {
+    "cacheblend": ("T\nx", "y"),
+    "musique": ("T\nx",),
+    "longbench": ("x", "y"),
+    "mtrag": ("x", "y"),
+    "squad": ("x",),
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -59,3 +70,53 @@ def test_what_is_no_data_set_is_refused(tmp_path, text, reason):
     path.write_text(text)
     with pytest.raises(DocumentError, match=reason):
         load_cases(path)
+
+
+def saved(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_conversation_stands_before_its_last_question(tmp_path):
+    said = [("user", "Who built it?"), ("agent", "Two brothers.\nIn 1931."), ("user", "Why?")]
+    turns = [{"speaker": speaker, "text": text} for speaker, text in said]
+    [case] = load_cases(saved(tmp_path / "data", {**ROWS["mtrag"], "input": turns}))
+    assert case.question == "user: Who built it?\nagent: Two brothers.\nIn 1931.\nWhy?"
+
+
+@pytest.mark.parametrize(
+    ("fields", "answers"),
+    [
+        ({"answerability": ["ANSWERABLE"]}, ("a",)),
+        ({"answerability": ["UNANSWERABLE"]}, ()),
+        ({"targets": []}, ()),
+        ({"targets": [{"text": " "}, {"text": "b"}]}, ("b",)),
+    ],
+)
+def test_what_cannot_be_answered_has_no_accepted_answers(tmp_path, fields, answers):
+    [case] = load_cases(saved(tmp_path / "data", {**ROWS["mtrag"], **fields}))
+    assert case.answers == answers
+
+
+def test_a_question_over_no_context_is_no_prompt(tmp_path):
+    rows = [{**ROWS["mtrag"], "contexts": []}, ROWS["mtrag"]]
+    path = saved(tmp_path / "data", *rows)
+    assert len(DataSet.read(path).cases) == 2
+    assert len(load_cases(path)) == len(load_cases(path, chunks=2, fill=True)) == 1
+
+
+def test_a_data_set_without_questions_asks_for_a_summary_and_is_filled_up(tmp_path):
+    rows = [
+        {**ROWS["longbench"], "input": "", "context": "".join(f"Passage {n}:\n{name} {n}\n" for n in range(1, 4))}
+        for name in ("hill", "sea")
+    ]
+    path = saved(tmp_path / "data", *rows)
+    for case, name in zip(load_cases(path, chunks=5, fill=True), ("hill", "sea"), strict=True):
+        assert case.question == "Write a summary of all the passages."
+        assert len(set(case.chunks)) == 5
+        assert {f"{name} {n}" for n in (1, 2, 3)} <= set(case.chunks)
+
+
+def test_the_chunks_of_a_data_set_are_those_of_all_cases_each_once(tmp_path):
+    rows = [{**ROWS["longbench"], "context": f"Passage 1:\n{a}\nPassage 2:\n{b}"} for a, b in ("xy", "zx", "wz")]
+    assert DataSet.read(saved(tmp_path / "data", *rows)).chunks() == ("x", "y", "z", "w")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chunkcache.eval.intervals import interval, paired
+from chunkcache.eval.intervals import interval, paired, ratio_of_means
 
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
@@ -49,3 +49,25 @@ def test_the_same_values_give_the_same_interval():
 def test_pairs_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="argument"):
         paired([1.0], [1.0, 2.0])
+
+
+def test_about_95_of_100_intervals_hold_the_true_ratio_of_means():
+    draw = np.random.default_rng(1)
+    held = 0
+    for seed in range(200):
+        theirs = draw.exponential(2, 40)
+        low, high = ratio_of_means(list(theirs * draw.uniform(0, 1, 40)), list(theirs), seed)[1:]
+        held += low <= 0.5 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_a_ratio_of_means_is_no_mean_of_ratios_and_pairs_take_out_what_both_share():
+    theirs = [1.0, 2.0, 3.0, 50.0, 5.0, 6.0, 7.0]
+    assert ratio_of_means([1, 1], [1, 3]) == (0.5, 0.5, 0.5)
+    assert ratio_of_means([value / 2 for value in theirs], theirs) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_ratio_to_nothing_is_unknown():
+    assert ratio_of_means([1.0, 2.0], [0.0, 0.0]) is None
+    assert ratio_of_means([], []) is None
+    assert ratio_of_means([1.0] * 6, [0.0] * 5 + [6.0]) == (1, 1, 1)  # a draw may have nothing but zeros

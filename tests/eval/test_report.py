@@ -22,7 +22,7 @@ from chunkcache.eval.report.markdown import as_markdown
 from chunkcache.eval.report.page import as_html
 from chunkcache.eval.report.parts import Plot, Series, cell, number
 from chunkcache.eval.report.plots import draw
-from chunkcache.eval.report.sections import TITLES
+from chunkcache.eval.report.sections import TITLES, views
 from chunkcache.eval.report.styles import policy_styles
 from chunkcache.eval.results import Results
 
@@ -117,12 +117,78 @@ def test_the_page_and_the_markdown_say_the_same(report, html):
 def test_what_is_missing_is_absent():
     results = requests()
     for row in results.rows:
-        for name in ("kl_first", "kl_mean", "agreement", "f1", "em", "rouge_l", "stages", "answer", "question"):
+        for name in ("kl_first", "kl_mean", "agreement", "f1", "em", "rouge_l", "holds_gold", "stages", "answer"):
             row[name] = None
     markdown = as_markdown(build_report({"ttft": results}), "report.html")
     assert "### Time to first token" in markdown
     assert "Every prompt" in markdown
     assert not any(absent in markdown for absent in ("Fidelity", "Answers", "Worst", "Speed against", "time goes"))
+
+
+def test_several_data_sets_have_an_overview_with_the_worst_of_each_policy():
+    made = build_report(
+        {"hills": requests(), "seas": requests("seas", worse=2), "ttft": requests(lengths=[1000, 2000])}
+    )
+    assert made["worst"]["apart"] == {}
+    worst = made["worst"]["data_sets"]
+    assert worst.keys() == {"prefix", "query", "link:k=8", "peer:other"}
+    assert (worst["query"]["kl_first"]["section"], worst["query"]["kl_first"]["value"][0]) == ("seas", 0.1)
+    over_all = views(made)[0]
+    assert over_all.title == "All data sets"
+    tables = {table.title: table for table in over_all.tables}
+    assert [[cell.text for cell in row] for row in tables["Prompts of each data set"].rows] == [
+        [name, "4", "4", "25.0%", "75.0%", "0.0%"] for name in ("hills", "seas")
+    ]
+    by_name = {row[0].text: row for row in tables["KL mean by data set"].rows}
+    assert [cell.text for cell in by_name["query"][1:]] == ["0.0250", "0.0500"]
+    assert [cell.known for cell in by_name["other (peer)"][1:]] == [False, False]
+    rows = {row[0].text: row for row in tables["Worst data set of each policy"].rows}
+    at = tables["Worst data set of each policy"].columns.index("KL first")
+    assert (rows["query"][at].text, rows["query"][at].note) == ("0.1000", "seas")
+
+
+def test_data_sets_with_repeated_chunks_stand_apart():
+    made = build_report(
+        {"hills": requests(), "twice": requests("twice", repeated=0.5, worse=9), "seas": requests("seas")}
+    )
+    assert made["worst"]["data_sets"]["query"]["kl_first"]["section"] == "hills"
+    assert made["worst"]["apart"]["query"]["kl_first"]["section"] == "twice"
+    markdown = as_markdown(made, "report.html")
+    assert "### KL mean by data set, prompts with repeated chunks" in markdown
+    assert "| twice | 4 | 4 | 25.0% | 75.0% | 50.0% |" in markdown
+
+
+def test_one_data_set_has_no_overview(report):
+    one = build_report({"hills": requests(), "heatmap": heatmap()})
+    assert "worst" not in one
+    assert views(one)[0].title == "hills, 5 chunks"
+    assert views(report)[0].name == "data-sets"
+
+
+def test_policies_are_compared_with_another_where_asked():
+    results = {"hills": requests(), "heatmap": heatmap()}
+    markdown = as_markdown(build_report(results, against="link:k=8"), "report.html")
+    assert "### Against link:k=8" in markdown
+    assert "| `query` | 4 | 1.600 | 0.500 | 0.500 |" in markdown
+    assert "Against" not in as_markdown(build_report(results), "report.html")
+    with pytest.raises(ResultsError, match="no results of 'link:k=9'"):
+        build_report(results, against="link:k=9")
+
+
+def test_scores_and_same_answers_are_shown():
+    markdown = as_markdown(build_report({"hills": requests()}), "report.html")
+    for column in ("same answer", "F1 − full", "ROUGE-L − full", "holds gold", "holds gold − full"):
+        assert f"| {column} |" in markdown
+
+
+def test_the_question_of_a_conversation_is_shown_by_its_end():
+    results = requests()
+    results.rows = [{**row, "question": "user: long ago\n" * 100 + "And now?"} for row in results.rows]
+    [table] = [table for table in views(build_report({"hills": results}))[0].tables if table.title == "Worst prompts"]
+    question = table.rows[0][table.columns.index("question")].text
+    assert question.startswith("… ")
+    assert question.endswith("And now?")
+    assert len(question) < 400
 
 
 def test_a_peer_that_failed_is_named():

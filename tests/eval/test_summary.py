@@ -30,8 +30,8 @@ def results(rows, peers=(), tokens=None):
 
 
 def judged(f1, kl=0.0, answer="a"):
-    return {"f1": f1, "em": 0.0, "rouge_l": f1, "kl_first": kl, "kl_mean": kl / 2, "agreement": 1.0,
-            "same_answer": True, "question": "q", "answer": answer}  # fmt: skip
+    return {"f1": f1, "em": 0.0, "rouge_l": f1, "holds_gold": float(f1 > 0), "kl_first": kl, "kl_mean": kl / 2,
+            "agreement": 1.0, "same_answer": True, "question": "q", "answer": answer}  # fmt: skip
 
 
 def test_ratios_are_of_the_same_prompt_and_medians_over_prompts():
@@ -57,6 +57,44 @@ def test_scores_stand_beside_full_prefills():
     assert found["f1_diff"][0] == pytest.approx(-0.125)
     assert found["f1_diff"][1] <= -0.125 <= found["f1_diff"][2]
     assert found["em_diff"][0] == 0
+    assert (found["holds_gold"][0], found["holds_gold_diff"][0]) == (0.75, -0.25)
+
+
+def test_what_there_is_to_know_of_the_prompts_is_told_once_and_of_full_prefill():
+    about = [{"chunks": 2, "repeated_chunks": 1.0, "gold_in_chunks": True}, {"chunks": 6, "repeated_chunks": 0.5}]
+    scores = [judged(0.0), judged(0.5)]
+    rows = [row(p, "full", 1.0, **about[p], **scores[p]) for p in range(2)]
+    rows += [row(p, "full", 1.0, turn=1, **about[p]) for p in range(2)]
+    rows += [row(p, "query", 1.0, **about[p], **judged(0.0)) for p in range(2)]
+    found = summary(results(rows))["data"]
+    assert found == {"answered": 2, "full_zero": 0.5, "gold_in_chunks": 1, "repeated_chunks": (2 + 3) / 8}
+    nothing = summary(results([row(0, "full", 1.0)]))["data"]
+    assert nothing == {"answered": 0, "full_zero": None, "gold_in_chunks": None, "repeated_chunks": None}
+
+
+def test_policies_are_compared_with_another_prompt_by_prompt():
+    kl = (0.1, 0.2, 0.6)
+    rows = [row(p, "full", 10.0, **judged(1.0)) for p in range(4)]
+    rows += [row(p, "query", 2.0 + p, **judged(1.0, kl=kl[p])) for p in range(3)]
+    rows += [row(p, "link", 1.0 + p, **judged(1.0, kl=1.0)) for p in range(3)]
+    made = results(rows)
+    made.settings["policies"].append("link")
+    found = summary(made, against="link")["against"]
+    assert found["policy"] == "link"
+    assert found["policies"].keys() == {"full", "query"}
+    assert found["policies"]["full"]["prompts"] == 3  # the fourth prompt has not been run by both
+    query = found["policies"]["query"]
+    assert query["ttft_ratio"][0] == pytest.approx(3 / 2)
+    assert query["kl_first_ratio"][0] == query["kl_mean_ratio"][0] == pytest.approx(0.3)
+    assert summary(made)["against"] is summary(made, against="absent")["against"] is None
+
+
+def test_a_divergence_of_rounding_errors_is_nothing_to_compare_with():
+    rows = [row(p, "full", 10.0, **judged(1.0)) for p in range(2)]
+    rows += [row(p, "query", 1.0, **judged(1.0, kl=1e-6)) for p in range(2)]
+    found = summary(results(rows), against="query")["against"]["policies"]["full"]
+    assert found["ttft_ratio"][0] == 10
+    assert found["kl_first_ratio"] is found["kl_mean_ratio"] is None
 
 
 def test_what_was_not_measured_is_none():

@@ -22,8 +22,11 @@ KL = {"full": 0.0, "prefix": 0.0, "query": 0.05, "link:k=8": 0.1, "peer:other": 
 SECRET = "Whose <script>alert(1)</script> is | this?"
 
 
-def requests(data="hills", chunks=5, prompts=4, lengths=None) -> Results:
-    """Return results of `bench quality`, or of a ladder of context lengths."""
+def requests(data="hills", chunks=5, prompts=4, lengths=None, repeated=0.0, worse=1.0) -> Results:
+    """Return results of `bench quality`, or of a ladder of context lengths.
+
+    `repeated` is the share of chunks that stand twice; all divergences are `worse` times those of `KL`.
+    """
     peers = {"other": {"versions": {"other": "0.9"}, "settings": {"threads": 1}}}
     settings = {
         "data": data, "chunks": chunks, "tokens": lengths,
@@ -41,10 +44,12 @@ def requests(data="hills", chunks=5, prompts=4, lengths=None) -> Results:
                     "ttft_s": seconds, "error": None,
                     "stages": None if peer else {"recompute": seconds * 0.9, "other": seconds * 0.1},
                     "recomputed_share": None if peer else 0.03, "hits": 5, "misses": 0, "fallbacks": 0,
-                    "peak_ratio": None if peer else 1.1, "kl_first": KL[policy], "same_answer": not KL[policy],
-                    "kl_mean": None if peer else KL[policy] / 2, "agreement": None if peer else 1 - KL[policy],
+                    "peak_ratio": None if peer else 1.1, "same_answer": not KL[policy],
+                    "kl_first": worse * KL[policy], "kl_mean": None if peer else worse * KL[policy] / 2,
+                    "agreement": None if peer else 1 - KL[policy],
                     "question": SECRET, "answer": f"{SECRET} {policy}", "accepted": ["x"],
                     "f1": 0.1 * prompt, "em": float(prompt == 3), "rouge_l": 0.2,
+                    "holds_gold": float(prompt > 1), "gold_in_chunks": prompt > 0, "repeated_chunks": repeated,
                 }
             )  # fmt: skip
     return results

@@ -44,6 +44,38 @@ def test_quality_shows_speed_fidelity_and_answers(bench, data):
     assert all(word in out for word in ("TTFT", "KL", "ROUGE-L", "reuse", "full"))
 
 
+def test_answers_may_be_longer_and_policies_compared_with_another(bench, data, tmp_path):
+    args = (data, *FEW, "--policy", "link:k=2", "--out", str(tmp_path / "results"), "--json")
+    code, out, err = bench("quality", *args, "--answer-tokens", "3", "--against", "reuse")
+    assert code == 0, err
+    [section] = json.loads(out)["sections"]
+    assert section["settings"]["answer_tokens"] == 3
+    assert section["summary"]["against"]["policies"].keys() == {"full", "link:k=2"}
+    rows = (tmp_path / "results" / "quality-texts-2.jsonl").read_text()
+    code, out, err = bench("quality", *args, "--answer-tokens", "3", "--against", "link:k=2")  # only shown otherwise
+    assert code == 0, err
+    assert json.loads(out)["sections"][0]["summary"]["against"]["policy"] == "link:k=2"
+    assert (tmp_path / "results" / "quality-texts-2.jsonl").read_text() == rows
+    assert bench("quality", *args)[0] == 2  # 16 tokens are another measurement
+
+
+def test_a_policy_to_compare_with_has_to_be_measured(bench, data):
+    code, _, err = bench("quality", data, *FEW, "--against", "link:k=2")
+    assert code == 2
+    assert "pass --policy link:k=2" in " ".join(err.split())
+
+
+def test_several_data_sets_end_with_what_they_come_to_together(bench, data, tmp_path):
+    other = tmp_path / "others.json"
+    other.write_text(Path(data).read_text())
+    code, out, err = bench("quality", data, str(other), *FEW)
+    assert code == 0, err
+    assert out.index("others, 2 chunks") < out.index("All data sets")
+    assert "Worst data set of each policy" in out
+    code, out, _ = bench("quality", data, str(other), *FEW, "--json")
+    assert json.loads(out)["worst"]["data_sets"]["reuse"].keys() >= {"ttft_ratio", "kl_first", "kl_mean", "f1_diff"}
+
+
 def test_ttft_has_no_answers_and_several_data_sets_and_chunk_counts(bench, data, tmp_path):
     folder = tmp_path / "results"
     code, out, _ = bench("ttft", data, *FEW, "--chunks", "3", "--out", str(folder), "--json")
