@@ -89,6 +89,7 @@ def test_a_conversation_stands_before_its_last_question(tmp_path):
     [
         ({"answerability": ["ANSWERABLE"]}, ("a",)),
         ({"answerability": ["UNANSWERABLE"]}, ()),
+        ({"Answerability": ["UNANSWERABLE"]}, ()),
         ({"targets": []}, ()),
         ({"targets": [{"text": " "}, {"text": "b"}]}, ("b",)),
     ],
