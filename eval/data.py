@@ -182,7 +182,7 @@ def _longbench(row: Row) -> Case:
 def _mtrag(row: Row) -> Case:
     *before, last = row["input"]
     lines = [f"{turn['speaker']}: {turn['text']}" for turn in before]
-    answerable = "UNANSWERABLE" not in row.get("answerability", row.get("Answerability", ()))
+    answerable = "UNANSWERABLE" not in (row.get("answerability") or row.get("Answerability") or ())
     answers = (target["text"] for target in row["targets"] if answerable and target["text"].strip())
     chunks = (context["text"].strip() for context in row["contexts"])
     return Case("\n".join([*lines, last["text"]]), tuple(filter(None, chunks)), tuple(answers))
