@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
+from chunkcache.blend.assembly import Assembler
+from chunkcache.blend.carried import Carried
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
 from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
-from chunkcache.kv.quantised import GROUP, QuantisedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,43 +35,6 @@ def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:
 
 def _all_on(layers: Sequence[Layer], device: torch.device) -> bool:
     return all((layer if isinstance(layer, Tensor) else layer.codes).device == device for layer in layers)
-
-
-def place(span: Span, layer: Layer, rotary: Rotary | None, target: Tensor) -> None:
-    """Write one layer of a span's stored KV to its place, keys rotated to their positions.
-
-    Args:
-        span: which tokens of the layer, and how far they moved.
-        layer: `[2, kv_heads, tokens, head_dim]`, whole.
-        rotary: how its keys are rotated; None for not at all.
-        target: `[2, kv_heads, length, head_dim]`.
-    """
-    if isinstance(layer, QuantisedLayer):
-        if rotary is not None and span.offset == 0 and target.dtype == torch.float32:
-            _place_scaled(span, layer, rotary, target)
-            return
-        layer = layer.dense()
-    stored = layer[:, :, span.offset : span.offset + len(span)]
-    target[1].copy_(stored[1], non_blocking=True)
-    if rotary is None:
-        target[0].copy_(stored[0], non_blocking=True)
-    else:
-        rotary.shift(stored[0], span.delta, target[0])
-
-
-def _place_scaled(span: Span, layer: QuantisedLayer, rotary: Rotary, target: Tensor) -> None:
-    """Dequantise while placing: the keys in the pass that rotates them, group by group of tokens."""
-    target[1].copy_(layer.values()[:, : len(span)])
-    codes = layer.keys()
-    whole = len(span) // GROUP * GROUP
-    scale, zero = layer.key_scale.float()[:, :, None], layer.key_zero.float()[:, :, None]
-    if whole:
-        keys, out = (part[:, :whole].view(len(part), -1, GROUP, part.shape[2]) for part in (codes, target[0]))
-        groups = whole // GROUP
-        rotary.shift_scaled(keys, scale[:, :groups], zero[:, :groups], span.delta, out)
-    if whole < len(span):
-        rest, group = slice(whole, len(span)), whole // GROUP
-        rotary.shift_scaled(codes[:, rest], scale[:, group], zero[:, group], span.delta, target[0][:, rest])
 
 
 class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error
@@ -100,6 +64,7 @@ class FusedCache(DynamicCache):
         computed_rows: positions `[rows]` that the prefill computed, layer by layer.
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
+        carried: where a scout stopped, for the prefill to go on from; None without one.
     """
 
     def __init__(
@@ -116,6 +81,7 @@ class FusedCache(DynamicCache):
         self._loader: Loader | None = None
         self.load_s = 0.0
         self.plan = plan
+        self._assembler = Assembler(plan)
         self.prefilled = False
         self.assemble_s = self.wait_s = self.select_s = 0.0
         self.computed_rows: list[Tensor] = []
@@ -124,6 +90,7 @@ class FusedCache(DynamicCache):
         self.go_on_with(torch.empty(0, dtype=torch.int64))
         self._probing = False
         self.scouting = False
+        self.carried: Carried | None = None
         self._assembled: dict[int, Tensor] = {}
 
     def go_on_with(self, rows: Tensor) -> None:
@@ -168,13 +135,9 @@ class FusedCache(DynamicCache):
         """
         if layer_idx not in self._assembled:
             started = time.perf_counter()
-            _, kv_heads, _, head_dim = like.shape
-            both = like.new_empty(2, kv_heads, len(self.plan), head_dim)
             layers = self._stored(layer_idx, like.device)
             self.wait_s += time.perf_counter() - started
-            for span, layer in zip(self.plan.reused, layers, strict=True):
-                place(span, layer, self._rotaries[layer_idx], both[:, :, span.start : span.stop])
-            self._assembled[layer_idx] = both
+            self._assembled[layer_idx] = self._assembler.assemble(layers, self._rotaries[layer_idx], like)
             self.assemble_s += time.perf_counter() - started
         return self._assembled[layer_idx]
 
@@ -227,7 +190,9 @@ class FusedCache(DynamicCache):
         self.stop_loading()
         self._sources = None
         self._assembled.clear()
+        self.carried = None
         self.plan = plan
+        self._assembler = Assembler(plan)
         self.computed_rows.clear()
         self.scouted = 0
 

@@ -111,6 +111,17 @@ class Decoder:
         """Return the one of `masks` that layer `layer_idx` takes."""
         return masks[self._types[layer_idx]] if isinstance(masks, dict) else masks
 
+    def seeing_all(self, layers: Sequence[int]) -> Sequence[int]:
+        """Return those of `layers` without a sliding window; without one among them, the nearest below or above.
+
+        A layer with a window shows only what lies in it.
+        """
+        whole = [index for index, window in enumerate(self._windows) if window is None]
+        kept = [index for index in layers if index in whole]
+        if kept or not whole:
+            return kept or layers
+        return [min(whole, key=lambda index: abs(index - layers[len(layers) // 2]))]
+
     def _mask(self, rows: Tensor, length: int, window: int | None) -> Tensor:
         intervals = visible_intervals(rows, window)
         if self.config._attn_implementation == "eager":

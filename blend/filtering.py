@@ -12,6 +12,7 @@ from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.policy import Check, Policy
+from chunkcache.blend.rows import cut_to, with_hidden
 
 
 class RowFilter:
@@ -57,20 +58,8 @@ class RowFilter:
                 self._kept = keep if self._kept is None else self._kept[keep]
                 self._cache.go_on_with(self._cache.rows[keep.cpu()])
                 self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
-                kwargs = self._cut(index, kwargs, keep)
-                hidden = hidden.index_select(1, keep)
-                if "hidden_states" in kwargs:
-                    kwargs["hidden_states"] = hidden
-                else:
-                    args = (hidden, *args[1:])
+                args, kwargs = with_hidden(args, self._cut(index, kwargs, keep), lambda h: h.index_select(1, keep))
         return args, kwargs
 
     def _cut(self, index: int, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-        cos, sin = kwargs["position_embeddings"]
-        keep = keep.to(cos.device)
-        return {
-            **kwargs,
-            "position_embeddings": (cos.index_select(1, keep), sin.index_select(1, keep)),
-            "position_ids": self._cache.rows_on(cos.device)[None],
-            "attention_mask": self._decoder.mask(index, self._masks),
-        }
+        return cut_to(kwargs, keep, self._cache, self._decoder.mask(index, self._masks))

@@ -196,7 +196,7 @@ def guard_steps(
     first = policies[0]
     watches = [
         Watch(decoder.attentions[layer], prompt - plan.end, lambda w, _: attention.append(first.pool(w.float())))
-        for layer in first.attention_layers(len(decoder.layers))
+        for layer in decoder.seeing_all(first.attention_layers(len(decoder.layers)))
     ]
     cache.scouting = True
     try:

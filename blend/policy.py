@@ -88,6 +88,10 @@ class Policy(ABC):
         """Layers, of `layers`, whose question attention `select_by_attention` wants; empty for none."""
         return ()
 
+    def carries(self) -> bool:
+        """Return whether a prefill goes on with the question from where the scout layers end; see `CarriedRows`."""
+        return False
+
     def pool(self, weights: Tensor) -> Tensor:
         """Reduce one layer's attention weights `[heads, question rows, tokens]` to a score `[tokens]`."""
         return weights.mean(dim=(0, 1))

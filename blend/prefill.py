@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
+from chunkcache.blend.carried import CarriedRows
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.filtering import RowFilter
 from chunkcache.blend.loader import LEAST_DEPTH
@@ -164,6 +165,9 @@ class SelectivePrefill:
 
             self._recorder = Recorder(decoder, plan, rows)
             recording = bool(self._recorder.spans)  # a record needs its rows in every layer
+        carried, self.cache.carried = self.cache.carried, None
+        if carried is not None and not recording and len(rows) > len(plan.fresh):
+            self._handles += CarriedRows(decoder, self.cache, carried, rows).hook()
         if len(plan.inexact) > 0 and not recording and policy.filter_layers(len(decoder.layers)):
             self._handles += RowFilter(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
@@ -228,7 +232,9 @@ def select_rows(decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCa
         raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
     with cache.selecting():
         if layers and policy.wants_attention(plan):
-            selected = policy.select_by_attention(plan, scout(decoder, plan, cache, layers, policy.pool))
+            layers = decoder.seeing_all(layers)
+            seen = scout(decoder, plan, cache, layers, policy.pool, policy.carries())
+            selected = policy.select_by_attention(plan, seen)
         else:
             selected = policy.select(plan)
     return torch.cat((plan.fresh, selected)).sort().values

@@ -77,6 +77,10 @@ class Query(Policy):
         """Return the layers from the middle to two thirds of the way up."""
         return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3)))
 
+    def carries(self) -> bool:
+        """Return whether the ratio is `auto`: with few tokens the question would be most of what is computed twice."""
+        return self.ratio == "auto" and self.guard is None
+
     def select(self, plan: Plan) -> Tensor:
         """Return what `link` would: there is nothing to look at."""
         return plan.first_of_each(self.k)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.blend import span
 
 from chunkcache.blend import Decoder
-from chunkcache.blend.cache import place
+from chunkcache.blend.assembly import place
 from chunkcache.kv import ChunkKV
 from chunkcache.kv.quantised import GROUP, QuantisedLayer, dense
 
