@@ -99,22 +99,23 @@ class Decoder:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def masks(self, rows: Tensor, length: int) -> Any:
+    def masks(self, rows: Tensor, length: int, columns: Tensor | None = None) -> Any:
         """Return what the model takes as `attention_mask` for `rows` `[rows]` of a prompt of `length` tokens.
 
-        One mask where all layers see alike, else a dict of one mask per layer type.
+        One mask where all layers see alike, else a dict of one mask per layer type. With `columns` `[columns]` the
+        cache gives keys and values of these positions only (sorted, those of `rows` among them).
         """
-        by_type = {kind: self._mask(rows, length, self._windows[i]) for i, kind in enumerate(self._types)}
+        by_type = {kind: self._mask(rows, length, self._windows[i], columns) for i, kind in enumerate(self._types)}
         return by_type if len(by_type) > 1 else next(iter(by_type.values()))
 
     def mask(self, layer_idx: int, masks: Any) -> Any:
         """Return the one of `masks` that layer `layer_idx` takes."""
         return masks[self._types[layer_idx]] if isinstance(masks, dict) else masks
 
-    def _mask(self, rows: Tensor, length: int, window: int | None) -> Tensor:
-        intervals = visible_intervals(rows, window)
+    def _mask(self, rows: Tensor, length: int, window: int | None, columns: Tensor | None) -> Tensor:
+        intervals = visible_intervals(rows, window, columns)
         if self.config._attn_implementation == "eager":
-            return additive_mask(intervals, length, self.dtype)
+            return additive_mask(intervals, length if columns is None else len(columns), self.dtype)
         return intervals
 
     def _refuse_unsupported(self) -> None:

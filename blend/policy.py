@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
+from chunkcache.blend.shift import Shift
 from chunkcache.errors import PolicyError
 from chunkcache.kv import ContextAttention
 
@@ -72,6 +73,14 @@ class Policy(ABC):
         """Return how many tokens of lead-in the chunks were computed behind that this policy reuses."""
         return 0
 
+    def neighbours(self) -> bool:
+        """Return whether chunks are wanted as computed behind their nearest chunks."""
+        return False
+
+    def shift(self) -> Shift | None:
+        """Return how rows that are not recomputed are corrected by those that are (`blend.shift`); None for not."""
+        return None
+
     def guarded(self) -> float | None:
         """Return the bound of the fidelity guard, KL of the first token in nats; None without a guard."""
         return None
@@ -87,6 +96,10 @@ class Policy(ABC):
     def attention_layers(self, layers: int) -> Sequence[int]:
         """Layers, of `layers`, whose question attention `select_by_attention` wants; empty for none."""
         return ()
+
+    def blind(self) -> bool:
+        """Return whether the question is run without sight of any chunk, up to the layers that it looks at."""
+        return False
 
     def pool(self, weights: Tensor) -> Tensor:
         """Reduce one layer's attention weights `[heads, question rows, tokens]` to a score `[tokens]`."""
@@ -126,6 +139,13 @@ class Policy(ABC):
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         options = ",".join(f"{name}={_text(value)}" for name, value in values if value not in ((), None))
         return f"{self.name}:{options}" if options else self.name
+
+
+def highest(plan: Plan, scores: Tensor, ratio: float) -> Tensor:
+    """Return the sorted positions `[n]` of the share `ratio` of `plan.inexact` that `scores` `[tokens]` highest."""
+    candidates = plan.inexact
+    count = math.ceil(ratio * len(candidates))
+    return candidates[scores[candidates.to(scores.device)].topk(count).indices.cpu()].sort().values
 
 
 def check_share(name: str, value: Share | None, hint: str = "") -> None:
