@@ -29,7 +29,8 @@ class KVShift(Policy):
     The paper's probes (`top`) are the tokens of a chunk whose fresh keys deviate most from the stored ones at an
     early check layer; d is a token's deviation there (L2 norm). The layers below are computed for all tokens. Our
     reading, from a reimplementation, as there is no code of the authors: the check is at layer 1, below which stored
-    KV do not deviate; values are weighted by their own deviation; keys are averaged as rotated for this prompt.
+    KV do not deviate; one set of probes serves keys and values; values are weighted by their own deviation; keys are
+    averaged as they are rotated for this prompt.
 
     Evenly spaced probes (`even`) are ours: no layer is computed for all tokens. A token has no d of its own then, and
     d is the norm of the mean residual over its standard error, for each chunk and layer.

@@ -1,9 +1,12 @@
-"""query: recompute the tokens that the question looks at (ours; related: ProphetKV, arXiv 2602.02579).
+"""query: recompute the tokens that the question looks at (after FusionRAG, 2601.12904, and ProphetKV, 2602.02579).
 
 The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends
 to most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
-What each of these choices is worth is in docs/policies.md.
+
+FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
+over the reused KV in all layers. Ours are the generic lead-in, the look at the middle layers, and the guard. What
+each of these choices is worth is in docs/policies.md.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class BlindCache(h.FrozenCache):
 
 @torch.no_grad()
 def looked_by_hand(model, plan, layer):
-    """Attention of each chunk token at `layer`, by transformers alone: a hidden context below, each chunk by itself."""
+    """Attention of each chunk's tokens at `layer`, by transformers alone: chunks are hidden in the layers below."""
     stored = [torch.zeros(2, 2, h.TOKENS, part.shape[3]) for part in plan.reused[0].kv.layers]
     for start, end in h.CHUNKS:
         for target, part in zip(stored, h.alone(model, IDS[start:end], start).layers, strict=True):
