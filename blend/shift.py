@@ -64,10 +64,15 @@ class Shifting:
         self._deviation: Tensor | None = None
 
     def note(self, rows: Tensor, fresh: Tensor, stored: Tensor) -> None:
-        """Keep how far each of `rows` `[rows]` deviates; `fresh` and `stored` are `[2, kv_heads, rows, head_dim]`."""
+        """Keep how far each of `rows` `[rows]` deviates; `fresh` and `stored` are `[2, kv_heads, rows, head_dim]`.
+
+        Of rows that are noted no more, what was noted before holds.
+        """
         if self._shift.weight == "deviation":
             deviation = torch.linalg.vector_norm((fresh - stored).float(), dim=(1, 3))
-            self._deviation = deviation.new_ones(2, len(self._plan)).index_copy_(1, rows, deviation)
+            if self._deviation is None:
+                self._deviation = deviation.new_ones(2, len(self._plan))
+            self._deviation = self._deviation.to(rows.device).index_copy_(1, rows, deviation)
 
     def apply(self, both: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
         """Add, in place, each chunk's weighted mean residual to those of its rows that are not computed here.

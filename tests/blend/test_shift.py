@@ -46,8 +46,8 @@ def layer(offsets, dtype=torch.float32):
 def applied(shift, true, stored, rows=ROWS, noted=False):
     both, shifting = stored.clone(), Shifting(shift, PLAN)
     if noted:
-        every = torch.tensor([*range(3, 19)])
-        shifting.note(every, true[:, :, every], stored[:, :, every])
+        for noted_rows in (torch.arange(3, 19), rows):  # the second time without those that are left behind
+            shifting.note(noted_rows, true[:, :, noted_rows], stored[:, :, noted_rows])
     fresh = true[:, :, rows]
     shifting.apply(both, rows, fresh[:1], fresh[1:])
     return both
