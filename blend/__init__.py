@@ -10,12 +10,15 @@ from chunkcache.blend.cacheblend import CacheBlend
 from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.full import Full
+from chunkcache.blend.fusionrag import FusionRAG
+from chunkcache.blend.kvshift import KVShift
 from chunkcache.blend.link import Link
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
 from chunkcache.blend.policy import parse_policy as _parse_policy
 from chunkcache.blend.prefill import SelectivePrefill
 from chunkcache.blend.prefix import Exact, Prefix
+from chunkcache.blend.prophetkv import ProphetKV
 from chunkcache.blend.query import Query
 from chunkcache.blend.reuse import Reuse
 from chunkcache.blend.selfcheck import SelfCheck, self_check
@@ -30,6 +33,9 @@ POLICIES: dict[str, type[Policy]] = {
         Link,
         CacheBlend,
         CacheCraft,
+        FusionRAG,
+        ProphetKV,
+        KVShift,
         Query,
     )
 }

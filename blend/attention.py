@@ -21,9 +21,15 @@ NAME = "chunkcache_rows"
 BLOCK_ROWS = 64  # small enough to skip keys that no row of a block sees, large enough to keep the cores busy
 
 
-def visible_intervals(rows: Tensor, window: int | None) -> Tensor:
-    """Return `[1, 1, rows, 2]` int64: first and last position that each row of `rows` `[rows]` may see."""
+def visible_intervals(rows: Tensor, window: int | None, columns: Tensor | None = None) -> Tensor:
+    """Return `[1, 1, rows, 2]` int64: first and last position that each row of `rows` `[rows]` may see.
+
+    With `columns` `[columns]`, the sorted positions that are there to be seen, `rows` among them, they are the first
+    and last index into these.
+    """
     first = torch.zeros_like(rows) if window is None else (rows - window + 1).clamp_(min=0)
+    if columns is not None:
+        first, rows = torch.searchsorted(columns, first), torch.searchsorted(columns, rows)
     return torch.stack((first, rows), dim=-1)[None, None]
 
 

@@ -21,6 +21,7 @@ from chunkcache.blend.carried import Carried
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
+from chunkcache.blend.shift import Shift, Shifting
 from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class FusedCache(DynamicCache):
         plan: what is reused where.
         rotaries: how each layer's keys are rotated; None for a layer without RoPE.
         depth: layers that are loaded ahead of the one that is computed.
+        shift: how rows that are not recomputed are corrected in the prefill; None for not at all.
 
     Attributes:
         rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
@@ -65,6 +67,7 @@ class FusedCache(DynamicCache):
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
         carried: where a scout stopped, for the prefill to go on from; None without one.
+        shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class FusedCache(DynamicCache):
         plan: Plan,
         rotaries: Sequence[Rotary | None],
         depth: int = LEAST_DEPTH,
+        shift: Shift | None = None,
     ) -> None:
         super().__init__(config=config)
         self.started = time.time()
@@ -91,6 +95,9 @@ class FusedCache(DynamicCache):
         self._probing = False
         self.scouting = False
         self.carried: Carried | None = None
+        self.shown: Tensor | None = None
+        self._shift = shift
+        self._shifting: Shifting | None = None
         self._assembled: dict[int, Tensor] = {}
 
     def go_on_with(self, rows: Tensor) -> None:
@@ -115,9 +122,12 @@ class FusedCache(DynamicCache):
         if self._probing:
             raise Probed(key_states, value_states)
         both = self.assemble(layer_idx, key_states)
+        if not self.scouting and (shifting := self._corrected()) is not None:
+            shifting.apply(both, self.rows, key_states, value_states)
         self._scatter(both, key_states, value_states)
         if self.scouting:
             self.scouted += key_states.shape[2]
+            both = both if self.shown is None else both.index_select(2, self.shown.to(both.device))
             return both[:1], both[1:]
         self._assembled.pop(layer_idx)
         self.computed_rows.append(self.rows)
@@ -168,8 +178,16 @@ class FusedCache(DynamicCache):
             self._probing = False
         both = self.assemble(layer_idx, fresh[:1])
         stored = both.index_select(2, self.rows_on(both.device))
+        if (shifting := self._corrected()) is not None:
+            shifting.note(self.rows_on(both.device), fresh, stored)
         self._scatter(both, fresh[:1], fresh[1:])
         return fresh, stored
+
+    def _corrected(self) -> Shifting | None:
+        """Return what corrects this prefill, made once its plan is settled."""
+        if self._shift is not None and self._shifting is None:
+            self._shifting = Shifting(self._shift, self.plan)
+        return self._shifting
 
     @property
     def computed(self) -> int:
@@ -188,7 +206,7 @@ class FusedCache(DynamicCache):
     def start_over(self, plan: Plan) -> None:
         """Forget what was assembled and computed, and go on with another plan for the same prompt."""
         self.stop_loading()
-        self._sources = None
+        self._sources = self._shifting = None
         self._assembled.clear()
         self.carried = None
         self.plan = plan

@@ -99,12 +99,13 @@ class Decoder:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def masks(self, rows: Tensor, length: int) -> Any:
+    def masks(self, rows: Tensor, length: int, columns: Tensor | None = None) -> Any:
         """Return what the model takes as `attention_mask` for `rows` `[rows]` of a prompt of `length` tokens.
 
-        One mask where all layers see alike, else a dict of one mask per layer type.
+        One mask where all layers see alike, else a dict of one mask per layer type. With `columns` `[columns]` the
+        cache gives keys and values of these positions only (sorted, those of `rows` among them).
         """
-        by_type = {kind: self._mask(rows, length, self._windows[i]) for i, kind in enumerate(self._types)}
+        by_type = {kind: self._mask(rows, length, self._windows[i], columns) for i, kind in enumerate(self._types)}
         return by_type if len(by_type) > 1 else next(iter(by_type.values()))
 
     def mask(self, layer_idx: int, masks: Any) -> Any:
@@ -122,10 +123,10 @@ class Decoder:
             return kept or layers
         return [min(whole, key=lambda index: abs(index - layers[len(layers) // 2]))]
 
-    def _mask(self, rows: Tensor, length: int, window: int | None) -> Tensor:
-        intervals = visible_intervals(rows, window)
+    def _mask(self, rows: Tensor, length: int, window: int | None, columns: Tensor | None) -> Tensor:
+        intervals = visible_intervals(rows, window, columns)
         if self.config._attn_implementation == "eager":
-            return additive_mask(intervals, length, self.dtype)
+            return additive_mask(intervals, length if columns is None else len(columns), self.dtype)
         return intervals
 
     def _refuse_unsupported(self) -> None:

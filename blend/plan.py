@@ -75,6 +75,15 @@ class Plan:
         ranges = [torch.arange(span.start, span.stop) for span in self.reused if not span.exact]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
+    @cached_property
+    def owner(self) -> Tensor:
+        """For each position `[tokens]` which reused span that is not exact holds it, counted from 1; 0 for none."""
+        owner = torch.zeros(len(self), dtype=torch.int64)
+        inexact = [span for span in self.reused if not span.exact]
+        for number, span in enumerate(inexact, start=1):
+            owner[span.start : span.stop] = number
+        return owner
+
     def first_of_each(self, k: int) -> Tensor:
         """Return the first `k` positions `[n]` of each span that is reused and not exact."""
         heads = [torch.arange(s.start, min(s.start + k, s.stop)) for s in self.reused if not s.exact]

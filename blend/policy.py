@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
+from chunkcache.blend.shift import Shift
 from chunkcache.errors import PolicyError
 from chunkcache.kv import ContextAttention
 
@@ -56,6 +57,7 @@ class Policy(ABC):
         stores_in_context: True if chunks are stored as they came out in their context, for exact reuse later.
         lossless: True if KV that a codec has rounded are not used.
         versioned: True if chunks have versions of several contexts, and `overhead` says which to use.
+        skips_windows: True if a scout looks in layers that see the whole prompt only; see `Decoder.seeing_all`.
     """
 
     name: ClassVar[str]
@@ -63,6 +65,7 @@ class Policy(ABC):
     stores_in_context: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
     versioned: ClassVar[bool] = False
+    skips_windows: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, plan: Plan) -> Tensor:
@@ -71,6 +74,14 @@ class Policy(ABC):
     def lead_in(self) -> int:
         """Return how many tokens of lead-in the chunks were computed behind that this policy reuses."""
         return 0
+
+    def neighbours(self) -> bool:
+        """Return whether chunks are wanted as computed behind their nearest chunks."""
+        return False
+
+    def shift(self) -> Shift | None:
+        """Return how rows that are not recomputed are corrected by those that are (`blend.shift`); None for not."""
+        return None
 
     def guarded(self) -> float | None:
         """Return the bound of the fidelity guard, KL of the first token in nats; None without a guard."""
@@ -90,6 +101,10 @@ class Policy(ABC):
 
     def carries(self) -> bool:
         """Return whether a prefill goes on with the question from where the scout layers end; see `CarriedRows`."""
+        return False
+
+    def blind(self) -> bool:
+        """Return whether the question is run without sight of any chunk, up to the layers that it looks at."""
         return False
 
     def pool(self, weights: Tensor) -> Tensor:
@@ -130,6 +145,13 @@ class Policy(ABC):
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         options = ",".join(f"{name}={_text(value)}" for name, value in values if value not in ((), None))
         return f"{self.name}:{options}" if options else self.name
+
+
+def highest(plan: Plan, scores: Tensor, ratio: float) -> Tensor:
+    """Return the sorted positions `[n]` of the share `ratio` of `plan.inexact` that `scores` `[tokens]` highest."""
+    candidates = plan.inexact
+    count = math.ceil(ratio * len(candidates))
+    return candidates[scores[candidates.to(scores.device)].topk(count).indices.cpu()].sort().values
 
 
 def check_share(name: str, value: Share | None, hint: str = "") -> None:

@@ -96,7 +96,7 @@ class SelectivePrefill:
         self.lost = 0
         self.recompute_s = self.head_s = 0.0
         self._count(plan)
-        self.cache = FusedCache(decoder.config, plan, decoder.rotaries, depth)
+        self.cache = FusedCache(decoder.config, plan, decoder.rotaries, depth, policy.shift())
         self._prompt_tokens = len(plan)
         self._own_forward = self.model.__dict__.get("forward")
         self._forward = self.model.forward
@@ -232,8 +232,9 @@ def select_rows(decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCa
         raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
     with cache.selecting():
         if layers and policy.wants_attention(plan):
-            layers = decoder.seeing_all(layers)
-            seen = scout(decoder, plan, cache, layers, policy.pool, policy.carries())
+            if policy.skips_windows:
+                layers = decoder.seeing_all(layers)
+            seen = scout(decoder, plan, cache, layers, policy.pool, carry=policy.carries(), blind=policy.blind())
             selected = policy.select_by_attention(plan, seen)
         else:
             selected = policy.select(plan)

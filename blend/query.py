@@ -1,9 +1,12 @@
-"""query: recompute the tokens that the question looks at (ours; related: ProphetKV, arXiv 2602.02579).
+"""query: recompute the tokens that the question looks at (after FusionRAG, 2601.12904, and ProphetKV, 2602.02579).
 
 The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends
 to most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
-What each of these choices is worth is in docs/policies.md.
+
+FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
+over the reused KV in all layers. Ours are the generic lead-in, the look at the middle layers, and the guard. What
+each of these choices is worth is in docs/policies.md.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class Query(Policy):
     """
 
     name = "query"
+    skips_windows = True
     ratio: Share = "auto"
     k: int = 0
     lead: int = 1024
@@ -78,7 +82,7 @@ class Query(Policy):
         return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3)))
 
     def carries(self) -> bool:
-        """Return whether the ratio is `auto`: with few tokens the question would be most of what is computed twice."""
+        """Return whether the ratio is `auto`: of so few rows the question would be the larger part."""
         return self.ratio == "auto" and self.guard is None
 
     def select(self, plan: Plan) -> Tensor:

@@ -3,12 +3,17 @@
 Only the tokens that are computed in any case run through the model, over the stored KV as they are, and only up
 to the last layer that is asked for. What it assembles is left in the cache for the prefill that follows. So is what
 these tokens had become by then, and the prefill may go on from there (`CarriedRows`) instead of computing them twice.
+
+A blind scout sees no chunk on its way: the question is computed as if it stood behind the system prompt alone, though
+at its own positions, and its queries meet the chunks' keys only in the layers that are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +36,9 @@ def scout(
     cache: FusedCache,
     layers: Sequence[int],
     pool: Callable[[Tensor], Tensor],
+    *,
     carry: bool = False,
+    blind: bool = False,
 ) -> Tensor:
     """Return the attention `[len(layers), tokens]` that each token of the plan gets from the question.
 
@@ -43,12 +50,16 @@ def scout(
         pool: reduces the weights of one layer `[heads, question rows, tokens]` to `[tokens]`.
         carry: finish the last of `layers`, and leave in `cache.carried` what came out; where it is the model's last,
             nothing is left.
+        blind: whether the question sees no chunk below these layers. The weights on each chunk that is not exact then
+            sum to 1 for each head and question row: softmax over that chunk alone.
     """
     question = len(plan) - plan.end
+    view = _Blindfold.of(plan, decoder.device) if blind else None
     seen: list[Tensor] = []
 
     def see(weights: Tensor, first: int) -> None:
-        seen.append(pool(weights.float()))
+        weights = weights.float()
+        seen.append(pool(weights if view is None else view.within_chunks(weights)))
         if len(seen) == len(layers) and not carry:
             raise _Seen
 
@@ -57,7 +68,7 @@ def scout(
         cache.carried = Carried(layers[-1] + 1, hidden)
         raise _Seen
 
-    cache.go_on_with(plan.fresh)
+    cache.go_on_with(plan.fresh if view is None else view.rows)
     cache.scouting = True
     rows = cache.rows_on(decoder.device)
     ids = torch.tensor([plan.token_ids], device=decoder.device)
@@ -68,13 +79,72 @@ def scout(
         if carry and layers[-1] + 1 < len(decoder.layers):
             following = decoder.layers[layers[-1] + 1]
             stack.callback(following.register_forward_pre_hook(stop, with_kwargs=True).remove)
+        if view is not None:
+            stack.enter_context(view.worn(decoder, cache, layers))
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_Seen))
         decoder.model.base_model(
             input_ids=ids.index_select(1, rows),
             position_ids=rows[None],
-            attention_mask=decoder.masks(rows, len(plan)),
+            attention_mask=decoder.masks(rows, len(plan), None if view is None else view.outside),
             past_key_values=cache,
             use_cache=True,
         )
     return torch.stack(seen)
+
+
+@dataclass(frozen=True)
+class _Blindfold:
+    """What a blind scout computes and sees; positions are sorted.
+
+    Attributes:
+        rows: positions `[rows]` outside all chunks that no stored KV were found for, on the CPU.
+        outside: positions `[n]` outside all chunks.
+        known: these, and those of reused chunks.
+        owner: the plan's `owner` `[tokens]`.
+    """
+
+    rows: Tensor
+    outside: Tensor
+    known: Tensor
+    owner: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> _Blindfold:
+        """Return the blindfold of a plan, to be worn on `device`."""
+        outside = torch.ones(len(plan), dtype=torch.bool)
+        known = torch.ones(len(plan), dtype=torch.bool)
+        for span in plan.chunks:
+            outside[span.start : span.stop] = False
+            known[span.start : span.stop] = span.kv is not None
+        outside[plan.end :] = known[plan.end :] = True  # the question, where a chunk reaches into it
+        rows = plan.fresh[outside[plan.fresh]]
+        return cls(rows, outside.nonzero()[:, 0].to(device), known.nonzero()[:, 0].to(device), plan.owner.to(device))
+
+    @contextmanager
+    def worn(self, decoder: Decoder, cache: FusedCache, layers: Sequence[int]) -> Iterator[None]:
+        """Show the model nothing of the chunks, but in `layers`."""
+        masks = decoder.masks(cache.rows_on(decoder.device), len(cache.plan), self.known)
+
+        def look(mask: Any, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            cache.shown = self.known
+            return args, {**kwargs, "attention_mask": mask}
+
+        def look_away(*_: Any) -> None:
+            cache.shown = self.outside
+
+        look_away()
+        with ExitStack() as stack:
+            stack.callback(setattr, cache, "shown", None)
+            for index in layers:
+                layer, before = decoder.layers[index], partial(look, decoder.mask(index, masks))
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(look_away).remove)
+            yield
+
+    def within_chunks(self, weights: Tensor) -> Tensor:
+        """Return weights `[heads, rows, known]` as `[heads, rows, tokens]` that sum to 1 within each chunk."""
+        heads, rows, _ = weights.shape
+        spread = weights.new_zeros(heads, rows, len(self.owner)).index_copy_(2, self.known, weights)
+        sums = weights.new_zeros(heads, rows, int(self.owner.max()) + 1).index_add_(2, self.owner, spread)
+        return spread / sums.clamp(min=torch.finfo(weights.dtype).tiny).index_select(2, self.owner)

@@ -135,6 +135,13 @@ def test_an_interval_is_the_first_and_last_visible_position():
     assert visible_intervals(rows, None).dtype == torch.int64
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 7])
+def test_where_some_positions_are_missing_an_interval_counts_those_that_are_there(window):
+    rows, columns = torch.tensor([1, 6, 9]), torch.tensor([0, 1, 4, 6, 8, 9])
+    expected = dense_mask(visible_intervals(rows, window), 10)[..., columns]
+    assert torch.equal(dense_mask(visible_intervals(rows, window, columns), len(columns)), expected)
+
+
 def test_a_dense_mask_shows_what_the_intervals_say():
     mask = dense_mask(visible_intervals(torch.tensor([0, 3]), 2), 5)
     assert mask.int().tolist() == [[[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]]]

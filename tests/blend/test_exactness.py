@@ -34,7 +34,8 @@ models = pytest.mark.parametrize(
     ("name", "attention"), [pytest.param(*served, id="-".join(served)) for served in zoo.SERVED]
 )
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-every_policy = pytest.mark.parametrize("policy", [kind() for kind in POLICIES.values()], ids=list(POLICIES))
+EVERY = [kind() for kind in POLICIES.values()]
+every_policy = pytest.mark.parametrize("policy", EVERY, ids=list(POLICIES))
 
 
 def selecting_all(kind):
@@ -83,7 +84,7 @@ def test_over_right_kv_any_selection_gives_the_models_own_prefill(name, attentio
 
 
 @models
-@every_policy
+@pytest.mark.parametrize("policy", [policy for policy in EVERY if policy.shift() is None], ids=lambda each: each.name)
 def test_rows_that_are_not_recomputed_keep_the_kv_of_their_chunk_in_place(name, attention, policy):
     """Chunks prefilled alone elsewhere, against a full forward whose KV are overwritten by hand, layer by layer."""
     model = zoo.build(name, attention)

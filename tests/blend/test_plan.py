@@ -37,6 +37,7 @@ def test_what_is_covered_is_not_fresh_and_what_is_exact_is_not_to_choose_from():
     assert len(plan) == 12
     assert plan.fresh.tolist() == [3, 7, 10, 11]
     assert plan.inexact.tolist() == [4, 5, 6, 8, 9]
+    assert plan.owner.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 2, 2, 0, 0]
 
 
 def test_nothing_reused_leaves_everything_fresh():

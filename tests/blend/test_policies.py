@@ -69,8 +69,8 @@ def test_only_full_reuses_nothing_and_only_prefix_remembers():
     assert [policy.name for policy in EVERY if policy.stores_in_context] == ["prefix", "exact"]
 
 
-def test_only_cacheblend_and_cachecraft_look_again():
-    assert [policy.name for policy in EVERY if policy.filter_layers(30)] == ["cacheblend", "cachecraft"]
+def test_which_policies_look_again():
+    assert [policy.name for policy in EVERY if policy.filter_layers(30)] == ["cacheblend", "cachecraft", "kvshift"]
     assert CacheBlend(layer=3).filter_layers(30) == [3]
 
 

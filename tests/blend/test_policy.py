@@ -30,7 +30,9 @@ OPTIONS = {
     "stable": st.integers(1, 5),
     "lead": st.integers(0, 5000),
     "guard": st.none() | st.floats(1e-6, 10),
-}
+    "probes": st.sampled_from(["top", "even"]),
+    "fusionrag.lead": st.sampled_from(["neighbours", "none"]),
+}  # by an option's name, or by its policy's and its own
 
 every_kind = pytest.mark.parametrize("kind", POLICIES.values(), ids=POLICIES)
 
@@ -38,7 +40,8 @@ every_kind = pytest.mark.parametrize("kind", POLICIES.values(), ids=POLICIES)
 @st.composite
 def policies(draw):
     kind = draw(st.sampled_from(list(POLICIES.values())))
-    return kind(**{field.name: draw(OPTIONS[field.name]) for field in fields(kind)})
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: draw(OPTIONS.get(f"{kind.name}.{name}", OPTIONS.get(name))) for name in names})
 
 
 @given(policies())
