@@ -31,7 +31,7 @@ def mean(weights):
 
 def scouted(decoder, plan, layers, pool=mean, blind=False):
     cache = FusedCache(decoder.config, plan, decoder.rotaries)
-    return scout(decoder.shadow(), plan, cache, layers, pool, blind), cache
+    return scout(decoder.shadow(), plan, cache, layers, pool, blind=blind), cache
 
 
 @models
