@@ -72,6 +72,10 @@ class Policy(ABC):
         """Return how many tokens of lead-in the chunks were computed behind that this policy reuses."""
         return 0
 
+    def neighbours(self) -> bool:
+        """Return whether chunks are wanted as computed behind their nearest chunks, where they are stored so."""
+        return False
+
     def guarded(self) -> float | None:
         """Return the bound of the fidelity guard, KL of the first token in nats; None without a guard."""
         return None
