@@ -24,7 +24,7 @@ from chunkcache.library.library import PART_TOKENS, ChunkLibrary, Progress
 
 TOKENS = 1024  # of nearest chunks before a chunk
 MOST = 10  # nearest chunks that are considered: the paper found no gain from more
-NAMES = 64  # chunks that one entry may depend on: it is deleted with any of them
+NAMES = 32  # chunks that one entry may depend on: it is deleted with any of them
 
 Nearest = Mapping[TokenIds, Sequence[TokenIds]]
 
