@@ -6,6 +6,7 @@ from every tier when the change returns. What a search finds is on its way to th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -113,11 +114,7 @@ class Corpus:
     def add(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
         """Add documents, and compute the KV of their chunks; see `Retriever.add`."""
         with self._changing:
-            change = self.retriever.add(documents)
-            if self._precompute:
-                self._compute(change.added, on_progress)
-                self._refresh_near(change)
-            return change
+            return self._in_step([self.retriever.add(documents)], on_progress)
 
     def update(self, document: Document, on_progress: Progress | None = None) -> Change:
         """Put a new version of a document in the place of the old one; see `Retriever.update`.
@@ -126,26 +123,52 @@ class Corpus:
         returns, and KV of other chunks that were computed behind it as well.
         """
         with self._changing:
-            change = self.retriever.update(document)
-            if change.added or change.removed:
-                now = (*change.kept, *change.added)
-                texts = [chunk.text for chunk in now]
-                self.llm.update_document(
-                    document.id, texts, system=self._system, policy=self._policy, compute=False
-                )  # what is gone goes first: nothing new is computed behind it
-                if self._precompute:
-                    self._compute(now, on_progress)
-                    self._refresh_near(change)
-            return change
+            return self._in_step([self._update(document)], on_progress)
 
     def delete(self, document_id: str) -> Change:
         """Take out a document, and delete its KV from every tier, but for chunks that other documents have too."""
         with self._changing:
-            change = self.retriever.delete(document_id)
-            self.llm.update_document(document_id, [])
-            if self._precompute:
-                self._refresh_near(change)
-            return change
+            return self._in_step([self._delete(document_id)])
+
+    def sync(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
+        """Make these the documents: add what is new, update what differs, delete the rest.
+
+        `on_progress(done, total)` counts chunks that are computed. Returns all changes as one. Raises InputError when
+        two documents have the same id, before anything is changed.
+        """
+        with self._changing:
+            now, before = {document.id for document in documents}, set(self.retriever.documents)
+            if len(now) < len(documents):
+                raise InputError(f"{len(documents)} documents have {len(now)} ids: give each an id of its own")
+            changes = [self.retriever.add([document for document in documents if document.id not in before])]
+            self._register(changes[0].added)
+            changes += [self._update(document) for document in documents if document.id in before]
+            changes += [self._delete(gone) for gone in before - now]  # last: a document may only have a new name
+            return self._in_step(changes, on_progress)
+
+    def _update(self, document: Document) -> Change:
+        """Change a document, and delete what is no longer in it: nothing new is computed behind that."""
+        change = self.retriever.update(document)
+        if change.added or change.removed:
+            texts = [chunk.text for chunk in (*change.kept, *change.added)]
+            how: dict[str, Any] = {"system": self._system, "policy": self._policy}
+            self.llm.update_document(document.id, texts, compute=False, **how)
+        return change
+
+    def _delete(self, document_id: str) -> Change:
+        change = self.retriever.delete(document_id)
+        self.llm.update_document(document_id, [])
+        return change
+
+    def _in_step(self, changes: Sequence[Change], on_progress: Progress | None = None) -> Change:
+        """Compute what changes ask for; return them as one."""
+        parts = zip(*((change.added, change.removed, change.kept) for change in changes), strict=True)
+        change = Change(*(tuple(chain.from_iterable(each)) for each in parts))
+        if self._precompute and (change.added or change.removed):
+            changed = [each for each in changes if each.added or each.removed]
+            self._compute([chunk for each in changed for chunk in (*each.kept, *each.added)], on_progress)
+            self._refresh_near(change)
+        return change
 
     def refresh(self, share: float = 0.1, seconds: float | None = None) -> Refreshed:
         """Compute again KV of chunks whose nearest chunks are others now, those that have least in common first.
@@ -163,21 +186,6 @@ class Corpus:
         _check_share(share)
         with self._changing:
             return self._refresh([chunk.text for chunk in self.retriever.chunks], share, seconds)
-
-    def sync(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
-        """Make these the documents: add what is new, update what differs, delete the rest.
-
-        `on_progress(done, total)` counts chunks of new documents. Returns all changes as one. Raises InputError when
-        two documents have the same id, before anything is changed.
-        """
-        now, before = {document.id for document in documents}, set(self.retriever.documents)
-        if len(now) < len(documents):
-            raise InputError(f"{len(documents)} documents have {len(now)} ids: give each an id of its own")
-        changes = [self.add([document for document in documents if document.id not in before], on_progress)]
-        changes += [self.update(document) for document in documents if document.id in before]
-        changes += [self.delete(gone) for gone in before - now]  # last, for a document may only have a new name
-        parts = zip(*((change.added, change.removed, change.kept) for change in changes), strict=True)
-        return Change(*(tuple(chain.from_iterable(each)) for each in parts))
 
     def search(self, query: str, k: int = 4, mode: str | None = None) -> list[Hit]:
         """Return the best `k` chunks, and start bringing their KV to the store's nearest tier.
@@ -204,9 +212,7 @@ class Corpus:
         A chunk that says nothing new is left out. Of chunks that overlap the later one follows right behind the
         earlier, and goes on where that ends; KV of both are reused.
         """
-        owners = [hit.chunk.document_id for hit in hits]
-        texts = [hit.chunk.text for hit in hits]
-        self.llm.register(texts, system=self._system, policy=self._policy, documents=owners)
+        texts = self._register([hit.chunk for hit in hits])
         chunks = [hits[index].chunk for index in distinct(texts)]
         runs = _runs(chunks)
         names = [tuple(chunk_name(self.llm.prompts.chunk(chunk.text)) for chunk in run) for run in runs]
@@ -251,7 +257,7 @@ class Corpus:
         return generation
 
     def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
-        texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
+        texts, owners = _texts_and_owners(chunks)
         with suppress(ContextLengthError):  # of one chunk alone; among others it would be left out, too
             return self.llm.precompute(
                 texts,
@@ -262,6 +268,12 @@ class Corpus:
                 lead=self._neighbours() or "packaged",
             ).computed
         return 0
+
+    def _register(self, chunks: Sequence[Chunk]) -> list[str]:
+        """Tell the wrapper of chunks and their documents; return their texts."""
+        texts, owners = _texts_and_owners(chunks)
+        self.llm.register(texts, system=self._system, policy=self._policy, documents=owners)
+        return texts
 
     def _neighbours(self) -> Neighbours | None:
         """Return how chunks are computed behind their nearest; None if they are not."""
@@ -290,11 +302,15 @@ class Corpus:
         texts = list(dict.fromkeys(texts))
         find = how.nearest if callable(how.nearest) else self._nearest
         nearest = dict(zip(texts, find(texts), strict=True))
-        budget = Budget(int(share * len(owners)), seconds)
+        budget = Budget(math.ceil(share * len(owners)), seconds)
         return refresh(self.llm, nearest, owners, how, budget, system=self._system, policy=self._policy)
 
     def _keys(self, chunks: Sequence[Chunk]) -> list[ChunkKey]:
         return self.llm.keys([chunk.text for chunk in chunks], system=self._system, policy=self._policy)
+
+
+def _texts_and_owners(chunks: Sequence[Chunk]) -> tuple[list[str], list[str]]:
+    return [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
 
 
 def _check_share(share: float) -> None:

@@ -61,8 +61,9 @@ class DeletionMethods(ABC):
         """
         own = EntryFilter(model=self.fingerprint, tenant=self._tenant_label)
         if document is not None:
-            self.registry.delete_document(document)
-            return self._store.purge(replace(own, document=document))
+            alone = self.registry.delete_document(document)  # of no other document, whatever a stored entry names
+            purged = self._store.purge(replace(own, document=document))
+            return purged + (self._delete_chunks(alone) if alone else 0)
         if chunks:
             return self._delete_chunks({chunk_name(chunk) for chunk in chunks})
         self.registry.clear()
@@ -78,7 +79,8 @@ class DeletionMethods(ABC):
         now = {chunk_name(chunk) for chunk in chunks}
         gone = self.registry.delete_document(document, but=now)
         entries = list(self._store.entries(EntryFilter(self.fingerprint, self._tenant_label, document)))
-        gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
+        left = {e.chunks[0] for e in entries if e.chunks and e.documents == (document,)} - now
+        gone |= {name for name in left if not self.registry.documents_of([name])}
         for entry in entries:
             if gone.intersection(entry.chunks) or not entry.chunks:  # deleted below, or a prefix
                 continue

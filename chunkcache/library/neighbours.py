@@ -76,6 +76,7 @@ class NearChunks:
         self._library, self._prefix, self._policy = library, prefix, policy
         self._nearest, self._tokens = nearest, tokens
         self._candidates = cache(self._candidates_of)
+        self._wanted = cache(self._wanted_of)
         self._alone = cache(self._alone_of)
         self._contexts: dict[TokenIds, ChunkKV] = {}
         self._behind: dict[TokenIds, tuple[TokenIds, ...]] = {}  # what a chunk was computed behind here
@@ -85,7 +86,8 @@ class NearChunks:
         """Compute and store chunks, each behind those of its nearest chunks that are stored by then.
 
         First some are computed behind the packaged lead-in alone, so that each of the others finds one of its nearest
-        (a greedy dominating set). At the end those are computed again that stood behind the fewest of their nearest.
+        (greedy dominating sets: as far as the share reaches, one of those that would stand before it; then one of all
+        that are considered). At the end those are computed again that stood behind the fewest of their nearest.
 
         Args:
             chunks: different chunks that fit the model.
@@ -98,7 +100,8 @@ class NearChunks:
         budget = int(extra * len(chunks))
         report = _Report(on_progress, len(chunks) + budget)
         stored = {ids for chunk in chunks for ids in self._candidates(chunk) if self._is_stored(ids)}
-        seeds = self._seeds(chunks, stored)
+        seeds = self._seeds(chunks, stored, self._wanted)[:budget]
+        seeds += self._seeds(chunks, {*stored, *seeds}, self._candidates)
         self._library.precompute([self._alone(ids) for ids in seeds], report.within)
         self._behind.update(dict.fromkeys(seeds, ()))
         self._count(len(seeds), report)
@@ -106,11 +109,21 @@ class NearChunks:
         self._compute_all(self._ordered([ids for ids in chunks if ids not in self._behind], done), report)
         again = sorted((self._overlap(ids, self._behind[ids]), place) for place, ids in enumerate(chunks))
         self._compute_all([chunks[place] for overlap, place in again[:budget] if overlap < 1], report)
-        for ref in (self._alone(ids) for ids in seeds if self._behind[ids]):
-            self._library.drop(ref.key)  # nothing asks for it any more
-            self._library.registry.forget_key(ref.token_ids, ref.key)
+        near = [ids for ids in chunks if self._behind[ids]]
+        self._drop_alone(near, set(seeds))
         report.end()
-        return sum(bool(self._behind[ids]) for ids in chunks)
+        return len(near)
+
+    def _drop_alone(self, chunks: Iterable[TokenIds], seeds: Collection[TokenIds]) -> None:
+        """Delete what requests ask for no more of chunks that are stored as computed behind their nearest.
+
+        KV behind the prefix alone stay, if they were there before: they may be exact in a prompt.
+        """
+        for ref in map(self._alone, chunks):
+            wanted = ref.context_ids == self._prefix and ref.token_ids not in seeds
+            if not wanted and self._library.holds(ref):
+                self._library.drop(ref.key)
+                self._library.registry.forget_key(ref.token_ids, ref.key)
 
     def overlap(self, token_ids: TokenIds) -> float:
         """Return the share of the nearest chunks of a chunk that its stored KV were computed behind.
@@ -126,10 +139,13 @@ class NearChunks:
         wanted = self._wanted(token_ids)
         return sum(ids in behind for ids in wanted) / len(wanted) if wanted else 1.0
 
-    def _seeds(self, chunks: Sequence[TokenIds], stored: Collection[TokenIds]) -> list[TokenIds]:
-        """Return chunks, found greedily, so that each of the others has one of them or of `stored` near."""
-        near = {ids: set(self._candidates(ids)) for ids in chunks}
-        waiting = {ids for ids in chunks if near[ids].isdisjoint(stored)}
+    @staticmethod
+    def _seeds(
+        chunks: Sequence[TokenIds], stored: Collection[TokenIds], near_to: Callable[[TokenIds], Sequence[TokenIds]]
+    ) -> list[TokenIds]:
+        """Return chunks, found greedily, so that each that is not in `stored` or one of them has one near."""
+        near = {ids: set(near_to(ids)) for ids in chunks}
+        waiting = {ids for ids in chunks if near[ids].isdisjoint(stored) and ids not in stored}
         helped: dict[TokenIds, set[TokenIds]] = {ids: {ids} & waiting for ids in chunks}
         for ids in waiting:
             for other in near[ids] & helped.keys():
@@ -239,20 +255,24 @@ class NearChunks:
                 return kv
         return None
 
-    def _wanted(self, token_ids: TokenIds) -> list[TokenIds]:
+    def _allowed(self, token_ids: TokenIds) -> list[TokenIds]:
+        """Return the nearest chunks that may stand before a chunk: short enough, and of its trust label."""
+        room = self._room(token_ids)
+        others = dict.fromkeys(ids for ids in self._nearest.get(token_ids, ()) if ids != token_ids)
+        return [ids for ids in [*others][:MOST] if len(ids) <= room and self._library.trusts([token_ids, ids])]
+
+    def _wanted_of(self, token_ids: TokenIds) -> list[TokenIds]:
         """Return the nearest chunks that would stand before a chunk if all were stored, best first."""
         wanted, room = [], self._room(token_ids)
-        for ids in self._candidates(token_ids):
+        for ids in self._allowed(token_ids):
             if len(ids) <= room:
                 wanted.append(ids)
                 room -= len(ids)
         return wanted
 
     def _candidates_of(self, token_ids: TokenIds) -> list[TokenIds]:
-        """Return the nearest chunks that may stand before a chunk: short enough, and of its trust label."""
-        room = self._room(token_ids)
-        others = dict.fromkeys(ids for ids in self._nearest.get(token_ids, ()) if ids != token_ids)
-        return [ids for ids in [*others][:MOST] if len(ids) <= room and self._library.trusts([token_ids, ids])]
+        """Return the nearest chunks that are considered: twice as many as are wanted, as some may not be stored."""
+        return self._allowed(token_ids)[: 2 * len(self._wanted(token_ids))]
 
     def _room(self, token_ids: TokenIds) -> int:
         return min(self._tokens, self._library.room(self._alone(token_ids)))
