@@ -92,13 +92,13 @@ class NearChunks:
         Args:
             chunks: different chunks that fit the model.
             extra: share of them that is computed again, at most.
-            on_progress: called with (computations done, in all).
+            on_progress: called with (chunks done, chunks in all).
 
         Returns:
             how many of them were computed behind nearest chunks.
         """
         budget = int(extra * len(chunks))
-        report = _Report(on_progress, len(chunks) + budget)
+        report = _Report(on_progress, len(chunks), len(chunks) + budget)
         stored = {ids for chunk in chunks for ids in self._candidates(chunk) if self._is_stored(ids)}
         seeds = self._seeds(chunks, stored, self._wanted)[:budget]
         seeds += self._seeds(chunks, {*stored, *seeds}, self._candidates)
@@ -292,15 +292,16 @@ class NearChunks:
 
 
 class _Report:
-    """Counts computations, for a progress bar."""
+    """Counts computations, and shows them as chunks: some chunks need two."""
 
-    def __init__(self, on_progress: Progress | None, total: int) -> None:
-        self._on_progress, self._total, self._done = on_progress, total, 0
+    def __init__(self, on_progress: Progress | None, chunks: int, computations: int) -> None:
+        self._on_progress, self._chunks, self._all = on_progress, chunks, computations
+        self._done = 0
 
     def within(self, done: int, _: int) -> None:
         """Show computations that `add` will count."""
         if self._on_progress is not None:
-            self._on_progress(self._done + done, self._total)
+            self._on_progress(self._chunks * min(self._done + done, self._all) // self._all, self._chunks)
 
     def add(self, more: int) -> None:
         """Count computations."""
@@ -310,6 +311,5 @@ class _Report:
 
     def end(self) -> None:
         """Show that there are no more."""
-        if self._done < self._total:
-            self._done = self._total
-            self.within(0, 0)
+        if self._done < self._all:
+            self.add(self._all - self._done)
