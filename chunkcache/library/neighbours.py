@@ -1,4 +1,4 @@
-"""Chunk KV that are computed behind the chunk's nearest chunks, as FusionRAG does (arXiv 2601.12904, section 4).
+"""Chunk KV that are computed behind the chunk's nearest chunks, as in FusionRAG (arXiv 2601.12904).
 
 In a prompt a chunk stands among others that are like it, for one question finds them all. So it is computed behind
 the prefix, the packaged lead-in and its nearest chunks, the nearest last. These are not computed anew: their stored
