@@ -82,8 +82,8 @@ def test_what_is_near_to_a_new_document_is_computed_again_within_bounds():
 
 
 def test_a_deletion_takes_along_what_was_computed_behind_it_and_the_rest_is_refreshed():
-    made = corpus(*BOATS, *BREAD, refresh=0)
-    depends = [document.id for document in BOATS if "boats3.md" in behind(made, document.id)]
+    made = corpus(*BOATS, *BREAD, refresh=0, lead=Neighbours(tokens=100))
+    depends = [document.id for document in (*BOATS, *BREAD) if "boats3.md" in behind(made, document.id)]
     assert depends
     made.delete("boats3.md")
     assert stored(made, "boats3.md") == 0

@@ -125,6 +125,7 @@ class ChunkMethods(ABC):
                 nearest = NearTexts(texts, prompts, how).nearest(chunks)
                 computing = NearChunks(library, prompts.prefix(system), chosen, nearest, how.tokens)
                 near = computing.compute(chunks, how.extra, on_progress)
+                missing = [ref for ref in missing if ref.token_ids in computing.done]
                 logger.info("%d of %d chunks were computed behind their nearest chunks", near, len(chunks))
         return PrecomputeResult(
             len(refs), len(missing), sum(len(ref.token_ids) for ref in missing), skipped=len(too_long), near=near

@@ -64,5 +64,5 @@ def refresh(
             break
         pairs = [(text, owner) for text in worst[first : first + _AT_A_TIME] for owner in owners[text]]
         asked, documents = zip(*pairs, strict=True)
-        computed += llm.precompute(asked, documents=documents, lead=known, **options).near
+        computed += llm.precompute(asked, documents=documents, lead=known, **options).computed
     return Refreshed(computed, len(ranked) - computed)

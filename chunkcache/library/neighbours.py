@@ -38,7 +38,7 @@ class Neighbours:
             function of one text. None finds them among the texts with the retriever's embedding model.
         tokens: tokens of nearest chunks before a chunk, at most.
         extra: share of the chunks that is computed a second time, at most.
-        renew: whether chunks are computed again that are stored already.
+        renew: whether chunks that are stored already are computed again, where that is behind more of their nearest.
 
     Raises:
         InputError: a number is out of range.
@@ -68,6 +68,7 @@ class NearChunks:
 
     Attributes:
         computed: how many computations there were.
+        done: the chunks that were computed.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class NearChunks:
         self._contexts: dict[TokenIds, ChunkKV] = {}
         self._behind: dict[TokenIds, tuple[TokenIds, ...]] = {}  # what a chunk was computed behind here
         self.computed = 0
+        self.done: set[TokenIds] = set()
 
     def compute(self, chunks: Sequence[TokenIds], extra: float = 0.0, on_progress: Progress | None = None) -> int:
         """Compute and store chunks, each behind those of its nearest chunks that are stored by then.
@@ -104,7 +106,7 @@ class NearChunks:
         seeds += self._seeds(chunks, {*stored, *seeds}, self._candidates)
         self._library.precompute([self._alone(ids) for ids in seeds], report.within)
         self._behind.update(dict.fromkeys(seeds, ()))
-        self._count(len(seeds), report)
+        self._count(seeds, report)
         done = {*stored, *seeds}
         self._compute_all(self._ordered([ids for ids in chunks if ids not in self._behind], done), report)
         again = sorted((self._overlap(ids, self._behind[ids]), place) for place, ids in enumerate(chunks))
@@ -143,9 +145,12 @@ class NearChunks:
     def _seeds(
         chunks: Sequence[TokenIds], stored: Collection[TokenIds], near_to: Callable[[TokenIds], Sequence[TokenIds]]
     ) -> list[TokenIds]:
-        """Return chunks, found greedily, so that each that is not in `stored` or one of them has one near."""
+        """Return chunks, found greedily, so that each has one of them near, or one that has one of `stored` near."""
         near = {ids: set(near_to(ids)) for ids in chunks}
-        waiting = {ids for ids in chunks if near[ids].isdisjoint(stored) and ids not in stored}
+        reached, waiting = set(stored), set(chunks).difference(stored)
+        while more := {ids for ids in waiting if not near[ids].isdisjoint(reached)}:
+            reached |= more
+            waiting -= more
         helped: dict[TokenIds, set[TokenIds]] = {ids: {ids} & waiting for ids in chunks}
         for ids in waiting:
             for other in near[ids] & helped.keys():
@@ -190,8 +195,14 @@ class NearChunks:
         behind: list[ChunkKV] = []
         started, tokens = time.time(), 0
         for ids in chunks:
+            if not set(group).isdisjoint(self._candidates(ids)):  # it may stand behind one of them
+                self._compute_group(group, behind, started, report)
+                group = []
             now = time.time()
             chosen = self._chosen(ids)
+            if not self._improves(ids, chosen):
+                self._behind.setdefault(ids, ())
+                continue
             same = [kv.token_ids for kv in chosen] == [kv.token_ids for kv in behind]
             fit = sum(map(len, group)) + len(ids) <= PACK_TOKENS
             if not (group and same and fit and self._alone(group[0]).context_ids == self._alone(ids).context_ids):
@@ -216,17 +227,24 @@ class NearChunks:
             with suppress(EntryLostError):  # counted by the store
                 self._library.compute_behind(refs, self._context(group[0]), behind, started)
                 self._behind.update(dict.fromkeys(group, tuple(kv.token_ids for kv in behind)))
-                self._count(len(group), report)
+                self._count(group, report)
                 return
-        missing = [self._alone(ids) for ids in group if not self._is_stored(ids)]
-        self._library.compute(missing)
+        missing = [ids for ids in group if not self._is_stored(ids)]
+        self._library.compute([self._alone(ids) for ids in missing])
         for ids in group:
             self._behind.setdefault(ids, ())
-        self._count(len(missing), report)
+        self._count(missing, report)
 
-    def _count(self, more: int, report: _Report) -> None:
-        self.computed += more
-        report.add(more)
+    def _count(self, chunks: Collection[TokenIds], report: _Report) -> None:
+        self.done.update(chunks)
+        self.computed += len(chunks)
+        report.add(len(chunks))
+
+    def _improves(self, token_ids: TokenIds, chosen: Sequence[ChunkKV]) -> bool:
+        """Return whether KV behind some others are better than what is stored of a chunk."""
+        if not self._library.holds(self._library.ref_near(token_ids, self._prefix)):
+            return True
+        return self._overlap(token_ids, [kv.token_ids for kv in chosen]) > self.overlap(token_ids)
 
     def _chosen(self, token_ids: TokenIds) -> list[ChunkKV]:
         """Return stored KV of nearest chunks, as many as fit, the nearest last."""

@@ -261,10 +261,22 @@ def test_a_second_run_computes_nothing():
     first = llm.precompute(TEXTS, lead=how)
     assert first.computed == 4
     assert 0 < first.near <= 4
+    first_overlaps = llm.overlap(TEXTS, how)
     assert llm.precompute(TEXTS, lead=how) == chunkcache.PrecomputeResult(4, 0, 0)
     renewed = llm.precompute(TEXTS, lead=Neighbours(nearest=NEAREST, extra=0.0, renew=True))
-    assert (renewed.computed, renewed.near) == (4, 4)
+    assert renewed.computed == renewed.near == sum(overlap < 1 for overlap in first_overlaps)
     assert llm.overlap(TEXTS, how) == [1.0] * 4
+    assert llm.precompute(TEXTS, lead=Neighbours(nearest=NEAREST, renew=True)).computed == 0
+
+
+def test_each_chunk_finds_the_one_before_it():
+    llm = wrapped(own_model(), lead_in=LEAD, policy=POLICY)
+    nearest = {text: SAID[max(0, n - 1) : n] for n, text in enumerate(SAID[:8])}
+    llm.precompute(SAID[:1])
+    assert computing(llm, nearest).compute([llm.prompts.chunk(text) for text in SAID[7:0:-1]]) == 7
+    for n, text in enumerate(SAID[1:8], 1):
+        kv = llm.store.get(near_key(llm, text), None)
+        assert kv.origin.chunks == tuple(names(llm, *SAID[n::-1]))  # the one before, and what that stood behind
 
 
 def test_the_overlap_says_how_much_of_what_is_nearest_a_chunk_was_computed_behind():
