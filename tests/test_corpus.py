@@ -130,7 +130,7 @@ def test_an_update_computes_only_what_is_new():
 
 def test_a_deleted_document_is_gone_but_for_what_others_have():
     shared = [Document(name, name, f"{NOTICE}\n\n{extra.text}") for name, extra in (("a", BRIDGE), ("b", FERRY))]
-    made = corpus(*shared, size=24)
+    made = corpus(*shared, size=24, refresh=1)
     made.precompute()
     texts = {name: set(texts_of(made, name)) for name in "ab"}
     made.delete("a")

@@ -157,9 +157,10 @@ class ChunkLibrary(DeletionMethods):
         here = None if span.offset else self.ref(span.chunk_ids, token_ids[: span.start]).key
         for key in sorted(keys, key=lambda key: key != here):
             kv = self.get_key(key, span.chunk_ids)
-            if kv is not None:
+            if kv is None:
+                self.registry.forget_key(span.chunk_ids, key)
+            elif key == here or self._is_trusted(kv):
                 return replace(span, kv=kv, exact=key == here)
-            self.registry.forget_key(span.chunk_ids, key)
         return span
 
     def fits(self, ref: ChunkRef) -> bool:
@@ -194,8 +195,8 @@ class ChunkLibrary(DeletionMethods):
 
     def _is_trusted(self, kv: ChunkKV) -> bool:
         """Return whether all chunks that KV name in their origin have the trust label of the first."""
-        names = kv.origin.chunks
-        return bool(names) and self.registry.trusts(names[0], names[1:])
+        names = kv.origin.chunks or (chunk_name(kv.token_ids),)
+        return self.registry.trusts(names[0], names[1:])
 
     def put_as(self, key: ChunkKey, kv: ChunkKV, chunks: Sequence[TokenIds]) -> bool:
         """Store `kv` under a key of the caller's own; return whether the store took it. Otherwise as `put`."""

@@ -223,6 +223,9 @@ def test_a_chunk_of_another_trust_label_never_stands_before_one():
 def test_what_was_computed_before_a_label_was_given_is_not_used_any_more():
     llm = filled()
     llm.register([TOLL], trust="web")
+    ids = llm.prompts.build(QUESTION, [BRIDGE]).token_ids
+    found = [span for span in llm.engine.library.find(ids) if span.chunk_ids == llm.prompts.chunk(BRIDGE)]
+    assert [span.kv for span in found] == [None]
     stats = llm.prefill(QUESTION, [BRIDGE]).stats
     assert stats.misses == 1
     clean = wrapped(own_model(), lead_in=LEAD, policy=POLICY)
