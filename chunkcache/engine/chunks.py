@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkcache.blend import Policy
-from chunkcache.engine.near import Lead, NearChunks, NearTexts, Neighbours, neighbours_of
+from chunkcache.engine.near import Lead, NearTexts, neighbours_of
 from chunkcache.errors import InputError, PromptError
 from chunkcache.kv import ChunkKey, ChunkRef, hashed_label
 from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.library.neighbours import NearChunks, Neighbours
 from chunkcache.prompt import PromptBuilder
 from chunkcache.prompt.prompt import text_of
 from chunkcache.prompt.template import Options

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from chunkcache.blend import Policy
 from chunkcache.errors import InputError
 from chunkcache.kv import TokenIds
-from chunkcache.library.neighbours import MOST, NearChunks, Neighbours
+from chunkcache.library.neighbours import MOST, Neighbours
 from chunkcache.prompt import PromptBuilder
 from chunkcache.prompt.prompt import text_of
 
@@ -72,6 +72,3 @@ class NearTexts:
 
         texts = [text_of(text) for text in self._texts.values()]
         return [[texts[place] for place in near] for near in nearest_texts(texts, [text_of(t) for t in asked], MOST)]
-
-
-__all__ = ["LEADS", "Lead", "NearChunks", "NearTexts", "Neighbours", "neighbours_of"]
