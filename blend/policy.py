@@ -76,7 +76,7 @@ class Policy(ABC):
         return 0
 
     def neighbours(self) -> bool:
-        """Return whether chunks are wanted as computed behind their nearest chunks."""
+        """Return whether chunks are wanted as computed behind their nearest chunks, where they are stored so."""
         return False
 
     def shift(self) -> Shift | None:

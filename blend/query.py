@@ -73,6 +73,10 @@ class Query(Policy):
         """Return `lead`."""
         return self.lead
 
+    def neighbours(self) -> bool:
+        """Return whether there is a lead-in: the nearest chunks are one kind of it."""
+        return self.lead > 0
+
     def wants_attention(self, plan: Plan) -> bool:
         """Return whether something is to be selected."""
         return len(plan.inexact) >= AUTO_LEAST if self.ratio == "auto" else self.ratio > 0

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         UnsupportedModelError,
     )
+    from chunkcache.library.neighbours import Neighbours
     from chunkcache.llm import CachedLLM, wrap
     from chunkcache.models import load_model
     from chunkcache.prompt import PromptChunk
@@ -63,6 +64,7 @@ _MODULES = {
     "engine.grouping": ("Request",),
     "engine.stats": ("RequestStats",),
     "engine.streaming": ("TextStream",),
+    "library.neighbours": ("Neighbours",),
     "llm": ("CachedLLM", "wrap"),
     "models": ("load_model",),
     "prompt": ("PromptChunk",),
@@ -85,6 +87,7 @@ __all__ = [
     "Generation",
     "InputError",
     "ModelNotFoundError",
+    "Neighbours",
     "PeerError",
     "Policy",
     "PolicyError",

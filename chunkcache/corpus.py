@@ -6,21 +6,25 @@ from every tier when the change returns. What a search finds is on its way to th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.deprecated import renamed_options
 from chunkcache.engine.engine import PreparedRequest
 from chunkcache.engine.generation import Generation, check_keywords, check_options
+from chunkcache.engine.near import Lead, neighbours_of
+from chunkcache.engine.refresh import Budget, Refreshed, refresh
 from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import ContextLengthError, InputError
-from chunkcache.kv import ChunkKey
+from chunkcache.kv import chunk_name
 from chunkcache.library import Progress
+from chunkcache.library.neighbours import MOST, Neighbours
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import PromptChunk
 from chunkcache.retriever import Change
@@ -29,9 +33,9 @@ from chunkcache.store.hints import Hints
 
 if TYPE_CHECKING:
     from chunkcache.blend import Policy
+    from chunkcache.kv import ChunkKey
     from chunkcache.retriever import Chunk, Document, Hit, Retriever
 
-_KEYS = 65_536  # of chunks, remembered
 _GUESSES = 4  # of each kind: neighbours of what was found, and what ranked right behind it
 
 
@@ -62,13 +66,17 @@ class Corpus:
             ones as in an earlier prompt. That helps policies that store chunks in their context: `prefix`,
             `cachecraft`. 0 keeps the order.
         hints: whether the store is told what is retrieved, and what is likely to be next; see `Hints`.
+        lead: what a chunk is computed behind for a policy that wants a lead-in, as in `precompute`; by default its
+            nearest chunks, by the vectors of the retriever.
+        refresh: share of all chunks that a change of documents computes again at most, of those that are near to what
+            was changed; see `refresh`.
 
     Raises:
         PolicyError: the policy is unknown.
-        InputError: `reorder` is negative.
+        InputError: `reorder` is negative, `refresh` no share, or there is no such `lead`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything about a corpus, by name
         self,
         llm: CachedLLM,
         retriever: Retriever,
@@ -78,19 +86,22 @@ class Corpus:
         precompute: bool = True,
         reorder: int = 0,
         hints: bool = True,
+        lead: Lead = "neighbours",
+        refresh: float = 0.1,
         **renamed: Any,
     ) -> None:
         precompute = renamed_options(renamed, {"ahead": "precompute"}, "Corpus").get("precompute", precompute)
         if reorder < 0:
             raise InputError(f"reorder = {reorder} is no number of ranks: give 0 or more")
+        _check_share(refresh)
         self.llm, self.retriever = llm, retriever
-        llm.resolve_policy(policy)  # refuses one that is unknown
+        neighbours_of(lead, llm.resolve_policy(policy))  # both refuse what is unknown
         self._system, self._policy = system, policy
         self._precompute, self._reorder = precompute, reorder
         self._orders = ServedOrders()
         self._hints = Hints(llm.store, likely=2 * _GUESSES) if hints else None
         self._changing = threading.Lock()  # or index and store might see two changes in different orders
-        self._key = lru_cache(maxsize=_KEYS)(self._key_of)
+        self._lead, self._share = lead, refresh
 
     def precompute(self, on_progress: Progress | None = None) -> int:
         """Compute and store the KV of every chunk that the store lacks; return how many these were.
@@ -103,53 +114,78 @@ class Corpus:
     def add(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
         """Add documents, and compute the KV of their chunks; see `Retriever.add`."""
         with self._changing:
-            change = self.retriever.add(documents)
-            if self._precompute:
-                self._compute(change.added, on_progress)
-            return change
+            return self._in_step([self.retriever.add(documents)], on_progress)
 
     def update(self, document: Document, on_progress: Progress | None = None) -> Change:
         """Put a new version of a document in the place of the old one; see `Retriever.update`.
 
-        Only what is new is computed. KV of what is gone are gone from every tier when this returns, and KV of other
-        chunks that were computed behind it in a prompt as well.
+        Only what is new is computed, and what `refresh` allows. KV of what is gone are gone from every tier when this
+        returns, and KV of other chunks that were computed behind it as well.
         """
         with self._changing:
-            change = self.retriever.update(document)
-            if change.added or change.removed:
-                texts = [chunk.text for chunk in (*change.kept, *change.added)]
-                with suppress(ContextLengthError):  # of one chunk alone; among others it would be left out, too
-                    self.llm.update_document(
-                        document.id,
-                        texts,
-                        system=self._system,
-                        policy=self._policy,
-                        on_progress=on_progress,
-                        compute=self._precompute,
-                    )
-            return change
+            return self._in_step([self._update(document)], on_progress)
 
     def delete(self, document_id: str) -> Change:
         """Take out a document, and delete its KV from every tier, but for chunks that other documents have too."""
         with self._changing:
-            change = self.retriever.delete(document_id)
-            self.llm.update_document(document_id, [])
-            return change
+            return self._in_step([self._delete(document_id)])
 
     def sync(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
         """Make these the documents: add what is new, update what differs, delete the rest.
 
-        `on_progress(done, total)` counts chunks of new documents. Returns all changes as one. Raises InputError when
+        `on_progress(done, total)` counts chunks that are computed. Returns all changes as one. Raises InputError when
         two documents have the same id, before anything is changed.
         """
-        now, before = {document.id for document in documents}, set(self.retriever.documents)
-        if len(now) < len(documents):
-            raise InputError(f"{len(documents)} documents have {len(now)} ids: give each an id of its own")
-        changes = [self.add([document for document in documents if document.id not in before], on_progress)]
-        changes += [self.update(document) for document in documents if document.id in before]
-        changes += [self.delete(gone) for gone in before - now]  # last, for a document may only have a new name
+        with self._changing:
+            now, before = {document.id for document in documents}, set(self.retriever.documents)
+            if len(now) < len(documents):
+                raise InputError(f"{len(documents)} documents have {len(now)} ids: give each an id of its own")
+            changes = [self.retriever.add([document for document in documents if document.id not in before])]
+            self._register(changes[0].added)
+            changes += [self._update(document) for document in documents if document.id in before]
+            changes += [self._delete(gone) for gone in before - now]  # last: a document may only have a new name
+            return self._in_step(changes, on_progress)
+
+    def _update(self, document: Document) -> Change:
+        """Change a document, and delete what is no longer in it: nothing new is computed behind that."""
+        change = self.retriever.update(document)
+        if change.added or change.removed:
+            texts = [chunk.text for chunk in (*change.kept, *change.added)]
+            how: dict[str, Any] = {"system": self._system, "policy": self._policy}
+            self.llm.update_document(document.id, texts, compute=False, **how)
+        return change
+
+    def _delete(self, document_id: str) -> Change:
+        change = self.retriever.delete(document_id)
+        self.llm.update_document(document_id, [])
+        return change
+
+    def _in_step(self, changes: Sequence[Change], on_progress: Progress | None = None) -> Change:
+        """Compute what changes ask for; return them as one."""
         parts = zip(*((change.added, change.removed, change.kept) for change in changes), strict=True)
-        return Change(*(tuple(chain.from_iterable(each)) for each in parts))
+        change = Change(*(tuple(chain.from_iterable(each)) for each in parts))
+        if self._precompute and (change.added or change.removed):
+            changed = [each for each in changes if each.added or each.removed]
+            self._compute([chunk for each in changed for chunk in (*each.kept, *each.added)], on_progress)
+            self._refresh_near(change)
+        return change
+
+    def refresh(self, share: float = 0.1, seconds: float | None = None) -> Refreshed:
+        """Compute again KV of chunks whose nearest chunks are others now, those that have least in common first.
+
+        KV that were computed behind chunks that are no longer the nearest stay of use. Those computed behind none,
+        such as after a document that was near has gone, come first.
+
+        Args:
+            share: of all chunks, at most.
+            seconds: after which no more are begun; None for no bound.
+
+        Raises:
+            InputError: `share` is none.
+        """
+        _check_share(share)
+        with self._changing:
+            return self._refresh([chunk.text for chunk in self.retriever.chunks], share, seconds)
 
     def search(self, query: str, k: int = 4, mode: str | None = None) -> list[Hit]:
         """Return the best `k` chunks, and start bringing their KV to the store's nearest tier.
@@ -164,9 +200,10 @@ class Corpus:
         if self._hints is not None:
             beside = [other for chunk in chunks for other in reversed(self.retriever.neighbours(chunk))][:_GUESSES]
             likely = [*beside, *(hit.chunk for hit in near)]
-            self._hints.retrieved(*([self._key(chunk.text) for chunk in each] for each in (chunks, likely)))
+            keys = self._keys([*chunks, *likely])
+            self._hints.retrieved(keys[: len(chunks)], keys[len(chunks) :])
         else:
-            self.llm.store.prefetch([self._key(chunk.text) for chunk in chunks])
+            self.llm.store.prefetch(self._keys(chunks))
         return hits
 
     def passages(self, hits: Sequence[Hit]) -> list[PromptChunk]:
@@ -175,12 +212,10 @@ class Corpus:
         A chunk that says nothing new is left out. Of chunks that overlap the later one follows right behind the
         earlier, and goes on where that ends; KV of both are reused.
         """
-        owners = [hit.chunk.document_id for hit in hits]
-        texts = [hit.chunk.text for hit in hits]
-        self.llm.register(texts, system=self._system, policy=self._policy, documents=owners)
+        texts = self._register([hit.chunk for hit in hits])
         chunks = [hits[index].chunk for index in distinct(texts)]
         runs = _runs(chunks)
-        names = [tuple(self._key(chunk.text) for chunk in run) for run in runs]
+        names = [tuple(chunk_name(self.llm.prompts.chunk(chunk.text)) for chunk in run) for run in runs]
         order = self._orders.arrange(names, self._reorder)
         self._orders.record([names[index] for index in order])
         runs = [runs[index] for index in order]
@@ -222,15 +257,65 @@ class Corpus:
         return generation
 
     def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
-        texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
+        texts, owners = _texts_and_owners(chunks)
         with suppress(ContextLengthError):  # of one chunk alone; among others it would be left out, too
             return self.llm.precompute(
-                texts, system=self._system, policy=self._policy, documents=owners, on_progress=on_progress
+                texts,
+                system=self._system,
+                policy=self._policy,
+                documents=owners,
+                on_progress=on_progress,
+                lead=self._neighbours() or "packaged",
             ).computed
         return 0
 
-    def _key_of(self, text: str) -> ChunkKey:
-        return self.llm.keys([text], system=self._system, policy=self._policy)[0]
+    def _register(self, chunks: Sequence[Chunk]) -> list[str]:
+        """Tell the wrapper of chunks and their documents; return their texts."""
+        texts, owners = _texts_and_owners(chunks)
+        self.llm.register(texts, system=self._system, policy=self._policy, documents=owners)
+        return texts
+
+    def _neighbours(self) -> Neighbours | None:
+        """Return how chunks are computed behind their nearest; None if they are not."""
+        how = neighbours_of(self._lead, self.llm.resolve_policy(self._policy))
+        return how if how is None else replace(how, nearest=how.nearest or self._nearest)
+
+    def _nearest(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the texts of the chunks nearest to each of some texts of chunks."""
+        by_text = {chunk.text: chunk for chunk in self.retriever.chunks}
+        found = self.retriever.nearest([by_text[text] for text in texts], MOST)
+        return [[chunk.text for chunk in near] for near in found]
+
+    def _refresh_near(self, change: Change) -> None:
+        """Refresh chunks that are near to what was changed."""
+        if self._share and self._neighbours() is not None:
+            near = self.retriever.nearest([*change.added, *change.removed], MOST)
+            self._refresh([chunk.text for chunk in chain.from_iterable(near)], self._share)
+
+    def _refresh(self, texts: Sequence[str], share: float, seconds: float | None = None) -> Refreshed:
+        how = self._neighbours()
+        if how is None:
+            return Refreshed()
+        owners: dict[str, set[str]] = {}
+        for chunk in self.retriever.chunks:
+            owners.setdefault(chunk.text, set()).add(chunk.document_id)
+        texts = list(dict.fromkeys(texts))
+        find = how.nearest if callable(how.nearest) else self._nearest
+        nearest = dict(zip(texts, find(texts), strict=True))
+        budget = Budget(math.ceil(share * len(owners)), seconds)
+        return refresh(self.llm, nearest, owners, how, budget, system=self._system, policy=self._policy)
+
+    def _keys(self, chunks: Sequence[Chunk]) -> list[ChunkKey]:
+        return self.llm.keys([chunk.text for chunk in chunks], system=self._system, policy=self._policy)
+
+
+def _texts_and_owners(chunks: Sequence[Chunk]) -> tuple[list[str], list[str]]:
+    return [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise InputError(f"refresh={share} is no share of the chunks: give 0 to 1")
 
 
 def _runs(chunks: Sequence[Chunk]) -> list[list[Chunk]]:

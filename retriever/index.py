@@ -78,6 +78,11 @@ class VectorIndex:
         with self._writing:
             return frozenset(self._ids)
 
+    def vectors(self) -> tuple[Ids, Vectors]:
+        """Return a copy of all ids `[n]` and their vectors `[n, dim]`."""
+        with self._writing:
+            return self._held()
+
     def add(self, ids: Ids | Iterable[int], vectors: Vectors) -> None:
         """Add vectors `[n, dim]` under new ids `[n]`: all of them, or none if it fails.
 

@@ -7,7 +7,6 @@ is BM25 over whole chunks. Hybrid search, the default, fuses both rankings by th
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from chunkcache.retriever.documents import Document
 from chunkcache.retriever.embedder import Embedder, OnProgress
 from chunkcache.retriever.fusion import fuse
 from chunkcache.retriever.index import VectorIndex, Vectors
+from chunkcache.retriever.nearest import nearest_chunks
 from chunkcache.retriever.reranker import Reranker, rerank
-from chunkcache.retriever.table import Entry, Filed, Table
+from chunkcache.retriever.table import Entry, Filed, Table, text_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,6 +211,10 @@ class Retriever:
             return []
         return around[max(0, here - 1) : here] + around[here + 1 : here + 2]
 
+    def nearest(self, chunks: Sequence[Chunk], k: int) -> list[list[Chunk]]:
+        """Return for each chunk the `k` others that are most like it, best first, by exact search in any mode."""
+        return nearest_chunks(self._table, self._index, self._embedder, chunks, k)
+
     def save(self, folder: str | Path) -> None:
         """Write the index to a folder; what was saved there before stays whole until all of it is written.
 
@@ -284,7 +288,7 @@ class Retriever:
         passages: list[str] = []
         filed: dict[str, Filed] = {}
         for place, document in enumerate(documents, start=start):
-            old, sha256 = table.documents.get(document.id), _sha256(document.text)
+            old, sha256 = table.documents.get(document.id), text_sha256(document.text)
             if old and old.sha256 == sha256:
                 kept += [entry.chunk for entry in old.entries]
                 continue
@@ -344,7 +348,3 @@ class Retriever:
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise InputError(f"there is no search mode {mode!r}: give one of {', '.join(MODES)}")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

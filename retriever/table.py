@@ -5,6 +5,7 @@ A table never changes. A change makes another one, so that a search sees all of 
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,3 +81,8 @@ class Table:
     @cached_property
     def _keywords(self) -> Keywords:
         return Keywords([entry.words for entry in self.entries])
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -25,6 +25,7 @@ PUBLIC = {
     "Generation",
     "InputError",
     "ModelNotFoundError",
+    "Neighbours",
     "PromptChunk",
     "PeerError",
     "Policy",

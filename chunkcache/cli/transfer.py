@@ -50,6 +50,9 @@ class WarmOptions:
     policy: PolicyName = "query"
     system: System = None
     tenant: Annotated[str, option(metavar="NAME", help="For requests of this tenant only.")] = ""
+    lead: Annotated[str, option(type=click.Choice(["packaged", "neighbours"]), help="What stands before a chunk "
+                                "while it is computed: a packaged text, or the chunks most like it, "
+                                "too.")] = "packaged"  # fmt: skip
     address: Annotated[str | None, option("--ray", metavar="ADDRESS", help="Share the work out over this Ray "
                                           "cluster; local starts one here.")] = None  # fmt: skip
     workers: Annotated[int | None, count("Copies of the model on the cluster; as many as fit by default.")] = None
@@ -86,6 +89,7 @@ def warm(options: WarmOptions) -> None:
         options.system,
         options.tenant,
         options.chunk_tokens,
+        lead="neighbours" if options.lead == "neighbours" else "packaged",
     )
     started = time.perf_counter()
     try:
@@ -238,6 +242,7 @@ def _show_report(report: WarmReport, seconds: float, as_json: bool) -> None:
         "skipped": report.skipped,
         "too_long": report.too_long,
         "computed": report.computed,
+        "near": report.near,
         "tokens": report.computed_tokens,
         "bytes": report.nbytes,
         "deleted": report.deleted,
@@ -256,6 +261,8 @@ def _show_report(report: WarmReport, seconds: float, as_json: bool) -> None:
             f"in {seconds:.1f} s, {facts['chunks_per_s']:.1f} chunks/s",
             soft_wrap=True,
         )
+        if report.near:
+            err.print(f"{report.near} of them were computed behind their nearest chunks")
         if report.deleted:
             err.print(f"{report.deleted} entries deleted that are no longer in their documents")
         if report.too_long:

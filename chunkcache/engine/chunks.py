@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkcache.blend import Policy
+from chunkcache.engine.near import Lead, NearTexts, neighbours_of
 from chunkcache.errors import InputError, PromptError
 from chunkcache.kv import ChunkKey, ChunkRef, hashed_label
 from chunkcache.library import ChunkLibrary, Progress
+from chunkcache.library.neighbours import NearChunks, Neighbours
 from chunkcache.prompt import PromptBuilder
 from chunkcache.prompt.prompt import text_of
 from chunkcache.prompt.template import Options
@@ -30,12 +32,14 @@ class PrecomputeResult:
         computed: those that were computed; the others were stored already, or are skipped.
         computed_tokens: tokens of these.
         skipped: chunks that are longer than the model's context and were left out.
+        near: those of the computed that were computed behind their nearest chunks.
     """
 
     chunks: int
     computed: int
     computed_tokens: int
     skipped: int = 0
+    near: int = 0
 
 
 class ChunkMethods(ABC):
@@ -71,6 +75,7 @@ class ChunkMethods(ABC):
         on_progress: Progress | None = None,
         adapter: str | None = None,
         template_options: Options | None = None,
+        lead: Lead = "packaged",
     ) -> PrecomputeResult:
         """Compute and store the KV of `texts` after the prefix of `system`; what is stored already is left.
 
@@ -86,29 +91,66 @@ class ChunkMethods(ABC):
             on_progress: called with (chunks done, chunks to do) after every chunk.
             adapter: the peft adapter that is active meanwhile, and in the requests; None for the one that is.
             template_options: keywords for the chat template that requests will use.
+            lead: what a chunk is computed behind for a policy that wants a lead-in: `packaged`, the lead-in alone; or
+                `neighbours`, its nearest chunks, too, which are found among the texts; or `Neighbours(...)`, which
+                says them. Both are used by the same requests.
 
         Raises:
             PolicyError: the policy is unknown.
             PromptError: a text is empty, or there are more or fewer documents than texts.
+            InputError: there is no such `lead`.
             ContextLengthError: there is one text, and it is longer than the model's context.
         """
         chosen = self.resolve_policy(policy)
+        how = neighbours_of(lead, chosen)
         owners = _owners(texts, documents)
         prompts = self.prompts.with_options(template_options)
         with self._session(adapter) as library:
             refs = dict(zip(_register(library, prompts, texts, system, chosen, owners), owners, strict=True))
             too_long = _too_long(library, refs)
+            renew = how is not None and how.renew
             missing = [
-                ref for ref in refs if ref not in too_long and not library.holds(ref, recorded=chosen.versioned)
+                ref
+                for ref in refs
+                if ref not in too_long and (renew or not library.holds(ref, recorded=chosen.versioned))
             ]
             for ref in refs.keys() - too_long - set(missing):
                 if refs[ref] is not None:
                     library.add_document(ref)
             todo = list(refs) if len(refs) == 1 and too_long else missing  # one alone is refused by name
-            library.precompute(todo, on_progress, record=chosen.versioned)
+            if how is None or not missing:
+                library.precompute(todo, on_progress, record=chosen.versioned)
+                near = 0
+            else:
+                chunks = [ref.token_ids for ref in missing]
+                nearest = NearTexts(texts, prompts, how).nearest(chunks)
+                computing = NearChunks(library, prompts.prefix(system), chosen, nearest, how.tokens)
+                near = computing.compute(chunks, how.extra, on_progress)
+                missing = [ref for ref in missing if ref.token_ids in computing.done]
+                logger.info("%d of %d chunks were computed behind their nearest chunks", near, len(chunks))
         return PrecomputeResult(
-            len(refs), len(missing), sum(len(ref.token_ids) for ref in missing), skipped=len(too_long)
+            len(refs), len(missing), sum(len(ref.token_ids) for ref in missing), skipped=len(too_long), near=near
         )
+
+    def overlap(
+        self,
+        texts: Sequence[Any],
+        lead: Neighbours,
+        *,
+        system: str | None = None,
+        policy: str | Policy | None = None,
+    ) -> list[float]:
+        """Return for each text which share of its nearest chunks its KV were computed behind.
+
+        0 if its KV were computed behind none of them or are not stored, 1 if it has no nearest chunks. What is low is
+        worth computing again, with `precompute(lead=Neighbours(..., renew=True))`.
+        """
+        chosen = self.resolve_policy(policy)
+        with self._session() as library:
+            chunks = [self.prompts.chunk(text) for text in texts]
+            nearest = NearTexts(texts, self.prompts, lead).nearest(list(dict.fromkeys(chunks)))
+            near = NearChunks(library, self.prompts.prefix(system), chosen, nearest, lead.tokens)
+            return [near.overlap(ids) for ids in chunks]
 
     def register(
         self,
@@ -183,6 +225,7 @@ class ChunkMethods(ABC):
         on_progress: Progress | None = None,
         compute: bool = True,
         template_options: Options | None = None,
+        lead: Lead = "packaged",
     ) -> PrecomputeResult:
         """Precompute the chunks of a document that was edited, and delete those that are no longer in it.
 
@@ -199,7 +242,7 @@ class ChunkMethods(ABC):
             if not compute:
                 self.register(texts, documents=owners, **how)
                 return PrecomputeResult(len(texts), 0, 0)
-            return self.precompute(texts, documents=owners, on_progress=on_progress, **how)
+            return self.precompute(texts, documents=owners, on_progress=on_progress, lead=lead, **how)
         finally:
             for library in self._libraries():
                 library.delete_stale(hashed_label("document", document), chunks)
@@ -240,7 +283,7 @@ def _refs(
     if isinstance(texts, str):
         raise PromptError(f"texts is one string of {len(texts)} characters; pass a list of texts")
     prefix = prompts.prefix(system)
-    return [library.ref_for(prompts.chunk(text), prefix, policy) for text in texts]
+    return [library.held_ref(prompts.chunk(text), prefix, policy) for text in texts]
 
 
 def _register(

@@ -86,5 +86,5 @@ class ContextualChunks:
         return self._alone(prompt, span, ref) if alone < 1 else span
 
     def _alone(self, prompt: Prompt, span: Span, ref: ChunkRef) -> Span:
-        exact = not span.offset and ref.context_ids == prompt.token_ids[: span.start]
+        exact = not span.offset and ref.is_exact_after(prompt.token_ids[: span.start])
         return replace(span, kv=(kv := self._library.get(ref)), exact=exact and kv is not None)

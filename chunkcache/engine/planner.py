@@ -113,14 +113,16 @@ class Planner:
         self, prompt: Prompt, spans: tuple[Span, ...], policy: Policy, stats: RequestStats
     ) -> list[Span]:
         """Return chunks with the KV that are computed ahead of requests; what is missing is computed now."""
-        refs = [self._library.ref_for(span.chunk_ids, prompt.context_ids, policy) for span in spans]
-        stored = {ref: self._library.get(ref) for ref in dict.fromkeys(refs)}
+        chunks = dict.fromkeys(span.chunk_ids for span in spans)
+        found = {ids: self._library.look_up(ids, prompt.context_ids, policy) for ids in chunks}
+        stored = dict(found.values())
+        refs = [found[span.chunk_ids][0] for span in spans]
         missing = [ref for ref, kv in stored.items() if kv is None]
         stats.misses = sum(stored[ref] is None for ref in refs)
         stats.computed_tokens += sum(len(span) for span, ref in zip(spans, refs, strict=True) if stored[ref] is None)
         kv = {**stored, **(self._compute(missing, stats) if missing else {})}
         return [
-            replace(span, kv=kv[ref], exact=not span.offset and ref.context_ids == prompt.token_ids[: span.start])
+            replace(span, kv=kv[ref], exact=not span.offset and ref.is_exact_after(prompt.token_ids[: span.start]))
             for span, ref in zip(spans, refs, strict=True)
         ]
 

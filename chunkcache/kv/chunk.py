@@ -61,11 +61,17 @@ class ChunkRef:
         key: name of its KV in a store; refs with the same key are equal.
         token_ids: of the chunk.
         context_ids: the token ids that its KV are computed after.
+        near: whether its KV are computed after its nearest chunks, too, which `context_ids` does not say.
     """
 
     key: ChunkKey
     token_ids: TokenIds = field(compare=False, repr=False)
     context_ids: TokenIds = field(compare=False, repr=False)
+    near: bool = field(default=False, compare=False)
+
+    def is_exact_after(self, token_ids: TokenIds) -> bool:
+        """Return whether its KV are what a full prefill computes of the chunk right after `token_ids`."""
+        return not self.near and self.context_ids == token_ids
 
 
 def chunk_name(token_ids: Sequence[int]) -> str:

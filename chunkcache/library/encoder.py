@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill
 from chunkcache.blend.attention import register, rows_attention
+from chunkcache.blend.cache import place
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 
@@ -39,21 +40,28 @@ class Encoder:
         self._decoder = decoder
         register(NAME, _attention)
 
-    def encode(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
+    def encode(
+        self, context: ChunkKV | Sequence[Span] | None, chunks: Sequence[TokenIds], record: bool = False
+    ) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
 
         Their `origin` carries `compute_s` alone.
 
         Args:
-            context: what each of them stands right behind, or None.
+            context: what each of them stands right behind, or None; or spans with KV, one right behind the other from
+                position 0 on, whose keys are re-rotated to their places.
             chunks: token ids, none of them empty. With the context, each fits the model.
             record: whether to record what their tokens look at, for which they are computed one by one.
+
+        Raises:
+            EntryLostError: a layer of the context is damaged or gone.
         """
+        spans = _whole(context) if context is None or isinstance(context, ChunkKV) else context
         if record or not self._packable():
-            yield from self._one_by_one(context, chunks, record)
+            yield from self._one_by_one(spans, chunks, record)
             return
         for pack in packs(chunks, len, PACK_TOKENS):
-            yield from _Pack(self._decoder, context, pack).prefill()
+            yield from _Pack(self._decoder, spans, pack).prefill()
 
     def _packable(self) -> bool:
         """Return whether attention goes through transformers' interface, where it can be run chunk by chunk.
@@ -64,14 +72,15 @@ class Encoder:
         eager = self._decoder.config._attn_implementation == "eager"
         return not eager or _own_attention(self._decoder.attentions[0]) is not None
 
-    def _one_by_one(self, context: ChunkKV | None, chunks: Sequence[TokenIds], record: bool) -> Iterator[ChunkKV]:
+    def _one_by_one(self, context: Sequence[Span], chunks: Sequence[TokenIds], record: bool) -> Iterator[ChunkKV]:
         """Prefill chunks on a shadow of the model each, where their attention can be watched."""
-        before = () if context is None else context.token_ids
-        prefix = None if context is None else Span(0, len(before), before, kv=context, exact=True)
+        before = tuple(token for span in context for token in span.token_ids)
+        prefix, others = next(iter(context), None), context[1:]
         for ids in chunks:
             started = time.perf_counter()
-            plan = Plan.of((*before, *ids), [Span(len(before), len(before) + len(ids), ids)], prefix)
-            prefill = SelectivePrefill(self._decoder, plan, Reuse(), record=record, keep=lambda span: True)
+            chunk = Span(len(before), len(before) + len(ids), ids)
+            plan = Plan.of((*before, *ids), [*others, chunk], prefix)
+            prefill = SelectivePrefill(self._decoder, plan, Reuse(), record=record, keep=lambda span: span.kv is None)
             prefill.run()
             yield replace(prefill.computed[len(before)], origin=Origin(compute_s=time.perf_counter() - started))
 
@@ -83,11 +92,11 @@ class _Pack:
     copies each chunk's into what is stored of it.
     """
 
-    def __init__(self, decoder: Decoder, context: ChunkKV | None, chunks: Sequence[TokenIds]) -> None:
+    def __init__(self, decoder: Decoder, context: Sequence[Span], chunks: Sequence[TokenIds]) -> None:
         self._decoder = decoder
         self._context = context
         self._chunks = chunks
-        self._start = 0 if context is None else len(context)
+        self._start = sum(map(len, context))
         self._end = self._start + max(map(len, chunks))
         self._layers: list[list[Tensor]] = [[] for _ in chunks]
 
@@ -132,9 +141,10 @@ class _Pack:
             `[1, rows, heads, head_dim]` and None.
         """
         seen = key.new_empty(2, key.shape[1], self._end, key.shape[3])  # the context, then one chunk after another
-        if self._context is not None:
-            layer = self._context.layers[layer_idx]
-            seen[:, :, : self._start] = layer if isinstance(layer, Tensor) else layer.dense()
+        rotary = self._decoder.rotaries[layer_idx]
+        for span in self._context:
+            assert span.kv is not None
+            place(span, span.kv.layers[layer_idx], rotary, seen[:, :, span.start : span.stop])
         outputs = []
         first = 0
         for chunk, layers in zip(self._chunks, self._layers, strict=True):
@@ -150,6 +160,10 @@ class _Pack:
             output, _ = attend(module, query[:, :, rows], seen[:1, :, :end], seen[1:, :, :end], mask, **kwargs)
             outputs.append(output)
         return torch.cat(outputs, dim=1), None
+
+
+def _whole(context: ChunkKV | None) -> tuple[Span, ...]:
+    return () if context is None else (Span(0, len(context), context.token_ids, kv=context, exact=True),)
 
 
 def packs(items: Sequence[Item], tokens_of: Callable[[Item], int], most: int) -> Iterator[list[Item]]:

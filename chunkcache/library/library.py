@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from chunkcache.blend import Decoder, Policy
 from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.kv import ChunkKey, ChunkKV, ChunkRef, Origin, Span, TokenIds, chunk_name, hashed_label
+from chunkcache.library.deletion import DeletionMethods
 from chunkcache.library.encoder import Encoder, packs
 from chunkcache.library.registry import ChunkRegistry, warn_once
 from chunkcache.library.single_flight import SingleFlight
-from chunkcache.store import Entry, EntryFilter, Store
+from chunkcache.store import Store
 
 Progress = Callable[[int, int], None]
 PART_TOKENS = 8192  # chunk tokens that are computed and stored at a time
+_NEAR = "\0near"  # keeps chunks that were computed behind their nearest chunks apart from all others
 
 
-class ChunkLibrary:
+class ChunkLibrary(DeletionMethods):
     """Looks up, computes, stores and deletes the chunk KV of one model and tenant.
 
     Args:
@@ -89,7 +90,32 @@ class ChunkLibrary:
         fits = len(prefix) + len(lead_in) + len(token_ids) < self._decoder.max_tokens
         return self.ref(token_ids, self._behind(prefix, lead_in) if fits and lead_in else prefix)
 
+    def ref_near(self, token_ids: TokenIds, prefix: TokenIds) -> ChunkRef:
+        """Return the reference to a chunk as it is computed behind its nearest chunks, for requests with `prefix`.
+
+        It does not say which chunks these are: KV computed behind others stay of use when a corpus grows. So they are
+        never exact.
+        """
+        return replace(self.ref(token_ids, prefix, variant=_NEAR), near=True)
+
+    def held_ref(self, token_ids: TokenIds, prefix: TokenIds, policy: Policy) -> ChunkRef:
+        """Return `ref_near` where `policy` wants it and the store has it, else `ref_for`."""
+        near = self.ref_near(token_ids, prefix) if policy.neighbours() else None
+        return near if near is not None and self.holds(near) else self.ref_for(token_ids, prefix, policy)
+
     # --- look up
+
+    def look_up(self, token_ids: TokenIds, prefix: TokenIds, policy: Policy) -> tuple[ChunkRef, ChunkKV | None]:
+        """Return the best reference that `policy` has to a chunk, and its KV; None if the store has none.
+
+        KV that were computed behind a chunk of what is now another trust label are not used.
+        """
+        ref = self.held_ref(token_ids, prefix, policy)
+        kv = self.get(ref)
+        if ref.near and (kv is None or not self._is_trusted(kv)):
+            ref = self.ref_for(token_ids, prefix, policy)
+            kv = self.get(ref)
+        return ref, kv
 
     def get(self, ref: ChunkRef) -> ChunkKV | None:
         """Return the stored KV of a chunk, or None."""
@@ -131,14 +157,19 @@ class ChunkLibrary:
         here = None if span.offset else self.ref(span.chunk_ids, token_ids[: span.start]).key
         for key in sorted(keys, key=lambda key: key != here):
             kv = self.get_key(key, span.chunk_ids)
-            if kv is not None:
+            if kv is None:
+                self.registry.forget_key(span.chunk_ids, key)
+            elif key == here or self._is_trusted(kv):
                 return replace(span, kv=kv, exact=key == here)
-            self.registry.forget_key(span.chunk_ids, key)
         return span
 
     def fits(self, ref: ChunkRef) -> bool:
         """Return whether a chunk and what it stands behind are within the model's context."""
-        return len(ref.context_ids) + len(ref.token_ids) < self._decoder.max_tokens
+        return self.room(ref) >= 0
+
+    def room(self, ref: ChunkRef) -> int:
+        """Return how many more tokens could stand before a chunk in the model's context."""
+        return self._decoder.max_tokens - 1 - len(ref.context_ids) - len(ref.token_ids)
 
     # --- compute and store
 
@@ -152,14 +183,20 @@ class ChunkLibrary:
                 and no other stands there. Behind one of another trust label it is not made findable.
         """
         if self._may_store(kv):
-            self._store.put(ref.key, self.with_origin(kv, chunks))
-            if self.trusts(chunks):
+            kv = self.with_origin(kv, chunks)
+            self._store.put(ref.key, kv)
+            if self._is_trusted(kv):
                 self.registry.add(ref, model=self.fingerprint)
 
     def trusts(self, chunks: Sequence[TokenIds]) -> bool:
         """Return whether the first of some chunks may be used elsewhere as it was computed behind the others."""
         names = [chunk_name(chunk) for chunk in chunks]
         return not names or self.registry.trusts(names[0], names[1:])
+
+    def _is_trusted(self, kv: ChunkKV) -> bool:
+        """Return whether all chunks that KV name in their origin have the trust label of the first."""
+        names = kv.origin.chunks or (chunk_name(kv.token_ids),)
+        return self.registry.trusts(names[0], names[1:])
 
     def put_as(self, key: ChunkKey, kv: ChunkKV, chunks: Sequence[TokenIds]) -> bool:
         """Store `kv` under a key of the caller's own; return whether the store took it. Otherwise as `put`."""
@@ -177,8 +214,9 @@ class ChunkLibrary:
         return False
 
     def with_origin(self, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> ChunkKV:
-        """Return `kv` with its origin filled in; `chunks` as in `put`."""
-        names = [chunk_name(chunk) for chunk in chunks or (kv.token_ids,)]
+        """Return `kv` with its origin filled in, and all that it names kept; `chunks` as in `put`."""
+        given = [chunk_name(chunk) for chunk in chunks or (kv.token_ids,)]
+        names = list(dict.fromkeys((*given, *kv.origin.chunks)))
         documents = sorted(self.registry.documents_of(names).union(kv.origin.documents))
         created = kv.origin.created or time.time()
         origin = Origin(
@@ -244,6 +282,10 @@ class ChunkLibrary:
             self._store.flush()
             done += len(part)
 
+    def flush(self) -> None:
+        """Wait until all that was computed is in every tier of the store."""
+        self._store.flush()
+
     def _encode(self, refs: Sequence[ChunkRef], record: bool) -> Iterator[tuple[ChunkRef, ChunkKV]]:
         """Yield the KV of chunks, computed and stored, or out of the store if they have come into it meanwhile."""
         for context_ids in dict.fromkeys(ref.context_ids for ref in refs):
@@ -261,6 +303,36 @@ class ChunkLibrary:
                 self.put(missing[kv.token_ids], kv)
                 yield missing[kv.token_ids], kv
 
+    def compute_behind(
+        self, refs: Sequence[ChunkRef], context: ChunkKV | None, others: Sequence[ChunkKV], started: float
+    ) -> None:
+        """Compute chunks behind a context and other chunks, whose stored KV are taken as they are, and store them.
+
+        What is stored names the others, what they were computed behind, and the documents of all, so that it is
+        deleted with any of them.
+
+        Args:
+            refs: the chunks, each to be stored as it says. With all that stands before, each fits the model.
+            context: the KV of a prefix, perhaps with a lead-in, or None.
+            others: KV of the chunks behind it, in order.
+            started: when the others were looked up, in seconds since the epoch: a later deletion of one of them is
+                one of what is computed here, too.
+
+        Raises:
+            EntryLostError: KV of the others are damaged or gone; some of the chunks may be stored.
+        """
+        spans: list[Span] = []
+        for kv in others if context is None else (context, *others):
+            start = spans[-1].stop if spans else 0
+            spans.append(Span(start, start + len(kv), kv.token_ids, kv=kv))
+        names = tuple(name for kv in others for name in kv.origin.chunks)
+        documents = tuple(label for kv in others for label in kv.origin.documents)
+        by_ids = {ref.token_ids: ref for ref in refs}
+        for kv in self._encoder.encode(spans, list(by_ids)):
+            origin = replace(kv.origin, documents=documents, chunks=names, created=started)
+            before = [other.token_ids for other in others]
+            self.put(by_ids[kv.token_ids], replace(kv, origin=origin), [kv.token_ids, *before])
+
     def _check_length(self, ref: ChunkRef) -> None:
         if not self.fits(ref):
             raise ContextLengthError(
@@ -271,70 +343,3 @@ class ChunkLibrary:
     def credit(self, key: ChunkKey, worth: float) -> None:
         """Count what a use of an entry was worth; see `Store.credit`."""
         self._store.credit(key, worth)
-
-    # --- delete and label
-
-    def drop(self, key: ChunkKey) -> None:
-        """Delete one entry."""
-        self._store.delete(key)
-
-    def add_document(self, ref: ChunkRef) -> None:
-        """Let a stored entry name all documents that are now known to have its chunk."""
-        kv = self.get(ref)
-        if kv is None or self.registry.documents_of([chunk_name(ref.token_ids)]) <= set(kv.origin.documents):
-            return
-        with suppress(EntryLostError):  # counted by the store; whoever needs the chunk computes it, with its labels
-            self.put(ref, kv.loaded())
-
-    def delete(self, document: str | None = None, chunks: Collection[TokenIds] = ()) -> int:
-        """Delete the KV of this model and tenant that were computed from a document or from chunks; else all.
-
-        Args:
-            document: label of the document.
-            chunks: the chunks.
-
-        Returns:
-            how many entries there were.
-        """
-        own = EntryFilter(model=self.fingerprint, tenant=self._tenant_label)
-        if document is not None:
-            self.registry.delete_document(document)
-            return self._store.purge(replace(own, document=document))
-        if chunks:
-            return self._delete_chunks({chunk_name(chunk) for chunk in chunks})
-        self.registry.clear()
-        return self._store.purge(own)
-
-    def delete_stale(self, document: str, chunks: Collection[TokenIds]) -> int:
-        """Delete the KV computed from chunks that `document` (a label) once had, and no other document has.
-
-        Args:
-            document: the document.
-            chunks: what it consists of now.
-        """
-        now = {chunk_name(chunk) for chunk in chunks}
-        gone = self.registry.delete_document(document, but=now)
-        entries = list(self._store.entries(EntryFilter(self.fingerprint, self._tenant_label, document)))
-        gone |= {e.chunks[0] for e in entries if e.chunks and e.chunks[0] not in now and e.documents == (document,)}
-        for entry in entries:
-            if gone.intersection(entry.chunks) or not entry.chunks:  # deleted below, or a prefix
-                continue
-            before = [name for name in entry.chunks[1:] if name not in now]
-            if any(not self.registry.documents_of([name]) for name in before):  # perhaps the document's
-                self._store.delete(entry.key)
-            elif not now.intersection(entry.chunks):
-                self._disown(entry, document)
-        return self._delete_chunks(gone) if gone else 0
-
-    def _delete_chunks(self, names: Collection[str]) -> int:
-        self.registry.delete(names)
-        own = EntryFilter(model=self.fingerprint, tenant=self._tenant_label)
-        return self._store.purge(replace(own, chunks=frozenset(names)))
-
-    def _disown(self, entry: Entry, document: str) -> None:
-        """Let a stored entry no longer name `document`."""
-        kv = self._store.get(entry.key, None)
-        if kv is not None:
-            others = tuple(label for label in entry.documents if label != document)
-            with suppress(EntryLostError):  # counted by the store
-                self._store.put(entry.key, replace(kv.loaded(), origin=replace(kv.origin, documents=others)))

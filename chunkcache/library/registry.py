@@ -29,7 +29,10 @@ KEYS = 8  # of one chunk and model, computed after different tokens
 
 @dataclass
 class _Known:
-    """A chunk that can be found: its tokens, its text if it was given one, the keys of its KV, the latest last."""
+    """A chunk that can be found: its tokens, its text if it was given one, and the keys of its KV.
+
+    What was computed behind its nearest chunks comes first, and the latest last.
+    """
 
     token_ids: npt.NDArray[np.uint32]  # 4 bytes each
     text: str | None = None
@@ -80,7 +83,9 @@ class ChunkRegistry:
             known = self._known.setdefault(name, _Known(np.asarray(ref.token_ids, dtype=np.uint32)))
             self._known.move_to_end(name)
             keys = known.keys.setdefault(model, [])
-            if ref.key not in keys:
+            if ref.key not in keys and ref.near:
+                known.keys[model] = [ref.key, *keys[-KEYS + 1 :]]
+            elif ref.key not in keys:
                 known.keys[model] = [*keys[-KEYS + 1 :], ref.key]
             if self._tokens is not None:
                 self._tokens.add(name, ref.token_ids)
@@ -110,7 +115,7 @@ class ChunkRegistry:
     def find_tokens(self, token_ids: Sequence[int], model: str = "") -> list[tuple[Span, tuple[ChunkKey, ...]]]:
         """Return the longest runs of known chunks in `token_ids`, in order.
 
-        With each come the keys of its KV of the model with this fingerprint, latest last.
+        With each come the keys of its KV of the model with this fingerprint, in the order of `_Known`.
         """
         with self._lock:
             if self._tokens is None:

@@ -14,16 +14,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from chunkcache.engine.chunks import PrecomputeResult
+from chunkcache.engine.near import Lead
 from chunkcache.errors import ContextLengthError
 from chunkcache.kv import chunk_name, hashed_label
+from chunkcache.library.neighbours import MOST, Neighbours
 from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
 from chunkcache.retriever import Chunk, Document, split
+from chunkcache.retriever.nearest import nearest_texts
 from chunkcache.store import EntryFilter, Store
 from chunkcache.store.lasting import open_persistent
 
@@ -33,8 +36,23 @@ SHARD_TOKENS = 4096
 SHARD_TEXTS = 32
 TROUBLE = ("refused", "errors", "skipped")
 
-Shard = dict[str, list[str]]  # texts, and the ids of the documents that have them
 OnStatus = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Texts that one worker computes at a time.
+
+    Attributes:
+        owners: the ids of the documents that have each text.
+        nearest: the texts that each is to be computed behind, nearest first; empty for the packaged lead-in alone.
+    """
+
+    owners: dict[str, list[str]] = field(default_factory=dict)
+    nearest: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.owners)
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,7 @@ class WarmConfig:
         tenant: of these requests.
         chunk_tokens: length of a chunk at most.
         threads: CPU threads of a worker; None leaves them as they are.
+        lead: what chunks are computed behind for a policy that wants a lead-in: `packaged`, or `neighbours`, too.
     """
 
     model: str
@@ -60,6 +79,7 @@ class WarmConfig:
     tenant: str = ""
     chunk_tokens: int = 256
     threads: int | None = None
+    lead: Literal["packaged", "neighbours"] = "packaged"
 
 
 @dataclass
@@ -71,7 +91,8 @@ class WarmReport:
         chunks: different chunks that they have.
         computed: chunks computed; the others were in the store, or are too long.
         too_long: chunks that are longer than the model's context and were left out.
-        computed_tokens: tokens of these.
+        near: those of the computed that were computed behind their nearest chunks.
+        computed_tokens: tokens of the computed.
         deleted: entries deleted, of what is no longer in its document.
         nbytes: bytes by which the store grew, but for what was deleted.
         workers: copies of the model at work.
@@ -88,6 +109,7 @@ class WarmReport:
     workers: int = 1
     lost_workers: int = 0
     too_long: int = 0
+    near: int = 0
     store: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -138,16 +160,23 @@ class Worker:
         for entry in llm.store.entries(
             EntryFilter(model=llm.fingerprint, tenant=hashed_label("tenant", config.tenant))
         ):
-            owners = [ids[owner] for owner in entry.documents if owner in ids] if len(entry.chunks) == 1 else []
-            stale.update(owner for owner in owners if entry.chunks[0] not in names[owner])
+            owners = [ids[owner] for owner in entry.documents if owner in ids]
+            if len(entry.chunks) == 1:
+                stale.update(owner for owner in owners if entry.chunks[0] not in names[owner])
+            elif len(owners) == len(entry.documents):  # or it may be of the others what is not known here
+                now = set().union(*(names[owner] for owner in owners))
+                stale.update(owners if not now.issuperset(entry.chunks) else ())
         return chunks, stale
 
     def precompute(self, shard: Shard, on_progress: Callable[[int, int], None] | None = None) -> PrecomputeResult:
         """Compute what the store lacks of a shard."""
-        texts, documents = zip(*((text, owner) for text, owners in shard.items() for owner in owners), strict=True)
+        pairs = ((text, owner) for text, owners in shard.owners.items() for owner in owners)
+        texts, documents = zip(*pairs, strict=True)
+        near = [shard.nearest[text] for text in texts] if shard.nearest else None
+        lead: Lead = "packaged" if near is None else Neighbours(nearest=near)
         try:
             return self.llm.precompute(
-                texts, system=self._config.system, documents=documents, on_progress=on_progress
+                texts, system=self._config.system, documents=documents, on_progress=on_progress, lead=lead
             )
         except ContextLengthError:  # of one chunk alone; among others it would be left out, too
             return PrecomputeResult(1, 0, 0, skipped=1)
@@ -221,7 +250,8 @@ def warm(
     before = _last(store).stats().nbytes
     chunks, stale = pool.ask("plan", documents)
     edited = [chunk for chunk in chunks if chunk.document_id in stale]
-    first, shards = list(_shards(edited)), list(_shards(chunks))
+    nearest = _nearest(chunks) if config.lead == "neighbours" else {}
+    first, shards = list(_shards(edited, nearest)), list(_shards(chunks, nearest))
     total, behind = sum(map(len, [*first, *shards])), sum(map(len, first))
     done = WarmReport(len(documents), sum(map(len, shards)), workers=pool.size)
 
@@ -230,6 +260,7 @@ def warm(
         for computed in pool.precompute(shards, lambda n: on_progress(offset + n, total) if on_progress else None):
             done.computed += computed.computed
             done.computed_tokens += computed.computed_tokens
+            done.near += computed.near
             too_long += computed.skipped
         return too_long
 
@@ -283,18 +314,27 @@ class _LocalPool:
         return self._counted
 
 
-def _shards(chunks: Iterable[Chunk]) -> Iterator[Shard]:
+def _nearest(chunks: Sequence[Chunk]) -> dict[str, list[str]]:
+    """Return the nearest texts of each text."""
+    texts = list(dict.fromkeys(chunk.text.strip() for chunk in chunks))
+    found = nearest_texts(texts, texts, MOST) if texts else []
+    return {text: [texts[place] for place in near] for text, near in zip(texts, found, strict=True)}
+
+
+def _shards(chunks: Iterable[Chunk], nearest: Mapping[str, list[str]] | None = None) -> Iterator[Shard]:
     """Group chunks into shards. All documents of a text are in one: else workers would overwrite labels."""
     texts: dict[str, tuple[int, dict[str, None]]] = {}
     for chunk in chunks:
         texts.setdefault(chunk.text.strip(), (chunk.tokens, {}))[1][chunk.document_id] = None
-    shard: Shard = {}
+    shard = Shard()
     tokens = 0
     for text, (length, owners) in texts.items():
         if shard and (tokens + length > SHARD_TOKENS or len(shard) == SHARD_TEXTS):
             yield shard
-            shard, tokens = {}, 0
-        shard[text] = list(owners)
+            shard, tokens = Shard(), 0
+        shard.owners[text] = list(owners)
+        if nearest:
+            shard.nearest[text] = nearest[text]
         tokens += length
     if shard:
         yield shard

@@ -19,12 +19,12 @@ import chunkcache
 from chunkcache import warm
 from chunkcache.cli.console import Bar
 from chunkcache.errors import InputError, ModelNotFoundError
-from chunkcache.kv import hashed_label
+from chunkcache.kv import chunk_name, hashed_label
 from chunkcache.retriever import Chunk, load_documents, split
 from chunkcache.store import DiskStore, EntryFilter
 from chunkcache.store.encryption import new_key
 from chunkcache.store.entry import ENCRYPTED, MAGIC
-from chunkcache.warm import WarmConfig, local_pool
+from chunkcache.warm import Shard, WarmConfig, local_pool
 from chunkcache.warm import ray as warm_ray
 from chunkcache.warm.ray import ray_pool
 
@@ -97,6 +97,37 @@ def test_all_of_a_folder_is_stored_and_found_by_requests(config, docs):
     llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), store=config.store)
     stats = llm.generate("When was it opened?", cut["bridge.md"][:3], max_new_tokens=2).stats
     assert (stats.hits, stats.misses) == (3, 0)
+
+
+def test_chunks_are_computed_behind_their_nearest(config, docs):
+    config, seen = replace(config, lead="neighbours"), []
+    done = run(config, docs, lambda *progress: seen.append(progress))
+    cut = pieces(config, docs)
+    count = sum(map(len, cut.values()))
+    assert (done.chunks, done.computed, done.skipped, done.deleted) == (count, count, 0, 0)
+    assert count * 0.6 < done.near <= count
+    assert seen == sorted(seen)
+    assert seen[-1] == (count, count)
+    again = run(config, docs)
+    assert (again.computed, again.near, again.deleted) == (0, 0, 0)
+    llm = chunkcache.wrap(tiny_model(), chat_tokenizer(), store=config.store)
+    stats = llm.generate("When was it opened?", cut["bridge.md"][:3], max_new_tokens=2).stats
+    assert (stats.hits, stats.misses) == (3, 0)
+
+
+def test_after_an_edit_nothing_is_left_that_was_computed_behind_what_went(config, docs):
+    config = replace(config, lead="neighbours")
+    run(config, docs)
+    tokens = chunkcache.wrap(tiny_model(), chat_tokenizer(), store="memory://").prompts.chunk
+    old = {chunk_name(tokens(text)) for text in pieces(config, docs)["ferry.md"]}
+    assert any(old.intersection(entry.chunks[1:]) for entry in entries(config))
+    write(docs, "ferry", "It was sold.")
+    done = run(config, docs)
+    assert done.deleted >= len(old)
+    assert not any(old.intersection(entry.chunks) for entry in entries(config))
+    texts = {text for cut in pieces(config, docs).values() for text in cut}
+    assert {entry.chunks[0] for entry in entries(config) if entry.documents} == {chunk_name(tokens(t)) for t in texts}
+    assert run(config, docs).computed == 0
 
 
 def test_chunks_over_the_context_are_left_out_and_counted(config, docs):
@@ -179,8 +210,8 @@ def test_a_store_that_is_too_small_says_so(config, docs):
 def test_shards_keep_all_documents_of_a_text_together(monkeypatch):
     monkeypatch.setattr(warm, "SHARD_TOKENS", 100)
     chunks = [Chunk("a", 0, "x", 60), Chunk("a", 1, "y", 30), Chunk("b", 0, "z", 20), Chunk("c", 0, "x", 60)]
-    assert list(warm._shards(chunks)) == [{"x": ["a", "c"], "y": ["a"]}, {"z": ["b"]}]
-    assert list(warm._shards([Chunk("a", 0, "x", 500)])) == [{"x": ["a"]}]
+    assert list(warm._shards(chunks)) == [Shard({"x": ["a", "c"], "y": ["a"]}), Shard({"z": ["b"]})]
+    assert list(warm._shards([Chunk("a", 0, "x", 500)])) == [Shard({"x": ["a"]})]
     assert list(warm._shards([])) == []
 
 
