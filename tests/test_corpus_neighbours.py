@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from support.llm import own_model, wrapped
 from test_corpus import BRIDGE, FERRY, KEEPER, QUESTION, embedder, held, stored, texts_of
 
-from chunkcache import Neighbours
+import chunkcache
 from chunkcache.corpus import Corpus
 from chunkcache.errors import InputError
 from chunkcache.kv import chunk_name
 from chunkcache.retriever import Document, Retriever
 from chunkcache.store import open_store
+
+Neighbours = partial(chunkcache.Neighbours, first=False)  # one entry of each chunk
 
 LEAD = "A passage of the kind that stands before others."
 BOATS = [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill
 from chunkcache.blend.attention import register, rows_attention
-from chunkcache.blend.cache import place
+from chunkcache.blend.assembly import place
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 

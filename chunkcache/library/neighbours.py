@@ -1,9 +1,12 @@
 """Chunk KV that are computed behind the chunk's nearest chunks, as in FusionRAG (arXiv 2601.12904).
 
 In a prompt a chunk stands among others that are like it, for one question finds them all. So it is computed behind
-the prefix, the packaged lead-in and its nearest chunks, the nearest last. These are not computed anew: their stored
-KV are put in place, keys re-rotated. Each chunk therefore costs one computation, plus one more for some that came
-before their nearest chunks were there.
+the prefix and its nearest chunks, the nearest last; where these are short, behind the packaged lead-in, too. They are
+not computed anew: their stored KV are put in place, keys re-rotated. Each chunk therefore costs one computation, plus
+one more for some that came before their nearest chunks were there.
+
+What stands first in a prompt has nothing like it before it. So each chunk is also computed behind the prefix alone, by
+default: there it is exact.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Neighbours:
             function of one text. None finds them among the texts with the retriever's embedding model.
         tokens: tokens of nearest chunks before a chunk, at most.
         extra: share of the chunks that is computed a second time, at most.
+        first: whether each chunk is also computed behind the prefix alone, for prompts that begin with it.
         renew: whether chunks that are stored already are computed again, where that is behind more of their nearest.
 
     Raises:
@@ -47,6 +51,7 @@ class Neighbours:
     nearest: Callable[[Any], Sequence[Any]] | Sequence[Sequence[Any]] | None = None
     tokens: int = TOKENS
     extra: float = 0.3
+    first: bool = True
     renew: bool = False
 
     def __post_init__(self) -> None:
@@ -225,7 +230,7 @@ class NearChunks:
         if behind:
             refs = [self._library.ref_near(ids, self._prefix) for ids in group]
             with suppress(EntryLostError):  # counted by the store
-                self._library.compute_behind(refs, self._context(group[0]), behind, started)
+                self._library.compute_behind(refs, self._context(group[0], behind), behind, started)
                 self._behind.update(dict.fromkeys(group, tuple(kv.token_ids for kv in behind)))
                 self._count(group, report)
                 return
@@ -301,9 +306,10 @@ class NearChunks:
     def _is_stored(self, token_ids: TokenIds) -> bool:
         return self._library.holds(self._library.held_ref(token_ids, self._prefix, self._policy))
 
-    def _context(self, token_ids: TokenIds) -> ChunkKV | None:
-        """Return the KV of prefix and lead-in before a chunk; None if there are none."""
-        ids = self._alone(token_ids).context_ids
+    def _context(self, token_ids: TokenIds, behind: Sequence[ChunkKV]) -> ChunkKV | None:
+        """Return the KV of what stands before nearest chunks: the prefix, and the lead-in if these are short."""
+        short = sum(map(len, behind)) < self._tokens // 2
+        ids = self._alone(token_ids).context_ids if short else self._prefix
         if ids and ids not in self._contexts:
             self._contexts[ids] = self._library.prefix(ids)
         return self._contexts.get(ids)

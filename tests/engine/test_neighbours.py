@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers_redis import servers
@@ -10,7 +12,6 @@ from support.llm import QUESTION, own_model, wrapped
 from transformers.cache_utils import DynamicCache
 
 import chunkcache
-from chunkcache import Neighbours
 from chunkcache.blend import Plan
 from chunkcache.blend.cache import FusedCache
 from chunkcache.errors import InputError
@@ -18,6 +19,8 @@ from chunkcache.kv import Span, chunk_name
 from chunkcache.kv.quantised import dense
 from chunkcache.library.neighbours import NearChunks
 from chunkcache.store import open_store
+
+Neighbours = partial(chunkcache.Neighbours, first=False)  # one entry of each chunk
 
 LEAD = "A passage of the kind that stands before others. It says nothing that matters here."
 POLICY = "query:ratio=0"  # recomputes nothing: what is stored is all that counts
@@ -95,6 +98,20 @@ def test_what_stands_in_the_prompt_as_it_was_computed_is_close_to_full_prefill()
     full = near.prefill(QUESTION, [TOLL, BRIDGE], policy="full").logits
     errors = [float((llm.prefill(QUESTION, [TOLL, BRIDGE]).logits - full).norm()) for llm in (near, packaged)]
     assert errors[0] < 1e-3 < errors[1]
+
+
+def test_a_chunk_that_stands_first_is_exact_and_goes_without_its_nearest():
+    llm = wrapped(own_model(), lead_in=LEAD, policy=POLICY)
+    llm.precompute([ARCH, TOLL])
+    done = llm.precompute([BRIDGE], lead=chunkcache.Neighbours(nearest=[[ARCH, TOLL]]))
+    assert (done.computed, done.near) == (1, 1)
+    prefix, tokens = len(llm.prompts.prefix()), len(llm.prompts.chunk(BRIDGE))
+    stats = llm.prefill(QUESTION, [BRIDGE, ARCH]).stats
+    assert (stats.hits, stats.misses, stats.exact_tokens) == (2, 0, prefix + tokens)
+    stats = llm.prefill(QUESTION, [ARCH, BRIDGE]).stats
+    assert (stats.hits, stats.misses, stats.exact_tokens) == (2, 0, prefix)
+    expected = llm.prefill(QUESTION, [BRIDGE], policy="full").logits
+    torch.testing.assert_close(llm.prefill(QUESTION, [BRIDGE]).logits, expected, atol=1e-4, rtol=0)
 
 
 def test_it_is_never_exact():
