@@ -148,7 +148,7 @@ class Policy(ABC):
 
 
 def highest(plan: Plan, scores: Tensor, ratio: float) -> Tensor:
-    """Return the sorted positions `[n]` of the share `ratio` of `plan.inexact` that `scores` `[tokens]` highest."""
+    """Return the share `ratio` of `plan.inexact` with the highest `scores` `[tokens]`, as sorted positions `[n]`."""
     candidates = plan.inexact
     count = math.ceil(ratio * len(candidates))
     return candidates[scores[candidates.to(scores.device)].topk(count).indices.cpu()].sort().values
