@@ -1,4 +1,4 @@
-"""Goes on from where a scout stopped, instead of computing the question twice."""
+"""Goes on from where a scout stopped, instead of computing a long question twice."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from chunkcache.blend.decoder import Decoder
 
 
+LAST = 16  # rows at the end of the prompt that are computed anew in any case: the answer begins there
+
+
 @dataclass(frozen=True)
 class Carried:
     """Where a scout stopped, for a prefill to go on.
@@ -33,9 +36,9 @@ class Carried:
 class CarriedRows:
     """Hooks that let a prefill go on from where a scout stopped.
 
-    Below that layer only the rows that were selected are computed, over the KV that the scouted rows have left in the
-    cache; from it on, both. What the scouted rows are below it they have become without the selected ones: that is
-    the price of not computing them twice.
+    Below that layer only the rows that were selected are computed, and the last of the prompt, over the KV that the
+    other scouted rows have left in the cache; from it on, all. What these are below it they have become without the
+    selected rows: that is the price of not computing them twice.
 
     Args:
         decoder: a decoder over the shadow that serves the request.
@@ -46,11 +49,11 @@ class CarriedRows:
 
     def __init__(self, decoder: Decoder, cache: FusedCache, carried: Carried, rows: Tensor) -> None:
         self._decoder, self._cache, self._carried, self._rows = decoder, cache, carried, rows
-        scouted = torch.isin(rows, cache.plan.fresh)
-        self._selected = rows[~scouted]
+        kept = torch.isin(rows, cache.plan.fresh[:-LAST])
+        self._selected = rows[~kept]
         device = carried.hidden.device
-        self._at_selected = (~scouted).nonzero()[:, 0].to(device, non_blocking=True)
-        self._at_scouted = scouted.nonzero()[:, 0].to(device, non_blocking=True)
+        self._at_selected = (~kept).nonzero()[:, 0].to(device, non_blocking=True)
+        self._at_kept = kept.nonzero()[:, 0].to(device, non_blocking=True)
         self._masks: Any = None
 
     def hook(self) -> list[RemovableHandle]:
@@ -79,7 +82,7 @@ class CarriedRows:
         def joined(hidden: Tensor) -> Tensor:
             both = hidden.new_empty(1, len(self._rows), hidden.shape[2])
             both.index_copy_(1, self._at_selected, hidden)
-            return both.index_copy_(1, self._at_scouted, self._carried.hidden.to(hidden.device))
+            return both.index_copy_(1, self._at_kept, self._carried.hidden[:, :-LAST].to(hidden.device))
 
         self._cache.go_on_with(self._rows)
         return with_hidden(args, kwargs, joined)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
-from chunkcache.blend.carried import CarriedRows
+from chunkcache.blend.carried import LAST, CarriedRows
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.filtering import RowFilter
 from chunkcache.blend.loader import LEAST_DEPTH
@@ -234,7 +234,8 @@ def select_rows(decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCa
         if layers and policy.wants_attention(plan):
             if policy.skips_windows:
                 layers = decoder.seeing_all(layers)
-            seen = scout(decoder, plan, cache, layers, policy.pool, carry=policy.carries(), blind=policy.blind())
+            carry = policy.carries() and len(plan.fresh) > 2 * LAST  # of a short question there is nothing to save
+            seen = scout(decoder, plan, cache, layers, policy.pool, carry=carry, blind=policy.blind())
             selected = policy.select_by_attention(plan, seen)
         else:
             selected = policy.select(plan)

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkcache.eval.answers import holds_gold, rouge_l
-from chunkcache.eval.contenders import Contender, PeerContender, Reference, policy_contenders
+from chunkcache.eval.contenders import Contender, FindNearest, PeerContender, Reference, policy_contenders
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, greedy_answer
 from chunkcache.eval.machine import SEED, ran_on
@@ -106,6 +106,7 @@ class Comparison:
             all are compared with.
         answer_tokens: the most that an answer has.
         peer_prompts: peers run on the first so many prompts only; None for all.
+        nearest: finds the nearest chunks of each, for policies named `...@neighbours`.
     """
 
     policies: Sequence[str]
@@ -115,6 +116,7 @@ class Comparison:
     answers: bool = True
     peer_prompts: int | None = None
     answer_tokens: int = ANSWER_TOKENS
+    nearest: FindNearest | None = None
 
 
 def compare(
@@ -147,7 +149,9 @@ def compare(
     """
     torch.manual_seed(SEED)
     names = list(dict.fromkeys([FULL, *comparison.policies]))
-    ours = policy_contenders(model, tokenizer, names, comparison.store, comparison.cold, comparison.answer_tokens)
+    ours = policy_contenders(
+        model, tokenizer, names, comparison.store, comparison.cold, comparison.answer_tokens, comparison.nearest
+    )
     settings = {
         **(about or {}),
         "policies": names,

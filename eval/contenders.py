@@ -16,13 +16,14 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Policy, layer_kv, parse_policy
-from chunkcache.errors import PeerError
+from chunkcache.errors import PeerError, PolicyError
 from chunkcache.eval.answers import exact_match, f1, holds_gold, rouge_l
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import first_kl, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.measure import finite
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import FULL, PEER
+from chunkcache.library.neighbours import Neighbours
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from chunkcache.eval.peers.client import Peer
 
 logger = logging.getLogger("chunkcache")
+
+FindNearest = Callable[[Sequence[str]], list[list[str]]]
+NEIGHBOURS = "neighbours"
+STORED = 4  # nearest chunks that are there when a chunk is computed behind them: as many as stand before it
 
 _OWN_STORE = "memory://?max_bytes=2GiB"
 
@@ -66,13 +71,31 @@ class Contender(Protocol):
 
 
 class PolicyContender:
-    """A policy of ours, over a store of its own or one that it shares; `answer_tokens` is the most it answers."""
+    """A policy of ours, over a store of its own or one that it shares.
 
-    def __init__(self, name: str, policy: Policy, llm: CachedLLM, cold: bool, answer_tokens: int) -> None:
+    Args:
+        name: what it is called in results.
+        policy: the policy.
+        llm: the wrapped model.
+        cold: whether requests compute their chunks themselves.
+        answer_tokens: the most it answers.
+        nearest: finds for each text its nearest, which chunks are then computed behind; None for the lead-in alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        policy: Policy,
+        llm: CachedLLM,
+        cold: bool,
+        answer_tokens: int,
+        nearest: FindNearest | None = None,
+    ) -> None:
         self.name = name
         self.llm = llm
         self.policy = llm.resolve_policy(policy)
         self._cold, self._answer_tokens = cold, answer_tokens
+        self._nearest = nearest
 
     @property
     def options(self) -> str:
@@ -86,7 +109,13 @@ class PolicyContender:
         if again and (self.policy.stores_in_context or self.policy.versioned):
             self.llm.delete(tenant=True)  # what it stored of this very prompt
         if self.policy.reuses and not self.policy.stores_in_context and not self._cold:
-            self.llm.precompute(case.chunks, policy=self.name)
+            if self._nearest is not None:
+                nearest = self._nearest(case.chunks)
+                others = dict.fromkeys(text for texts in nearest for text in texts[:STORED])
+                self.llm.precompute(list(others), policy=self.policy)  # a corpus holds them already
+                self.llm.precompute(case.chunks, policy=self.policy, lead=Neighbours(nearest=nearest, renew=True))
+            else:
+                self.llm.precompute(case.chunks, policy=self.policy)
 
     def time(self, case: Case) -> Shot:
         """Prefill, on the clock."""
@@ -94,7 +123,7 @@ class PolicyContender:
             self.llm.delete(tenant=True)
         with PeakMemory(self.llm.model.device) as peak:
             started = time.perf_counter()
-            start = self.llm.prefill(case.question, case.chunks, policy=self.name)
+            start = self.llm.prefill(case.question, case.chunks, policy=self.policy)
             int(start.logits.argmax())  # the first token id, on the host
             ttft_s = time.perf_counter() - started
         stats = start.stats
@@ -117,7 +146,7 @@ class PolicyContender:
         fidelity = measure_fidelity(reference.log_probs, log_probs)
         if fidelity.agreement < 1:
             if any(start.past_key_values.is_sliding):  # what slid out of the window is gone
-                start = self.llm.prefill(case.question, case.chunks, policy=self.name)
+                start = self.llm.prefill(case.question, case.chunks, policy=self.policy)
             elif len(ids) > 1:
                 start.past_key_values.crop(1 - len(ids))
             ids = greedy_answer(self.llm, start, self._answer_tokens)[0]
@@ -175,6 +204,21 @@ class PeerContender:
         return parts(self._llm.prompts.build(case.question, case.chunks))
 
 
+def parse_contender(name: str) -> tuple[Policy, str]:
+    """Return the policy that a name such as `query@neighbours` begins with, and what its chunks are computed behind.
+
+    Raises:
+        PolicyError: the policy is unknown or wants no neighbours, or there is something else behind the @.
+    """
+    text, at, lead = name.partition("@")
+    policy = parse_policy(text)
+    if at and (lead != NEIGHBOURS or not policy.neighbours()):
+        raise PolicyError(
+            f"{name}: @{NEIGHBOURS} is for policies that want nearest chunks; nothing else stands there"
+        )
+    return policy, lead
+
+
 def policy_contenders(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,25 +226,31 @@ def policy_contenders(
     store: str | Store,
     cold: bool,
     answer_tokens: int,
+    nearest: FindNearest | None = None,
 ) -> list[PolicyContender]:
     """Return the policies, each over what it would find if it ran alone.
 
     Those that compute chunks behind the same lead-in share them; with another, the first chunk of a prompt would be
     found exact. One that stores chunks in their context gets a store of its own, for the same reason.
+
+    Raises:
+        PolicyError: chunks are to be computed behind their nearest, and `nearest` is None.
     """
     run = uuid4().hex
-    shared: dict[int, CachedLLM] = {}
+    shared: dict[tuple[int, str], CachedLLM] = {}
     contenders = []
     for name in names:
-        policy = parse_policy(name)
+        policy, lead = parse_contender(name)
+        if lead and nearest is None:
+            raise PolicyError(f"{name}: which chunks are nearest is not known here; leave @{lead} out")
         if policy.stores_in_context or policy.versioned:
             llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
         else:
-            lead = policy.lead_in()
-            if lead not in shared:
-                shared[lead] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {lead}")
-            llm = shared[lead]
-        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens))
+            key = policy.lead_in(), lead
+            if key not in shared:
+                shared[key] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {key}")
+            llm = shared[key]
+        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens, nearest if lead else None))
     return contenders
 
 

@@ -50,7 +50,7 @@ def nearest_texts(texts: Sequence[str], asked: Sequence[str], k: int) -> list[li
         ModelNotFoundError: the packaged embedding model is not installed.
     """
     places = {text.strip(): place for place, text in reversed(list(enumerate(texts)))}  # the first of equal ones
-    vectors = _embedded(Embedder(), list(places))
+    vectors = embed_whole(Embedder(), list(places))
     rows = {text: row for row, text in enumerate(places)}
     own = [rows[text.strip()] for text in asked]
     numbers = list(places.values())
@@ -81,14 +81,14 @@ def nearest_chunks(
     queries = np.empty((len(chunks), index.dim), dtype=np.float32)
     gone = [number for number, row in enumerate(own) if row is None]
     if gone:
-        queries[gone] = _embedded(embedder, [chunks[number].text for number in gone])
+        queries[gone] = embed_whole(embedder, [chunks[number].text for number in gone])
     there = [number for number, row in enumerate(own) if row is not None]
     queries[there] = vectors[[row for row in own if row is not None]]
     return [[entries[row].chunk for row in each] for each in nearest_rows(vectors, queries, own, k)]
 
 
-def _embedded(embedder: Embedder, texts: Sequence[str]) -> Vectors:
-    """Return one vector for each text, `[n, dim]`."""
+def embed_whole(embedder: Embedder, texts: Sequence[str]) -> Vectors:
+    """Return one vector for each text, of all of it, `[n, dim]`."""
     passages = [embedder.passages(text) for text in texts]
     return _means(embedder.embed([passage for each in passages for passage in each]), [len(p) for p in passages])
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill
-from chunkcache.blend.attention import register, rows_attention
 from chunkcache.blend.assembly import place
+from chunkcache.blend.attention import register, rows_attention
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 

@@ -5,8 +5,8 @@ the prefix and its nearest chunks, the nearest last; where these are short, behi
 not computed anew: their stored KV are put in place, keys re-rotated. Each chunk therefore costs one computation, plus
 one more for some that came before their nearest chunks were there.
 
-What stands first in a prompt has nothing like it before it. So each chunk is also computed behind the prefix alone, by
-default: there it is exact.
+What stands first in a prompt has nothing like it before it. So by default each chunk is also computed behind the
+prefix alone: there it is exact.
 """
 
 from __future__ import annotations

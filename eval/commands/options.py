@@ -29,15 +29,21 @@ __all__ = [
 ]
 
 Against = Annotated[str, option(metavar="POLICY", help="Compare the policies with this one of them, too.")]
-Policies = Annotated[tuple[str, ...], option("--policy", help="May be given several times.")]
+Policies = Annotated[
+    tuple[str, ...],
+    option(
+        "--policy",
+        help="May be given several times; `query@neighbours` has chunks computed behind their nearest of DATA.",
+    ),
+]
 
 
 def check_policies(names: Iterable[str]) -> None:
     """Raise PolicyError for a policy that is unknown, before a model is loaded."""
-    from chunkcache.blend import parse_policy
+    from chunkcache.eval.contenders import parse_contender
 
     for name in names:
-        parse_policy(name)
+        parse_contender(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,7 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), a
     Without `answer_tokens`, only the time to first token is measured.
     """
     from chunkcache.eval import Comparison, compare
+    from chunkcache.eval.neighbours import ChunkPool
     from chunkcache.eval.report import build_report
 
     check_policies(options.policies)
@@ -130,13 +131,13 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), a
     model, tokenizer = options.model.load()
     found: dict[str, Results] = {}
     with started_peers(options.peers, options.model.model_name, model, tokenizer) as peers:
-        for prompts, cases, settings in _prompts(options, lengths, sources, tokenizer):
+        for prompts, cases, pool, settings in _prompts(options, lengths, sources, tokenizer):
             for number, store in enumerate(options.stores, start=1):
                 several = f"-{number}-{store.partition(':')[0]}" if len(options.stores) > 1 else ""
                 name = f"{bench}-{prompts}{several}"
                 comparison = Comparison(
                     options.policies, store, options.cold, options.rounds, answer_tokens > 0,
-                    options.peers.peer_prompts, answer_tokens,
+                    options.peers.peer_prompts, answer_tokens, ChunkPool(pool).nearest,
                 )  # fmt: skip
                 with progress(name) as on_prompt:
                     found[name] = compare(
@@ -167,9 +168,9 @@ def _prompts(
     lengths: Sequence[int],
     sources: Mapping[Path, DataSet],
     tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[tuple[str, list[Case], dict[str, Any]]]:
-    """Yield name, prompts and settings: of each data file, with each number of chunks, or of all `lengths`."""
-    from chunkcache.eval.data import cut, prompts_of_lengths
+) -> Iterator[tuple[str, list[Case], Sequence[str], dict[str, Any]]]:
+    """Yield name, prompts, all chunks that there are, and settings: of each file, and number of chunks or lengths."""
+    from chunkcache.eval.data import Case, cut, prompts_of_lengths
     from chunkcache.retriever import load_documents
 
     for data in options.data:
@@ -177,7 +178,8 @@ def _prompts(
         if lengths:
             cases = read_cases(sources[data], 0, 100, options.skip, quiet=True)
             cases = prompts_of_lengths(cases, lengths, options.prompts, tokenizer)
-            yield f"{data.stem}-lengths", cases, {**settings, "chunks": None, "tokens": list(lengths)}
+            pool = [chunk for case in cases for chunk in case.chunks]
+            yield f"{data.stem}-lengths", cases, pool, {**settings, "chunks": None, "tokens": list(lengths)}
             continue
         if options.questions is not None:
             retriever = indexed(load_documents(data), tokenizer, options.chunk_tokens or 512)
@@ -185,10 +187,13 @@ def _prompts(
         for chunks in options.counts:
             if options.questions is not None:
                 cases = retrieved_cases(retriever, questions, chunks)
+                pool = [chunk.text for chunk in retriever.chunks]
             else:
                 cases = read_cases(sources[data], chunks, options.prompts, options.skip, options.fill)
-                cases = cut(cases, options.chunk_tokens, tokenizer)
-            yield f"{data.stem}-{chunks}", cases, {**settings, "chunks": chunks, "tokens": None}
+                whole = Case("", sources[data].chunks())
+                *cases, everything = cut([*cases, whole], options.chunk_tokens, tokenizer)
+                pool = list(everything.chunks)
+            yield f"{data.stem}-{chunks}", cases, pool, {**settings, "chunks": chunks, "tokens": None}
 
 
 @contextmanager

@@ -15,6 +15,15 @@ from chunkcache.blend.query import Query
 IDS = h.random_ids()
 SELECTED = torch.tensor([8, 9, 20, 35, 41, 69])
 STOP = 2  # the first layer that is not looked at
+LAST = 3  # rows at the end that are computed anew
+
+
+@pytest.fixture(autouse=True)
+def few_last_rows(monkeypatch):
+    """The question of these tests is short."""
+    for module in ("carried", "prefill"):
+        monkeypatch.setattr(f"chunkcache.blend.{module}.LAST", LAST)
+
 
 models = pytest.mark.parametrize(
     ("name", "attention"), [pytest.param(*served, id="-".join(served)) for served in zoo.SERVED]
@@ -59,7 +68,8 @@ def test_it_is_two_passes_of_the_model_with_the_rows_joined_between(name, attent
     plan = h.chunk_plan(model, IDS)
     carried = h.Selective(decoder, plan, Carrying())
     fresh, rows = plan.fresh, torch.cat((plan.fresh, SELECTED)).sort().values
-    assert all(carried.rows_at[layer].tolist() == SELECTED.tolist() for layer in range(STOP))
+    below = torch.cat((SELECTED, fresh[-LAST:]))
+    assert all(carried.rows_at[layer].tolist() == below.tolist() for layer in range(STOP))
     assert all(carried.rows_at[layer].tolist() == rows.tolist() for layer in range(STOP, zoo.LAYERS))
 
     looked, hidden = {}, []
@@ -77,14 +87,14 @@ def test_it_is_two_passes_of_the_model_with_the_rows_joined_between(name, attent
 
     def put(_, args, kwargs):
         states = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).clone()
-        states[:, fresh] = hidden[0]
+        states[:, fresh[:-LAST]] = hidden[0][:, :-LAST]
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": states}
         return (states, *args[1:]), kwargs
 
     handle = stop.register_forward_pre_hook(put, with_kwargs=True)
     kv = [looked.get(layer, stored) for layer, stored in enumerate(kv)]
-    rows_at = {layer: SELECTED if layer < STOP else rows for layer in range(zoo.LAYERS)}
+    rows_at = {layer: below if layer < STOP else rows for layer in range(zoo.LAYERS)}
     logits, second = h.own_prefill(model, IDS, cache=h.FrozenCache(kv, rows_at))
     handle.remove()
     torch.testing.assert_close(carried.logits[-1], logits[-1], atol=1e-4, rtol=0)
@@ -108,6 +118,15 @@ def test_with_no_row_or_no_layer_left_the_question_is_computed_anew(policy):
     plan = h.chunk_plan(decoder.model, IDS)
     carried = h.Selective(decoder, plan, policy)
     rows = plan.fresh if policy.nothing else torch.cat((plan.fresh, SELECTED)).sort().values
+    assert all(at.tolist() == rows.tolist() for at in carried.rows_at.values())
+
+
+def test_a_short_question_is_computed_anew(monkeypatch):
+    decoder = h.decoder("llama")
+    plan = h.chunk_plan(decoder.model, IDS)
+    monkeypatch.setattr("chunkcache.blend.prefill.LAST", len(plan.fresh) // 2)
+    carried = h.Selective(decoder, plan, Carrying())
+    rows = torch.cat((plan.fresh, SELECTED)).sort().values
     assert all(at.tolist() == rows.tolist() for at in carried.rows_at.values())
 
 

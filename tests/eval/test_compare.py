@@ -83,7 +83,7 @@ def test_full_prefill_runs_once_for_a_prompt_however_many_policies_there_are(mon
     prefill = chunkcache.CachedLLM.prefill
 
     def counted(self, question, chunks=(), **options):
-        asked.append((question, options["policy"]))
+        asked.append((question, str(options["policy"])))
         return prefill(self, question, chunks, **options)
 
     monkeypatch.setattr(chunkcache.CachedLLM, "prefill", counted)
