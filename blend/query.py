@@ -1,6 +1,6 @@
 """query: recompute the tokens that the question looks at (after FusionRAG, 2601.12904, and ProphetKV, 2602.02579).
 
-The question is prefilled over the reused KV as they are, up to half of the layers. The tokens that it attends
+The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends
 to most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
 
@@ -24,7 +24,7 @@ from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
-AUTO_RATIOS = (0.005, 0.015)  # within these bounds
+AUTO_RATIOS = (0.005, 0.0125)  # within these bounds
 AUTO_LEAST = 2048  # tokens; with fewer to choose from, looking costs more time than it gives fidelity
 
 
@@ -34,7 +34,7 @@ class Query(Policy):
 
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
-            half of the question's attention to chunk tokens, between 0.5 % and 1.5 %, and none of less than 2,048
+            half of the question's attention to chunk tokens, between 0.5 % and 1.25 %, and none of less than 2,048
             tokens.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none.
@@ -83,8 +83,8 @@ class Query(Policy):
         return len(plan.inexact) >= AUTO_LEAST if self.ratio == "auto" else self.ratio > 0
 
     def attention_layers(self, layers: int) -> Sequence[int]:
-        """Return the layers from a third of the way up to the middle."""
-        return range(layers // 3, max(layers // 3 + 1, layers // 2))
+        """Return the layers from the middle to two thirds of the way up."""
+        return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3)))
 
     def carries(self) -> bool:
         """Return whether the ratio is `auto`: of so few rows the question would be the larger part."""

@@ -160,12 +160,12 @@ def test_query_selects_the_share_that_the_question_looks_at_most_and_the_first_o
     assert policy.select_by_attention(PLAN, seen).tolist() == selected
 
 
-def test_query_looks_at_the_layers_from_a_third_to_the_middle():
+def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
     assert [list(Query().attention_layers(layers)) for layers in (1, 3, 4, 30)] == [
         [0],
         [1],
-        [1],
-        [10, 11, 12, 13, 14],
+        [2],
+        [15, 16, 17, 18, 19],
     ]
 
 
