@@ -18,10 +18,13 @@ class Assembler:
 
     Args:
         plan: what is reused where.
+
+    Attributes:
+        plan: as given.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self.plan = plan
         self._moved = any(span.delta for span in plan.reused)
         self._angles: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -33,7 +36,7 @@ class Assembler:
             rotary: how its keys are rotated; None for not at all.
             like: any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
-        plan = self._plan
+        plan = self.plan
         empty = like.new_empty(2, like.shape[1], len(plan), like.shape[3])
         if any(isinstance(layer, QuantisedLayer) for layer in layers):
             for span, layer in zip(plan.reused, layers, strict=True):
@@ -55,7 +58,7 @@ class Assembler:
         key = id(rotary), device
         if key not in self._angles:
             runs, end = [], 0
-            for span in self._plan.reused:
+            for span in self.plan.reused:
                 runs += [(span.start - end, 0), (len(span), span.delta)]
                 end = span.stop
             deltas = list(dict.fromkeys(delta for _, delta in runs))

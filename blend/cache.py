@@ -85,7 +85,6 @@ class FusedCache(DynamicCache):
         self._loader: Loader | None = None
         self.load_s = 0.0
         self.plan = plan
-        self._assembler = Assembler(plan)
         self.prefilled = False
         self.assemble_s = self.wait_s = self.select_s = 0.0
         self.computed_rows: list[Tensor] = []
@@ -99,6 +98,15 @@ class FusedCache(DynamicCache):
         self._shift = shift
         self._shifting: Shifting | None = None
         self._assembled: dict[int, Tensor] = {}
+
+    @property
+    def plan(self) -> Plan:
+        """What is reused where; may be set anew for the same beginning of the prompt."""
+        return self._assembler.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._assembler = Assembler(plan)
 
     def go_on_with(self, rows: Tensor) -> None:
         """Set the positions `[rows]` (sorted, on the CPU) that the model computes from here on."""
@@ -210,7 +218,6 @@ class FusedCache(DynamicCache):
         self._assembled.clear()
         self.carried = None
         self.plan = plan
-        self._assembler = Assembler(plan)
         self.computed_rows.clear()
         self.scouted = 0
 
