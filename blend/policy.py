@@ -204,6 +204,7 @@ def _schedule(value: str) -> Schedule:
 
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "int"),
+    "int | None": (int, "int"),
     "float": (float, "float"),
     "float | None": (float, "float"),
     "str": (str, "str"),

@@ -25,6 +25,7 @@ from chunkcache.errors import PolicyError
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 AUTO_RATIOS = (0.005, 0.0125)  # within these bounds
+LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 AUTO_LEAST = 2048  # tokens; with fewer to choose from, looking costs more time than it gives fidelity
 
 
@@ -37,7 +38,8 @@ class Query(Policy):
             half of the question's attention to chunk tokens, between 0.5 % and 1.25 %, and none of less than 2,048
             tokens.
         k: the first k tokens of each chunk are selected in any case.
-        lead: tokens of lead-in at most that the chunks were computed behind, 0 for none.
+        lead: tokens of lead-in at most that the chunks were computed behind, 0 for none; None for what
+            `chunkcache calibrate` found to be best for the model, 1,024 without a calibration.
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold
             (`blend.guard`). It needs a calibration.
 
@@ -49,14 +51,14 @@ class Query(Policy):
     skips_windows = True
     ratio: Share = "auto"
     k: int = 0
-    lead: int = 1024
+    lead: int | None = None
     guard: float | None = None
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
-        if self.lead < 0:
+        if self.lead is not None and self.lead < 0:
             raise PolicyError(f"lead={self.lead} is negative; it is a number of tokens, 0 for no lead-in")
         if self.guard is not None and not self.guard > 0:
             raise PolicyError(f"guard={self.guard} is not above 0; it bounds the KL of the first token, in nats")
@@ -72,11 +74,11 @@ class Query(Policy):
 
     def lead_in(self) -> int:
         """Return `lead`."""
-        return self.lead
+        return LEAD if self.lead is None else self.lead
 
     def neighbours(self) -> bool:
         """Return whether there is a lead-in: the nearest chunks are one kind of it."""
-        return self.lead > 0
+        return self.lead_in() > 0
 
     def wants_attention(self, plan: Plan) -> bool:
         """Return whether something is to be selected."""

@@ -1,11 +1,11 @@
-"""Finds, on a user's own data, what `cachecraft:alpha=auto` and `query:guard=X` need to know of a model."""
+"""Finds what `query`, `query:guard=X` and `cachecraft:alpha=auto` need to know of a model."""
 
 from __future__ import annotations
 
 import random
 import statistics
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.guard import GuardModel, Signals, guard_steps
 from chunkcache.blend.query import Query
 from chunkcache.engine.calibration import Calibration
+from chunkcache.engine.lead_check import check_lead_in
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PolicyError
 from chunkcache.eval.data import Case
@@ -27,7 +28,7 @@ ALPHAS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
 BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2)  # that the guard is fitted to keep, KL in nats
 BROKEN = 0.05  # share of prompts that may end above their bound
 FOLDS = 5
-PARTS = ("guard", "cachecraft")
+PARTS = ("lead", "guard", "cachecraft")
 _STORE = "memory://?max_bytes=4GiB"
 
 OnStep = Callable[[int, int], None]
@@ -56,7 +57,7 @@ def calibrate(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        cases: prompts of the kind that will be asked.
+        cases: prompts of the kind that will be asked; the lead-in is measured on packaged ones.
         target: the policy whose KL Cache-Craft has to reach, on average over the cases.
         guarded: the query policy whose guard is fitted.
         parts: what to look for, of `PARTS`.
@@ -69,6 +70,9 @@ def calibrate(
     if not isinstance(base, Query):
         raise PolicyError(f"only a query policy can be guarded, and {guarded!r} is none")
     llm = chunkcache.wrap(model, tokenizer, store=_STORE)
+    check = check_lead_in(llm.engine.decoder, llm.prompts) if "lead" in parts else None
+    if base.lead is None:
+        base = replace(base, lead=llm.engine.tuning.lead if check is None else check.lead)
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
     steps: list[list[tuple[Signals, float]]] = []
     wanted: list[Fidelity] = []
@@ -83,7 +87,8 @@ def calibrate(
                 reached[alpha].append(_measure(versions, full, CacheCraft(alpha=alpha)))
         if on_step is not None:
             on_step(index + 1, len(cases))
-    report: dict[str, Any] = {"prompts": len(cases)}
+    report: dict[str, Any] = {"prompts": len(cases)} if cases else {}
+    report |= {"lead": asdict(check)} if check is not None else {}
     found: float | None = None
     guard: GuardModel | None = None
     if "cachecraft" in parts:
@@ -92,7 +97,7 @@ def calibrate(
         guard = GuardModel.fit(steps, BOUNDS, BROKEN)
         outcomes = [[[signals.moved, signals.entropy, kl] for signals, kl in pairs] for pairs in steps]
         report |= {"guarded": str(base), "guard": _cross_validated(steps), "climbed": outcomes}
-    return Calibration(llm.fingerprint, found, guard, report)
+    return Calibration(llm.fingerprint, found, guard, report, None if check is None else check.lead)
 
 
 def _full(llm: CachedLLM, case: Case) -> _Full:

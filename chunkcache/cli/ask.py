@@ -112,11 +112,17 @@ class CheckOptions:
 def check_model(options: CheckOptions) -> None:
     """Say whether MODEL is supported, and show the figures of its self-check."""
     from chunkcache.blend import Decoder, self_check
+    from chunkcache.blend.query import Query
+    from chunkcache.engine.tuning import Tuning
     from chunkcache.library.fingerprint import fingerprint
 
     model, tokenizer = load(options.model_name, options.device, options.dtype)
     decoder = Decoder(model)
     check = self_check(decoder)
+    name = fingerprint(model, tokenizer)
+    tuning = Tuning(name, None, len(decoder.layers))
+    measured = tuning.calibration is not None and tuning.calibration.lead is not None
+    query = tuning.resolve(Query())
     facts = {
         "model": options.model_name,
         "class": type(model).__name__,
@@ -124,7 +130,10 @@ def check_model(options: CheckOptions) -> None:
         "device": str(model.device),
         "layers": len(decoder.layers),
         "max_tokens": decoder.max_tokens,
-        "fingerprint": fingerprint(model, tokenizer),
+        "fingerprint": name,
+        "query": str(query),
+        "query_looks_at_layers": ", ".join(map(str, decoder.seeing_all(query.attention_layers(len(decoder.layers))))),
+        "lead_in": "measured" if measured else "not measured; run chunkcache calibrate",
         **check.as_dict(),
     }
     if options.as_json:

@@ -25,19 +25,23 @@ class Calibration:
         alpha: Cache-Craft's alpha, None if it was not looked for.
         guard: predicts the error of a guarded prefill, None if it was not looked for.
         report: how it was found and how well it does, for people.
+        lead: tokens of lead-in that chunks are best computed behind, None if it was not looked for.
     """
 
     fingerprint: str
     alpha: float | None = None
     guard: GuardModel | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    lead: int | None = None
 
     def over(self, earlier: Calibration | None) -> Calibration:
         """Return this calibration, with what it did not look for taken from an earlier one of the same model."""
         if earlier is None:
             return self
         alpha = earlier.alpha if self.alpha is None else self.alpha
-        return replace(self, alpha=alpha, guard=self.guard or earlier.guard, report={**earlier.report, **self.report})
+        lead = earlier.lead if self.lead is None else self.lead
+        report = {**earlier.report, **self.report}
+        return replace(self, alpha=alpha, guard=self.guard or earlier.guard, lead=lead, report=report)
 
     def save(self, path: Path | None = None) -> Path:
         """Write it to `path`, or to its place in the cache folder; return where."""
@@ -67,7 +71,10 @@ def load_calibration(fingerprint: str, path: Path | None = None) -> Calibration 
         data = json.loads(place.read_text(encoding="utf-8"))
         alpha = None if data["alpha"] is None else _number(data["alpha"])
         guard = None if data["guard"] is None else _guard(**data["guard"])
-        found = Calibration(str(data["fingerprint"]), alpha, guard, dict(data["report"]))
+        lead = None if data.get("lead") is None else int(_number(data["lead"]))  # older ones have none
+        if lead is not None and lead < 0:
+            raise ValueError(f"a lead-in of {lead} tokens")
+        found = Calibration(str(data["fingerprint"]), alpha, guard, dict(data["report"]), lead)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{place} is no calibration ({error!r}); run chunkcache calibrate again") from None
     if found.fingerprint != fingerprint:

@@ -15,6 +15,7 @@ from chunkcache.blend.cacheblend import RATIO, CacheBlend
 from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.guard import GuardedSelection
 from chunkcache.blend.loader import LEAST_DEPTH
+from chunkcache.blend.query import LEAD, Query
 from chunkcache.engine.calibration import Calibration, load_calibration
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import CalibrationError
@@ -44,6 +45,12 @@ class Tuning:
             return self._given if self._given.fingerprint == self._fingerprint else None
         return load_calibration(self._fingerprint, None if self._given is None else Path(self._given))
 
+    @property
+    def lead(self) -> int:
+        """Tokens of lead-in that chunks of this model are best computed behind, as far as that is known."""
+        measured = None if self.calibration is None else self.calibration.lead
+        return LEAD if measured is None else measured
+
     def selection(self, policy: Policy) -> GuardedSelection | None:
         """Return what selects the rows of a prefill under `policy` if it is guarded and the model was calibrated."""
         bound = policy.guarded()
@@ -67,6 +74,8 @@ class Tuning:
             if alpha is None:
                 raise _missing(policy)
             return replace(policy, alpha=alpha)
+        if isinstance(policy, Query) and policy.lead is None:
+            policy = replace(policy, lead=self.lead)
         if policy.guarded() is not None and self.selection(policy) is None:
             raise _missing(policy)
         return policy

@@ -1,28 +1,45 @@
-"""`chunkcache calibrate`: fits what `cachecraft:alpha=auto` and a fidelity guard need to know of a model."""
+"""`chunkcache calibrate`: finds what `query`, its guard and `cachecraft:alpha=auto` need to know of a model."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 from rich.markup import escape
 
 from chunkcache.cli.console import err, out, progress, table
 from chunkcache.errors import DocumentError
-from chunkcache.eval.commands.options import AsJson, ModelOptions, PromptOptions, check_policies, command, option
+from chunkcache.eval.commands.inputs import read_cases
+from chunkcache.eval.commands.options import (
+    AsJson,
+    ModelOptions,
+    argument,
+    check_policies,
+    command,
+    count,
+    option,
+)  # fmt: skip
 from chunkcache.eval.commands.show import show_json
+
+if TYPE_CHECKING:
+    from chunkcache.engine.calibration import Calibration
+    from chunkcache.eval.data import Case
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(PromptOptions):
-    """A calibration on prompts of one data set."""
+class CalibrateOptions:
+    """A calibration, on packaged documents or on prompts of one data set, too."""
 
+    data: Annotated[Path | None, argument()] = None
+    chunks: Annotated[int, count("Chunks per prompt; 0 for all of each, two or more.", least=0)] = 5
+    prompts: Annotated[int, count("Prompts to run.")] = 20
+    skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
     target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
     guarded: Annotated[str, option(help="Query policy whose guard is fitted.")] = "query"
-    only: Annotated[str | None, option(type=click.Choice(["guard", "cachecraft"]), help="Look for one of both; the "
-                                       "other is left as it was.")] = None  # fmt: skip
+    only: Annotated[str | None, option(type=click.Choice(["lead", "guard", "cachecraft"]), help="Look for one of "
+                                       "these; the others are left as they were.")] = None  # fmt: skip
     model: ModelOptions
     out: Annotated[Path | None, option(help="File to write; by default in the cache folder.")] = None
     as_json: AsJson = False
@@ -30,17 +47,22 @@ class CalibrateOptions(PromptOptions):
 
 @command("calibrate")
 def calibrate(options: CalibrateOptions) -> None:
-    """Find what cachecraft:alpha=auto and query:guard=X need to know of a model, on prompts of DATA."""
+    """Find out which lead-in suits a model; on prompts of DATA, what query:guard=X and cachecraft:alpha=auto need.
+
+    Without DATA it takes about a minute. What is found is used wherever the model is wrapped from then on.
+    """
     from chunkcache.engine.calibration import load_calibration
     from chunkcache.eval.calibrate import PARTS
     from chunkcache.eval.calibrate import calibrate as run
 
     check_policies((options.target, options.guarded))
-    cases = options.cases()
-    if len(cases) < 10:
-        raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
-    model, tokenizer = options.model.load()
     parts = PARTS if options.only is None else (options.only,)
+    if options.data is None:
+        if options.only in ("guard", "cachecraft"):
+            raise DocumentError(f"--only {options.only} is fitted to prompts: pass DATA, too")
+        parts = ("lead",)
+    cases = [] if options.data is None or parts == ("lead",) else _cases(options, options.data)
+    model, tokenizer = options.model.load()
     with progress("calibrating") as on_step:
         fitted = run(model, tokenizer, cases, options.target, options.guarded, parts, on_step)
     earlier = options.out if options.out and options.out.exists() else None
@@ -49,11 +71,24 @@ def calibrate(options: CalibrateOptions) -> None:
     if options.as_json:
         show_json({"file": str(path), **asdict(fitted)})
     else:
-        _show_calibration(fitted.report, fitted.alpha)
+        _show_calibration(fitted)
         err.print(f"[dim]written to {escape(str(path))}[/]")
 
 
-def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
+def _cases(options: CalibrateOptions, data: Path) -> list[Case]:
+    cases = read_cases(data, options.chunks, options.prompts, options.skip)
+    if len(cases) < 10:
+        raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
+    return cases
+
+
+def _show_calibration(fitted: Calibration) -> None:
+    report = fitted.report
+    if "lead" in report:
+        found = report["lead"]
+        rows = [["none", f"{found['kl_alone']:.4f}"], ["the packaged one", f"{found['kl_lead']:.4f}"]]
+        title = f"lead-in of {fitted.lead} tokens ({found['answers']} answers, {found['seconds']:.0f} s)"
+        out.print(table(title, ["lead-in", "KL mean"], rows))
     if "cachecraft" in report:
         craft = report["cachecraft"]
         rows = [
@@ -61,7 +96,7 @@ def _show_calibration(report: dict[str, Any], alpha: float | None) -> None:
             for r in craft["tried"]
         ]
         rows.append([craft["target"], f"{craft['target_kl_first']:.4f}", f"{craft['target_kl_mean']:.4f}", ""])
-        outcome = f"alpha = {alpha}" if craft["met"] else f"target not reached; alpha = {alpha}"
+        outcome = f"alpha = {fitted.alpha}" if craft["met"] else f"target not reached; alpha = {fitted.alpha}"
         out.print(table(f"cachecraft: {outcome}", ["alpha", "KL first", "KL mean", "recomputed"], rows))
     if "guard" in report:
         rows = [

@@ -15,7 +15,7 @@ from chunkcache.library.fingerprint import fingerprint
 
 PRINT = "f" * 64
 FOUND = Calibration(
-    PRINT, 0.3, GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))), {"prompts": 12}
+    PRINT, 0.3, GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))), {"prompts": 12}, lead=0
 )
 
 
@@ -43,7 +43,26 @@ def test_a_new_one_keeps_what_it_did_not_look_for():
     assert (both.alpha, both.guard) == (0.7, FOUND.guard)
     assert both.report == {"prompts": 3, "cachecraft": 1}
     assert Calibration(PRINT).over(FOUND).alpha == 0.3
+    assert Calibration(PRINT).over(FOUND).lead == 0
+    assert Calibration(PRINT, lead=1024).over(FOUND).lead == 1024
     assert FOUND.over(None) == FOUND
+
+
+def test_one_of_an_older_version_says_nothing_of_the_lead_in(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(damaged({})), encoding="utf-8")
+    assert load_calibration(PRINT, path).lead is None
+
+
+def test_a_query_policy_takes_the_lead_in_that_was_measured_unless_it_names_one():
+    llm = wrapped()
+    assert llm.resolve_policy("query").lead == 1024
+    for lead in (0, 512):
+        calibrated = wrapped(calibration=Calibration(llm.fingerprint, lead=lead))
+        assert calibrated.resolve_policy("query").lead == lead
+        assert calibrated.resolve_policy("query:lead=64").lead == 64
+    assert calibrated.resolve_policy("query").neighbours()
+    assert str(llm.resolve_policy("query")) == "query:ratio=auto,k=0,lead=1024"
 
 
 def damaged(change):
@@ -58,6 +77,7 @@ def damaged(change):
         ("{", "is no calibration"),
         ('{"alpha": 1}', "is no calibration"),
         (damaged({"alpha": "0.3"}), "not a finite number"),
+        (damaged({"lead": -5}), "a lead-in of -5 tokens"),
         (damaged({"alpha": float("nan")}), "not a finite number"),
         (damaged({"guard": {"weights": [[1, None]], "margins": [[0.1, 0]]}}), "not a finite number"),
         (damaged({"guard": {"weights": [[1]], "margins": []}}), "not complete"),
