@@ -28,6 +28,7 @@ class WriteBehind:
         self._places = threading.Semaphore(size)
         self._wait_s = wait_s
         self._lock = threading.Lock()
+        self._done: threading.Event | None = None  # set when the task that is being done is done
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -51,6 +52,13 @@ class WriteBehind:
         if self._thread not in (None, threading.current_thread()) and self._queue(done.set):
             done.wait()
 
+    def settle(self, most_s: float) -> bool:
+        """Wait until the task that is being done is done, `most_s` seconds at most; return whether it is."""
+        done, thread = self._done, self._thread
+        if done is None or thread is None or not thread.is_alive() or thread is threading.current_thread():
+            return True
+        return done.wait(most_s)
+
     def close(self) -> None:
         """Do what is queued, and end the thread. Nothing is taken afterwards."""
         with self._lock:
@@ -72,7 +80,11 @@ class WriteBehind:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            task()
+            self._done = threading.Event()
+            try:
+                task()
+            finally:
+                self._done.set()
             del task  # frees its chunk KV before the next task comes
 
     def _do(self, task: Task) -> None:

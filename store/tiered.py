@@ -8,6 +8,7 @@ far tier is promoted as its layers are read; one that a memory tier evicts stays
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -23,7 +24,9 @@ from chunkcache.store.behind import WriteBehind
 from chunkcache.store.memory import MemoryStore
 from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, StoreStats
 
+logger = logging.getLogger("chunkcache.store")
 WAIT_S = 0.05
+_SETTLE_S = 1.0  # that a deletion waits for a write that is on its way
 _NEAR_ONLY = 10_000  # keys remembered; the oldest are forgotten first
 _SUMMED = ("hits", "mismatches", "damaged", "expired", "evictions", "errors", "skipped")
 
@@ -86,10 +89,23 @@ class TieredStore(Store):
         return stored
 
     def delete(self, key: ChunkKey) -> bool:
-        return sum(tier.delete(key) for tier in self._tiers) > 0
+        deleted = sum(tier.delete(key) for tier in self._tiers) > 0
+        self._settle()
+        return deleted
 
     def purge(self, where: EntryFilter = EVERYTHING) -> int:
-        return len(set().union(*(tier.purge_keys(where) for tier in self._tiers)))
+        purged = len(set().union(*(tier.purge_keys(where) for tier in self._tiers)))
+        self._settle()
+        return purged
+
+    def _settle(self) -> None:
+        """Wait for a write that was on its way when its entry was deleted: the tier takes it back at its end.
+
+        One that lasts longer than `_SETTLE_S` is taken back when it ends, after the deletion has returned.
+        """
+        for tasks in (self._fetches, self._writes_behind):
+            if not tasks.settle(_SETTLE_S):
+                logger.info("a deletion did not wait for a slow write; if that was of its entry, it is taken back")
 
     def entries(self, where: EntryFilter = EVERYTHING) -> Iterator[Entry]:
         seen: set[ChunkKey] = set()

@@ -158,6 +158,7 @@ def test_what_is_stale_goes_even_if_the_new_cannot_be_computed(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(ChunkLibrary, "compute", fail)
+    monkeypatch.setattr(ChunkLibrary, "compute_behind", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         made.update(Document("bridge.md", "Bridge", "The bridge was taken down in 1999, and nobody misses it."))
     assert stored(made, "bridge.md") == 0

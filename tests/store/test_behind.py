@@ -97,6 +97,26 @@ def test_flush_waits_for_what_was_put_before_it_only(behind, gate):
         later.opened.set()
 
 
+def test_settle_waits_for_the_task_that_is_being_done_and_for_no_other(behind, gate):
+    second = Gate()
+    behind.put(second)
+    with ThreadPoolExecutor() as pool:
+        settled = pool.submit(behind.settle, 20)
+        gate.opened.set()
+        assert settled.result(20)
+        assert second.begun.wait(20)
+        assert not behind.settle(0.01)
+        second.opened.set()
+
+
+def test_there_is_nothing_to_settle_before_the_first_task_and_within_one(behind):
+    assert behind.settle(20)
+    settled = []
+    behind.put(lambda: settled.append(behind.settle(20)))
+    behind.flush()
+    assert settled == [True]
+
+
 def test_a_task_that_fails_is_logged_and_takes_no_other_along(behind, caplog):
     done = []
     with caplog.at_level(logging.ERROR):
