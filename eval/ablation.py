@@ -21,6 +21,7 @@ import chunkcache
 from chunkcache.blend import Plan, Policy
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Check
+from chunkcache.blend.shift import Shift
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.measure import OnStep, averages, finite, measure_prompts, table
@@ -66,12 +67,16 @@ def band(values: Tensor, low: float = 1 / 2, high: float = 2 / 3) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to select: `choose` gives the positions, of so many tokens, to recompute below layer `stop`."""
+    """One way to select: `choose` gives the positions, of so many tokens, to recompute below layer `stop`.
+
+    With a `shift`, the other tokens are corrected by these.
+    """
 
     name: str
     choose: Callable[[Seen, int], Tensor]
     lead: bool = True
     stop: float = 1.0
+    shift: Shift | None = None
 
 
 def top(score: Callable[[Seen], Tensor]) -> Callable[[Seen, int], Tensor]:
@@ -122,6 +127,12 @@ def with_first(k: int) -> Callable[[Seen, int], Tensor]:
     return choose
 
 
+def evenly(seen: Seen, count: int) -> Tensor:
+    """Choose evenly spaced tokens of all chunks, probes of an offset that they share."""
+    candidates = seen.plan.inexact
+    return candidates[(2 * torch.arange(count) + 1) * len(candidates) // (2 * count)]
+
+
 def at_random(seen: Seen, count: int) -> Tensor:
     """Choose at random, as a check of the measure itself."""
     order = torch.randperm(len(seen.plan.inexact), generator=torch.Generator().manual_seed(0))
@@ -150,6 +161,16 @@ VARIANTS = (
     Variant("the same share of every chunk", by_quota),
     Variant("with the first 2 tokens of each chunk", with_first(2)),
     Variant("with the first 8 tokens of each chunk", with_first(8)),
+    Variant("with an offset correction, lambda 2", top(default), shift=Shift(2.0, "evidence")),
+    Variant("with an offset correction, lambda 16", top(default), shift=Shift(16.0, "evidence")),
+    Variant(
+        "with an offset correction of keys only, lambda 2", top(default), shift=Shift(2.0, "evidence", values=False)
+    ),
+    Variant(
+        "with an offset correction of values only, lambda 2", top(default), shift=Shift(2.0, "evidence", keys=False)
+    ),
+    Variant("evenly spaced tokens", evenly),
+    Variant("evenly spaced tokens, with an offset correction, lambda 2", evenly, shift=Shift(2.0, "evidence")),
     Variant("recomputed below half of the layers only", top(default), stop=1 / 2),
     Variant("recomputed below two thirds of the layers only", top(default), stop=2 / 3),
 )
@@ -179,7 +200,8 @@ def ablate(
         for variant in VARIANTS:
             looked = seen[variant.lead]
             selected = variant.choose(looked, math.ceil(ratio * len(looked.plan.inexact))).sort().values
-            policy = _Fixed(lead=LEAD if variant.lead else 0, selected=selected, stop=variant.stop)
+            lead = LEAD if variant.lead else 0
+            policy = _Fixed(lead=lead, selected=selected, stop=variant.stop, correction=variant.shift)
             prefilled = llm.prefill(case.question, case.chunks, policy=policy)
             fidelity = measure_fidelity(full, forced_answer(llm, prefilled, answer))
             shown = {name: finite(value) for name, value in asdict(fidelity).items()}
@@ -264,9 +286,13 @@ class _Fixed(Policy):
     lead: int = 0
     selected: Any = None
     stop: float = 1.0
+    correction: Shift | None = None
 
     def lead_in(self) -> int:
         return self.lead
+
+    def shift(self) -> Shift | None:
+        return self.correction
 
     def select(self, plan: Plan) -> Tensor:
         selected: Tensor = self.selected
