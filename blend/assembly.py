@@ -36,19 +36,19 @@ class Assembler:
             rotary: how its keys are rotated; None for not at all.
             like: any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
-        plan = self.plan
-        empty = like.new_empty(2, like.shape[1], len(plan), like.shape[3])
+        plan, heads, head_dim = self.plan, like.shape[1], like.shape[3]
         if any(isinstance(layer, QuantisedLayer) for layer in layers):
+            both = like.new_empty(2, heads, len(plan), head_dim)
             for span, layer in zip(plan.reused, layers, strict=True):
-                place(span, layer, rotary, empty[:, :, span.start : span.stop])
-            return empty
+                place(span, layer, rotary, both[:, :, span.start : span.stop])
+            return both
         parts, end = [], 0
         for span, layer in zip(plan.reused, layers, strict=True):
             assert isinstance(layer, Tensor)
             stored = layer[:, :, span.offset : span.offset + len(span)]
-            parts += [empty[:, :, end : span.start], stored.to(like.device, like.dtype, non_blocking=True)]
+            parts += [like.new_empty(2, heads, span.start - end, head_dim), stored.to(like, non_blocking=True)]
             end = span.stop
-        both = torch.cat([*parts, empty[:, :, end:]], dim=2)
+        both = torch.cat([*parts, like.new_empty(2, heads, len(plan) - end, head_dim)], dim=2)
         if rotary is not None and self._moved:
             rotary.turn(both[0, :, :end], *self._angles_of(rotary, like.device))
         return both
