@@ -1,4 +1,4 @@
-"""Puts one layer's stored KV in place for a prompt: all chunks at once, with one rotation of all keys."""
+"""Puts one layer's stored KV in place for a prompt: short chunks at once, with one rotation of all keys."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
 from chunkcache.kv import Layer, Span
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
+
+LONG = 256  # tokens of a chunk from which on a CPU is no slower with one chunk at a time: its parts stay in the cache
 
 
 class Assembler:
@@ -26,6 +28,7 @@ class Assembler:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._moved = any(span.delta for span in plan.reused)
+        self._long = sum(map(len, plan.reused)) >= LONG * len(plan.reused)
         self._angles: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def assemble(self, layers: Sequence[Layer], rotary: Rotary | None, like: Tensor) -> Tensor:
@@ -37,7 +40,8 @@ class Assembler:
             like: any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
         plan, heads, head_dim = self.plan, like.shape[1], like.shape[3]
-        if any(isinstance(layer, QuantisedLayer) for layer in layers):
+        one_by_one = self._long and like.device.type == "cpu"
+        if one_by_one or any(isinstance(layer, QuantisedLayer) for layer in layers):
             both = like.new_empty(2, heads, len(plan), head_dim)
             for span, layer in zip(plan.reused, layers, strict=True):
                 place(span, layer, rotary, both[:, :, span.start : span.stop])

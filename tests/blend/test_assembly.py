@@ -8,7 +8,7 @@ import zoo
 from support import blend as h
 from support.blend import span
 
-from chunkcache.blend import Plan
+from chunkcache.blend import Plan, assembly
 from chunkcache.blend.assembly import Assembler, place
 from chunkcache.kv import ChunkKV
 
@@ -37,3 +37,16 @@ def test_all_chunks_at_once_are_bit_for_bit_what_they_are_one_by_one(name, dtype
             expected = torch.empty_like(here)
             place(each, layer, rotary, expected)
             assert torch.equal(here, expected)
+
+
+def test_long_chunks_are_put_in_place_one_by_one_and_come_out_the_same(monkeypatch):
+    decoder = h.decoder("llama")
+    a, b = (stored(decoder, IDS[i:j], at, torch.float32) for i, j, at in ((0, 8, 3), (8, 18, 0)))
+    plan = Plan.of(IDS, [span(0, a), span(8, b)])
+    like = torch.empty(1, *decoder.heads[0][:1], 1, decoder.heads[0][1])
+    layers = [a.layers[0], b.layers[0]]
+    at_once = Assembler(plan).assemble(layers, decoder.rotaries[0], like)
+    monkeypatch.setattr(assembly, "LONG", 9)
+    monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("put together at once"))
+    one_by_one = Assembler(plan).assemble(layers, decoder.rotaries[0], like)
+    assert torch.equal(one_by_one[:, :, :18], at_once[:, :, :18])
