@@ -77,8 +77,8 @@ class Query(Policy):
         return LEAD if self.lead is None else self.lead
 
     def neighbours(self) -> bool:
-        """Return whether there is a lead-in: the nearest chunks are one kind of it."""
-        return self.lead_in() > 0
+        """Return True: nearest chunks are worth having also where another lead-in is not."""
+        return True
 
     def wants_attention(self, plan: Plan) -> bool:
         """Return whether something is to be selected."""

@@ -124,10 +124,8 @@ class ChunkMethods(ABC):
             else:
                 chunks = [ref.token_ids for ref in missing]
                 nearest = NearTexts(texts, prompts, how).nearest(chunks)
-                computing = NearChunks(library, prompts.prefix(system), chosen, nearest, how.tokens)
+                computing = NearChunks(library, prompts.prefix(system), chosen, nearest, how.tokens, how.first)
                 near = computing.compute(chunks, how.extra, on_progress)
-                if how.first:
-                    library.precompute([library.ref(ids, prompts.prefix(system)) for ids in computing.done])
                 missing = [ref for ref in missing if ref.token_ids in computing.done]
                 logger.info("%d of %d chunks were computed behind their nearest chunks", near, len(chunks))
         return PrecomputeResult(

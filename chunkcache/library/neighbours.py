@@ -70,6 +70,7 @@ class NearChunks:
         policy: says which lead-in stands before the nearest chunks.
         nearest: token ids of the nearest chunks of each chunk, best first. They may be others than those computed.
         tokens: of nearest chunks before a chunk, at most.
+        first: whether chunks are also computed behind the prefix alone.
 
     Attributes:
         computed: how many computations there were.
@@ -77,10 +78,16 @@ class NearChunks:
     """
 
     def __init__(
-        self, library: ChunkLibrary, prefix: TokenIds, policy: Policy, nearest: Nearest, tokens: int = TOKENS
+        self,
+        library: ChunkLibrary,
+        prefix: TokenIds,
+        policy: Policy,
+        nearest: Nearest,
+        tokens: int = TOKENS,
+        first: bool = False,
     ) -> None:
         self._library, self._prefix, self._policy = library, prefix, policy
-        self._nearest, self._tokens = nearest, tokens
+        self._nearest, self._tokens, self._first = nearest, tokens, first
         self._candidates = cache(self._candidates_of)
         self._wanted = cache(self._wanted_of)
         self._alone = cache(self._alone_of)
@@ -118,16 +125,18 @@ class NearChunks:
         self._compute_all([chunks[place] for overlap, place in again[:budget] if overlap < 1], report)
         near = [ids for ids in chunks if self._behind[ids]]
         self._drop_alone(near, set(seeds))
+        if self._first:
+            self._library.precompute([self._library.ref(ids, self._prefix) for ids in self.done])
         report.end()
         return len(near)
 
     def _drop_alone(self, chunks: Iterable[TokenIds], seeds: Collection[TokenIds]) -> None:
         """Delete what requests ask for no more of chunks that are stored as computed behind their nearest.
 
-        KV behind the prefix alone stay, if they were there before: they may be exact in a prompt.
+        KV behind the prefix alone stay if they were there before, or are to be: they may be exact in a prompt.
         """
         for ref in map(self._alone, chunks):
-            wanted = ref.context_ids == self._prefix and ref.token_ids not in seeds
+            wanted = ref.context_ids == self._prefix and (self._first or ref.token_ids not in seeds)
             if not wanted and self._library.holds(ref):
                 self._library.drop(ref.key)
                 self._library.registry.forget_key(ref.token_ids, ref.key)

@@ -80,7 +80,8 @@ def test_fusionrag_looks_blindly_and_in_the_last_layer():
 def test_fusionrag_wants_neighbours_unless_told_otherwise():
     assert FusionRAG().neighbours()
     assert not parse_policy("fusionrag:lead=none").neighbours()
-    assert not any(policy.neighbours() for policy in (ProphetKV(), Query(lead=0), KVShift()))
+    assert not any(policy.neighbours() for policy in (ProphetKV(), KVShift()))
+    assert Query(lead=0).neighbours()
     assert FusionRAG().lead_in() == 0
 
 

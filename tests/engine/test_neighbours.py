@@ -114,6 +114,18 @@ def test_a_chunk_that_stands_first_is_exact_and_goes_without_its_nearest():
     torch.testing.assert_close(llm.prefill(QUESTION, [BRIDGE]).logits, expected, atol=1e-4, rtol=0)
 
 
+def test_without_a_packaged_lead_in_the_seeds_are_what_is_exact_where_it_comes_first():
+    llm = wrapped(own_model(), lead_in=LEAD, policy="query:ratio=0,lead=0")
+    how = chunkcache.Neighbours(nearest=NEAREST)
+    assert llm.precompute(TEXTS, lead=how).near == len(TEXTS)
+    entries = [entry for entry in llm.store.entries() if entry.chunks]
+    own = [entry for entry in entries if len(entry.chunks) == 1 and entry.chunks[0] in names(llm, *TEXTS)]
+    assert len(own) == len(TEXTS)  # each once behind the prefix alone
+    assert llm.prefill(QUESTION, TEXTS[:1]).stats.exact_tokens == len(llm.prompts.prefix()) + len(
+        llm.prompts.chunk(TEXTS[0])
+    )
+
+
 def test_it_is_never_exact():
     llm = wrapped(own_model(), lead_in=" ", policy=POLICY)
     llm.precompute([TOLL])
@@ -347,9 +359,9 @@ def test_lost_neighbours_are_no_failure(tmp_path):
     llm.store.close()
 
 
-def test_a_policy_without_a_lead_in_gets_none():
+def test_a_policy_that_does_not_want_them_gets_none():
     llm = wrapped(own_model(), lead_in=LEAD)
-    for policy in ("reuse", "cachecraft", "query:lead=0"):
+    for policy in ("reuse", "cachecraft", "fusionrag:lead=none"):
         assert llm.precompute(TEXTS, policy=policy, lead=Neighbours(nearest=NEAREST)).near == 0
 
 
