@@ -63,7 +63,7 @@ def test_prophetkv_scores_by_a_softmax_over_the_context_of_a_question_over_reuse
     cache = FusedCache(decoder.config, plan := h.right_plan(ids, own), decoder.rotaries)
     seen = scout(decoder.shadow(), plan, cache, ProphetKV().attention_layers(zoo.LAYERS), ProphetKV().pool)
     with torch.no_grad():
-        output = zoo.build(name, "eager")(torch.tensor([ids]), output_attentions=True)
+        output = zoo.new(name, "eager")(torch.tensor([ids]), output_attentions=True)
     question = h.CHUNKS[-1][1]
     for layer, weights in zip(seen, output.attentions, strict=True):
         context = weights[0, :, question:, :question]

@@ -27,7 +27,7 @@ def recorded(decoder, chunks=CHUNKS):
 def weights():
     """Attention `[tokens, tokens]` of the whole prompt, mean over heads and layers."""
     with torch.no_grad():
-        output = zoo.build("llama", "eager")(torch.tensor([IDS]), output_attentions=True)
+        output = zoo.new("llama", "eager")(torch.tensor([IDS]), output_attentions=True)
     return torch.stack([one[0].mean(0) for one in output.attentions]).mean(0)
 
 

@@ -39,7 +39,7 @@ def test_over_right_kv_it_sees_the_attention_of_the_models_own_prefill(name, att
     _, cache = h.own_prefill(zoo.build(name, attention), IDS)
     seen, _ = scouted(h.decoder(name, attention), h.right_plan(IDS, cache), range(zoo.LAYERS))
     with torch.no_grad():
-        output = zoo.build(name, "eager")(torch.tensor([IDS]), output_attentions=True)
+        output = zoo.new(name, "eager")(torch.tensor([IDS]), output_attentions=True)
     expected = torch.stack([mean(weights[0, :, QUESTION:]) for weights in output.attentions])
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
 
