@@ -23,6 +23,7 @@ from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
+from chunkcache.blend.scout import scout_layers
 
 LEAST = 1e-6  # nats; below this a divergence is rounding
 RIDGE = 0.05  # few prompts are fitted: a weight has to earn its place
@@ -196,7 +197,7 @@ def guard_steps(
     first = policies[0]
     watches = [
         Watch(decoder.attentions[layer], prompt - plan.end, lambda w, _: attention.append(first.pool(w.float())))
-        for layer in decoder.seeing_all(first.attention_layers(len(decoder.layers)))
+        for layer in scout_layers(decoder, first)
     ]
     cache.scouting = True
     try:

@@ -69,7 +69,7 @@ class KVShift(Policy):
         if self.probes == "top":
             return plan.inexact
         spans = [span for span in plan.reused if not span.exact]
-        probes = [span.start + _even(len(span), math.ceil(self.ratio * len(span))) for span in spans]
+        probes = [span.start + evenly_spaced(len(span), math.ceil(self.ratio * len(span))) for span in spans]
         return torch.cat(probes) if probes else plan.inexact
 
     def filter_rows(self, check: Check) -> Tensor:
@@ -86,6 +86,6 @@ class KVShift(Policy):
         return order[rank < quota[owner[order]]].sort().values
 
 
-def _even(tokens: int, count: int) -> Tensor:
+def evenly_spaced(tokens: int, count: int) -> Tensor:
     """Return `count` indices below `tokens`, evenly spaced, each in the middle of its share."""
     return (2 * torch.arange(count) + 1) * tokens // (2 * max(count, 1))

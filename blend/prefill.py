@@ -26,7 +26,7 @@ from chunkcache.blend.filtering import RowFilter
 from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
-from chunkcache.blend.scout import scout
+from chunkcache.blend.scout import scout, scout_layers
 from chunkcache.errors import CalibrationError, EntryLostError, PolicyError, PromptError
 from chunkcache.kv import ChunkKV, Span
 
@@ -227,13 +227,11 @@ def select_rows(decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCa
     Raises:
         CalibrationError: the policy is guarded, and no guard was given to the prefill.
     """
-    layers = policy.attention_layers(len(decoder.layers)) if len(plan.inexact) else ()
+    layers = scout_layers(decoder, policy) if len(plan.inexact) else ()
     if layers and policy.guarded() is not None:
         raise CalibrationError(f"policy {policy} needs a calibration of this model: run chunkcache calibrate")
     with cache.selecting():
         if layers and policy.wants_attention(plan):
-            if policy.skips_windows:
-                layers = decoder.seeing_all(layers)
             carry = policy.carries() and len(plan.fresh) > 2 * LAST  # of a short question there is nothing to save
             seen = scout(decoder, plan, cache, layers, policy.pool, carry=carry, blind=policy.blind())
             selected = policy.select_by_attention(plan, seen)

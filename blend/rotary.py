@@ -66,10 +66,8 @@ class Rotary:
             cos: float32 `[tokens, rotary_dim / 2]`.
             sin: like `cos`.
         """
-        first, second = keys[..., self._first].float(), keys[..., self._second].float()
-        turned = torch.mul(first, cos).addcmul_(second, sin, value=-1)
-        keys[..., self._second] = torch.mul(second, cos).addcmul_(first, sin)
-        keys[..., self._first] = turned
+        self._turn(keys.float(), cos, sin, turned := torch.empty_like(keys, dtype=torch.float32))
+        keys.copy_(turned)
 
     def shift_scaled(self, codes: Tensor, scale: Tensor, zero: Tensor, delta: int, out: Tensor) -> None:
         """Write the keys `codes * scale + zero`, rotated by `delta` positions, into `out`, all in one pass.

@@ -24,10 +24,17 @@ from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.carried import Carried
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
+from chunkcache.blend.policy import Policy
 
 
 class _Seen(Exception):  # noqa: N818 - a jump out of the model, not an error
     """The last layer that was asked for has been seen."""
+
+
+def scout_layers(decoder: Decoder, policy: Policy) -> Sequence[int]:
+    """Return the layers, in rising order, in which a scout of `policy` looks; empty for a policy without any."""
+    layers = policy.attention_layers(len(decoder.layers))
+    return decoder.seeing_all(layers) if policy.skips_windows else layers
 
 
 def scout(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Plan, Policy
+from chunkcache.blend.kvshift import evenly_spaced
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Check
 from chunkcache.blend.shift import Shift
@@ -130,7 +131,7 @@ def with_first(k: int) -> Callable[[Seen, int], Tensor]:
 def evenly(seen: Seen, count: int) -> Tensor:
     """Choose evenly spaced tokens of all chunks, probes of an offset that they share."""
     candidates = seen.plan.inexact
-    return candidates[(2 * torch.arange(count) + 1) * len(candidates) // (2 * count)]
+    return candidates[evenly_spaced(len(candidates), count)]
 
 
 def at_random(seen: Seen, count: int) -> Tensor:

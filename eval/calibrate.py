@@ -61,7 +61,7 @@ def calibrate(
         target: the policy whose KL Cache-Craft has to reach, on average over the cases.
         guarded: the query policy whose guard is fitted.
         parts: what to look for, of `PARTS`.
-        on_step: called with (steps done, steps in all).
+        on_step: called with (cases done, cases in all); without cases, with sets of packaged documents.
 
     Raises:
         PolicyError: `guarded` is no query policy, or a policy is unknown.
@@ -70,7 +70,7 @@ def calibrate(
     if not isinstance(base, Query):
         raise PolicyError(f"only a query policy can be guarded, and {guarded!r} is none")
     llm = chunkcache.wrap(model, tokenizer, store=_STORE)
-    check = check_lead_in(llm.engine.decoder, llm.prompts) if "lead" in parts else None
+    check = check_lead_in(llm.engine.decoder, llm.prompts, None if cases else on_step) if "lead" in parts else None
     if base.lead is None:
         base = replace(base, lead=llm.engine.tuning.lead if check is None else check.lead)
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())

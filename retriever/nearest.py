@@ -7,6 +7,7 @@ passage. All pairs are compared, so an approximate index misses none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -43,18 +44,36 @@ def nearest_rows(vectors: Vectors, queries: Vectors, own: Sequence[int | None], 
     return found
 
 
-def nearest_texts(texts: Sequence[str], asked: Sequence[str], k: int) -> list[list[int]]:
-    """Return for each of `asked`, all of which are in `texts`, the places there of the `k` most like it, best first.
+class TextPool:
+    """Texts of which the nearest are asked for; they are embedded at the first question.
 
-    Raises:
-        ModelNotFoundError: the packaged embedding model is not installed.
+    Args:
+        texts: of equal ones the first stands for all.
     """
-    places = {text.strip(): place for place, text in reversed(list(enumerate(texts)))}  # the first of equal ones
-    vectors = embed_whole(Embedder(), list(places))
-    rows = {text: row for row, text in enumerate(places)}
-    own = [rows[text.strip()] for text in asked]
-    numbers = list(places.values())
-    return [[numbers[row] for row in each] for each in nearest_rows(vectors, vectors[own], own, k)]
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._places = {text.strip(): place for place, text in reversed(list(enumerate(texts)))}
+        self._rows = {text: row for row, text in enumerate(self._places)}
+
+    def nearest(self, asked: Sequence[str], k: int) -> list[list[int]]:
+        """Return for each of `asked`, all of which are in the pool, the places of the `k` most like it, best first.
+
+        Raises:
+            ModelNotFoundError: the packaged embedding model is not installed.
+        """
+        own = [self._rows[text.strip()] for text in asked]
+        numbers = list(self._places.values())
+        found = nearest_rows(self._vectors, self._vectors[own], own, k)
+        return [[numbers[row] for row in rows] for rows in found]
+
+    @cached_property
+    def _vectors(self) -> Vectors:
+        return _embedded(Embedder(), list(self._places))
+
+
+def nearest_texts(texts: Sequence[str], asked: Sequence[str], k: int) -> list[list[int]]:
+    """Return what `TextPool(texts).nearest` does, for one question."""
+    return TextPool(texts).nearest(asked, k)
 
 
 def nearest_chunks(
@@ -81,13 +100,13 @@ def nearest_chunks(
     queries = np.empty((len(chunks), index.dim), dtype=np.float32)
     gone = [number for number, row in enumerate(own) if row is None]
     if gone:
-        queries[gone] = embed_whole(embedder, [chunks[number].text for number in gone])
+        queries[gone] = _embedded(embedder, [chunks[number].text for number in gone])
     there = [number for number, row in enumerate(own) if row is not None]
     queries[there] = vectors[[row for row in own if row is not None]]
     return [[entries[row].chunk for row in each] for each in nearest_rows(vectors, queries, own, k)]
 
 
-def embed_whole(embedder: Embedder, texts: Sequence[str]) -> Vectors:
+def _embedded(embedder: Embedder, texts: Sequence[str]) -> Vectors:
     """Return one vector for each text, of all of it, `[n, dim]`."""
     passages = [embedder.passages(text) for text in texts]
     return _means(embedder.embed([passage for each in passages for passage in each]), [len(p) for p in passages])

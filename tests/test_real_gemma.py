@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from support.llm import real_model
 
 import chunkcache
-from chunkcache.models import ALIASES
 
 pytestmark = pytest.mark.model
 
@@ -19,12 +19,7 @@ CHUNKS = (
 
 @pytest.fixture(scope="module")
 def llm() -> chunkcache.CachedLLM:
-    try:
-        ALIASES[NAME].path()
-    except chunkcache.ModelNotFoundError as error:
-        pytest.skip(str(error))
-    model, tokenizer = chunkcache.load_model(NAME, device="cpu", dtype="float32")
-    return chunkcache.wrap(model, tokenizer)  # its self-check is passed
+    return chunkcache.wrap(*real_model(NAME))  # its self-check is passed
 
 
 @pytest.mark.parametrize("policy", ["full", "link:k=8", "query"])

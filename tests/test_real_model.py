@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.llm import real_model
 
 import chunkcache
-from chunkcache.models import ALIASES
 
 pytestmark = pytest.mark.model
 
@@ -32,12 +32,7 @@ FILLER = paragraph("lamp-night.md", "The town clock strikes")
 
 @pytest.fixture(scope="module")
 def llm() -> chunkcache.CachedLLM:
-    try:
-        ALIASES[NAME].path()
-    except chunkcache.ModelNotFoundError as error:
-        pytest.skip(str(error))
-    model, tokenizer = chunkcache.load_model(NAME, device="cpu", dtype="float32")
-    return chunkcache.wrap(model, tokenizer)
+    return chunkcache.wrap(*real_model(NAME))
 
 
 def request(number: int = 0) -> tuple[str, list[str], str]:

@@ -113,6 +113,7 @@ def check_model(options: CheckOptions) -> None:
     """Say whether MODEL is supported, and show the figures of its self-check."""
     from chunkcache.blend import Decoder, self_check
     from chunkcache.blend.query import Query
+    from chunkcache.blend.scout import scout_layers
     from chunkcache.engine.tuning import Tuning
     from chunkcache.library.fingerprint import fingerprint
 
@@ -132,7 +133,7 @@ def check_model(options: CheckOptions) -> None:
         "max_tokens": decoder.max_tokens,
         "fingerprint": name,
         "query": str(query),
-        "query_looks_at_layers": ", ".join(map(str, decoder.seeing_all(query.attention_layers(len(decoder.layers))))),
+        "query_looks_at_layers": ", ".join(map(str, scout_layers(decoder, query))),
         "lead_in": "measured" if measured else "not measured; run chunkcache calibrate",
         **check.as_dict(),
     }

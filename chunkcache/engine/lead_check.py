@@ -112,11 +112,8 @@ def _stored(decoder: Decoder, prompt: Prompt, lead_in: Sequence[int]) -> list[li
     chunks = [span.chunk_ids for span in prompt.spans]
     encoder = Encoder(decoder)
     behind = next(iter(encoder.encode(before, [tuple(lead_in)])))
-    context = [*([Span(0, len(before), before.token_ids, kv=before)] if before is not None else [])]
-    start = prompt.prefix_tokens
-    context.append(Span(start, start + len(behind), behind.token_ids, kv=behind))
     first = [] if before is None else [before]
-    return [true, [*first, *encoder.encode(before, chunks)], [*first, *encoder.encode(context, chunks)]]
+    return [true, [*first, *encoder.encode(first, chunks)], [*first, *encoder.encode([*first, behind], chunks)]]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -41,22 +42,24 @@ class Encoder:
         register(NAME, _attention)
 
     def encode(
-        self, context: ChunkKV | Sequence[Span] | None, chunks: Sequence[TokenIds], record: bool = False
+        self, context: ChunkKV | Sequence[ChunkKV] | None, chunks: Sequence[TokenIds], record: bool = False
     ) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
 
         Their `origin` carries `compute_s` alone.
 
         Args:
-            context: what each of them stands right behind, or None; or spans with KV, one right behind the other from
-                position 0 on, whose keys are re-rotated to their places.
+            context: what each of them stands right behind, or None; or several in a row, whose keys are re-rotated
+                to their places.
             chunks: token ids, none of them empty. With the context, each fits the model.
             record: whether to record what their tokens look at, for which they are computed one by one.
 
         Raises:
             EntryLostError: a layer of the context is damaged or gone.
         """
-        spans = _whole(context) if context is None or isinstance(context, ChunkKV) else context
+        before = [context] if isinstance(context, ChunkKV) else context or ()
+        starts = accumulate(map(len, before), initial=0)
+        spans = [Span(at, at + len(kv), kv.token_ids, kv=kv) for at, kv in zip(starts, before, strict=False)]
         if record or not self._packable():
             yield from self._one_by_one(spans, chunks, record)
             return
@@ -160,10 +163,6 @@ class _Pack:
             output, _ = attend(module, query[:, :, rows], seen[:1, :, :end], seen[1:, :, :end], mask, **kwargs)
             outputs.append(output)
         return torch.cat(outputs, dim=1), None
-
-
-def _whole(context: ChunkKV | None) -> tuple[Span, ...]:
-    return () if context is None else (Span(0, len(context), context.token_ids, kv=context, exact=True),)
 
 
 def packs(items: Sequence[Item], tokens_of: Callable[[Item], int], most: int) -> Iterator[list[Item]]:

@@ -321,14 +321,10 @@ class ChunkLibrary(DeletionMethods):
         Raises:
             EntryLostError: KV of the others are damaged or gone; some of the chunks may be stored.
         """
-        spans: list[Span] = []
-        for kv in others if context is None else (context, *others):
-            start = spans[-1].stop if spans else 0
-            spans.append(Span(start, start + len(kv), kv.token_ids, kv=kv))
         names = tuple(name for kv in others for name in kv.origin.chunks)
         documents = tuple(label for kv in others for label in kv.origin.documents)
         by_ids = {ref.token_ids: ref for ref in refs}
-        for kv in self._encoder.encode(spans, list(by_ids)):
+        for kv in self._encoder.encode(others if context is None else (context, *others), list(by_ids)):
             origin = replace(kv.origin, documents=documents, chunks=names, created=started)
             before = [other.token_ids for other in others]
             self.put(by_ids[kv.token_ids], replace(kv, origin=origin), [kv.token_ids, *before])

@@ -11,14 +11,13 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err, out, progress, table
 from chunkcache.errors import DocumentError
-from chunkcache.eval.commands.inputs import read_cases
 from chunkcache.eval.commands.options import (
     AsJson,
+    CaseOptions,
     ModelOptions,
     argument,
     check_policies,
     command,
-    count,
     option,
 )  # fmt: skip
 from chunkcache.eval.commands.show import show_json
@@ -29,13 +28,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
+class CalibrateOptions(CaseOptions):
     """A calibration, on packaged documents or on prompts of one data set, too."""
 
     data: Annotated[Path | None, argument()] = None
-    chunks: Annotated[int, count("Chunks per prompt; 0 for all of each, two or more.", least=0)] = 5
-    prompts: Annotated[int, count("Prompts to run.")] = 20
-    skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
     target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
     guarded: Annotated[str, option(help="Query policy whose guard is fitted.")] = "query"
     only: Annotated[str | None, option(type=click.Choice(["lead", "guard", "cachecraft"]), help="Look for one of "
@@ -76,7 +72,7 @@ def calibrate(options: CalibrateOptions) -> None:
 
 
 def _cases(options: CalibrateOptions, data: Path) -> list[Case]:
-    cases = read_cases(data, options.chunks, options.prompts, options.skip)
+    cases = options.read(data)
     if len(cases) < 10:
         raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
     return cases

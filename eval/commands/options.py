@@ -17,6 +17,7 @@ __all__ = [
     "FOLDER",
     "Against",
     "AsJson",
+    "CaseOptions",
     "ModelOptions",
     "OutputOptions",
     "Policies",
@@ -47,17 +48,27 @@ def check_policies(names: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Prompts of one data set."""
+class CaseOptions:
+    """Which prompts of a data set are used."""
 
-    data: Annotated[Path, argument()]
     chunks: Annotated[int, count("Chunks per prompt; 0 for all of each, two or more.", least=0)] = 5
     prompts: Annotated[int, count("Prompts to run.")] = 20
     skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
 
+    def read(self, data: Path) -> list[Case]:
+        """Read them."""
+        return read_cases(data, self.chunks, self.prompts, self.skip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(CaseOptions):
+    """Prompts of one data set."""
+
+    data: Annotated[Path, argument()]
+
     def cases(self) -> list[Case]:
         """Read them."""
-        return read_cases(self.data, self.chunks, self.prompts, self.skip)
+        return self.read(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,10 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from support.llm import QUESTION, TEXTS, wrapped
+from support.llm import QUESTION, TEXTS, real_model, wrapped
 
 import chunkcache
 from chunkcache.integrations.langchain import ChatChunkCache, ChunkCacheRetriever, ChunkRetriever, document_block
-from chunkcache.models import ALIASES
 from chunkcache.retriever import Document as OurDocument
 from chunkcache.retriever import Embedder, Retriever
 
@@ -31,12 +30,7 @@ def tiny_llm() -> chunkcache.CachedLLM:
 
 @cache
 def real_llm() -> chunkcache.CachedLLM:
-    try:
-        ALIASES[NAME].path()
-    except chunkcache.ModelNotFoundError as error:
-        pytest.skip(str(error))
-    model, tokenizer = chunkcache.load_model(NAME, device="cpu", dtype="float32")
-    return chunkcache.wrap(model, tokenizer, lead_in="")
+    return chunkcache.wrap(*real_model(NAME), lead_in="")
 
 
 @cache

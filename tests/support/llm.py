@@ -7,13 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import zoo
 from helpers_tokenizer import tiny_tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import chunkcache
+from chunkcache.models import ALIASES
 
 VOCAB = 512  # covers every id of `tiny_tokenizer`
 CHAT_TEMPLATE = (
@@ -50,6 +52,15 @@ def own_model(name: str = "llama", **options: Any) -> PreTrainedModel:
 def wrapped(model: PreTrainedModel | None = None, **options: Any) -> chunkcache.CachedLLM:
     """Wrap `model`, by default a tiny Llama, with a chat tokenizer and an empty store."""
     return chunkcache.wrap(model or tiny_model(), chat_tokenizer(), **options)
+
+
+def real_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the real small model of an alias; skip the test where its package is not installed."""
+    try:
+        ALIASES[name].path()
+    except chunkcache.ModelNotFoundError as error:
+        pytest.skip(str(error))
+    return chunkcache.load_model(name, device="cpu", dtype="float32")
 
 
 def saved_model(folder: Path) -> str:
