@@ -20,8 +20,10 @@ from chunkcache.engine.calibration import Calibration
 from chunkcache.engine.lead_check import check_lead_in
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PolicyError
+from chunkcache.eval.contenders import PolicyContender, parse_contender
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.neighbours import ChunkPool
 from chunkcache.llm import CachedLLM
 
 ALPHAS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
@@ -51,6 +53,7 @@ def calibrate(
     guarded: str = "query",
     parts: Collection[str] = PARTS,
     on_step: OnStep | None = None,
+    pool: Sequence[str] | None = None,
 ) -> Calibration:
     """Measure `cases` and fit.
 
@@ -59,20 +62,25 @@ def calibrate(
         tokenizer: its tokenizer.
         cases: prompts of the kind that will be asked; the lead-in is measured on packaged ones.
         target: the policy whose KL Cache-Craft has to reach, on average over the cases.
-        guarded: the query policy whose guard is fitted.
+        guarded: the query policy whose guard is fitted; `query@neighbours` for chunks that are computed behind their
+            nearest of `pool`.
         parts: what to look for, of `PARTS`.
         on_step: called with (cases done, cases in all); without cases, with sets of packaged documents.
+        pool: all chunks that there are, those of `cases` among them; by default these alone.
 
     Raises:
         PolicyError: `guarded` is no query policy, or a policy is unknown.
     """
-    base = parse_policy(guarded)
+    base, lead = parse_contender(guarded)
     if not isinstance(base, Query):
         raise PolicyError(f"only a query policy can be guarded, and {guarded!r} is none")
     llm = chunkcache.wrap(model, tokenizer, store=_STORE)
     check = check_lead_in(llm.engine.decoder, llm.prompts, None if cases else on_step) if "lead" in parts else None
     if base.lead is None:
         base = replace(base, lead=llm.engine.tuning.lead if check is None else check.lead)
+    base = replace(base, guard=None)
+    chunks = ChunkPool(pool or [chunk for case in cases for chunk in case.chunks])
+    contender = PolicyContender(guarded, base, llm, False, ANSWER_TOKENS, chunks.nearest if lead else None)
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
     steps: list[list[tuple[Signals, float]]] = []
     wanted: list[Fidelity] = []
@@ -80,7 +88,7 @@ def calibrate(
     for index, case in enumerate(cases):
         full = _full(llm, case)
         if "guard" in parts:
-            steps.append(_rungs(llm, full, replace(base, guard=None)))
+            steps.append(_rungs(contender, full))
         if "cachecraft" in parts:
             wanted.append(_measure(llm, full, parse_policy(target))[0])
             for alpha in ALPHAS:
@@ -96,7 +104,11 @@ def calibrate(
     if "guard" in parts:
         guard = GuardModel.fit(steps, BOUNDS, BROKEN)
         outcomes = [[[signals.moved, signals.entropy, kl] for signals, kl in pairs] for pairs in steps]
-        report |= {"guarded": str(base), "guard": _cross_validated(steps), "climbed": outcomes}
+        report |= {
+            "guarded": f"{base}@{lead}" if lead else str(base),
+            "guard": _cross_validated(steps),
+            "climbed": outcomes,
+        }
     return Calibration(llm.fingerprint, found, guard, report, None if check is None else check.lead)
 
 
@@ -113,9 +125,10 @@ def _measure(llm: CachedLLM, full: _Full, policy: Policy) -> tuple[Fidelity, flo
     return measure_fidelity(full.log_probs, forced_answer(llm, start, full.answer)), share
 
 
-def _rungs(llm: CachedLLM, full: _Full, policy: Query) -> list[tuple[Signals, float]]:
+def _rungs(contender: PolicyContender, full: _Full) -> list[tuple[Signals, float]]:
     """Return the signals and the true KL of the first token at every step of a guarded prefill."""
-    llm.precompute(full.case.chunks, policy=policy)
+    llm, policy = contender.llm, contender.policy
+    contender.prepare(full.case, again=False)
     prompt = llm.prompts.build(full.case.question, full.case.chunks)
     plan = llm.engine.planner.plan(prompt, policy, RequestStats(str(policy)))
     decoder = llm.engine.decoder.shadow()

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err, out, progress, table
 from chunkcache.errors import DocumentError
+from chunkcache.eval.commands.inputs import read_cases
 from chunkcache.eval.commands.options import (
     AsJson,
     CaseOptions,
@@ -18,13 +19,14 @@ from chunkcache.eval.commands.options import (
     argument,
     check_policies,
     command,
+    count,
     option,
 )  # fmt: skip
 from chunkcache.eval.commands.show import show_json
 
 if TYPE_CHECKING:
     from chunkcache.engine.calibration import Calibration
-    from chunkcache.eval.data import Case
+    from chunkcache.eval.data import Case, DataSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,10 @@ class CalibrateOptions(CaseOptions):
 
     data: Annotated[Path | None, argument()] = None
     target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
-    guarded: Annotated[str, option(help="Query policy whose guard is fitted.")] = "query"
+    guarded: Annotated[str, option(help="Query policy whose guard is fitted; query@neighbours for chunks that are "
+                                   "computed behind their nearest of DATA.")] = "query"  # fmt: skip
+    fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
+    chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
     only: Annotated[str | None, option(type=click.Choice(["lead", "guard", "cachecraft"]), help="Look for one of "
                                        "these; the others are left as they were.")] = None  # fmt: skip
     model: ModelOptions
@@ -50,6 +55,7 @@ def calibrate(options: CalibrateOptions) -> None:
     from chunkcache.engine.calibration import load_calibration
     from chunkcache.eval.calibrate import PARTS
     from chunkcache.eval.calibrate import calibrate as run
+    from chunkcache.eval.data import Case, DataSet, cut
 
     check_policies((options.target, options.guarded))
     parts = PARTS if options.only is None else (options.only,)
@@ -57,10 +63,15 @@ def calibrate(options: CalibrateOptions) -> None:
         if options.only in ("guard", "cachecraft"):
             raise DocumentError(f"--only {options.only} is fitted to prompts: pass DATA, too")
         parts = ("lead",)
-    cases = [] if options.data is None or parts == ("lead",) else _cases(options, options.data)
+    source = None if options.data is None or parts == ("lead",) else DataSet.read(options.data)
+    cases = [] if source is None else _cases(options, source)
     model, tokenizer = options.model.load()
+    whole = Case("", () if source is None else source.chunks())
+    *cases, everything = cut([*cases, whole], options.chunk_tokens, tokenizer)
     with progress("calibrating") as on_step:
-        fitted = run(model, tokenizer, cases, options.target, options.guarded, parts, on_step)
+        fitted = run(
+            model, tokenizer, cases, options.target, options.guarded, parts, on_step, list(everything.chunks)
+        )
     earlier = options.out if options.out and options.out.exists() else None
     fitted = fitted.over(load_calibration(fitted.fingerprint, earlier))
     path = fitted.save(options.out)
@@ -71,8 +82,8 @@ def calibrate(options: CalibrateOptions) -> None:
         err.print(f"[dim]written to {escape(str(path))}[/]")
 
 
-def _cases(options: CalibrateOptions, data: Path) -> list[Case]:
-    cases = options.read(data)
+def _cases(options: CalibrateOptions, source: DataSet) -> list[Case]:
+    cases = read_cases(source, options.chunks, options.prompts, options.skip, options.fill)
     if len(cases) < 10:
         raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
     return cases

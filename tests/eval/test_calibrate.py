@@ -43,6 +43,16 @@ def test_the_guard_is_reported_for_every_bound(found):
         assert 1 <= row["passes"] <= 3
 
 
+def test_a_guard_is_fitted_to_chunks_behind_their_nearest():
+    found = [
+        calibrate(tiny_model(), chat_tokenizer(), CASES[:4], guarded=guarded, parts=("guard",))
+        for guarded in ("query:ratio=0.1,guard=0.05", "query:ratio=0.1@neighbours")
+    ]
+    assert found[1].report["guarded"].endswith("@neighbours")
+    assert "guard=0" not in found[0].report["guarded"]  # the bound is the request's
+    assert found[0].report["climbed"] != found[1].report["climbed"]
+
+
 def test_only_a_query_policy_is_guarded():
     with pytest.raises(PolicyError, match="'link' is none"):
         calibrate(tiny_model(), chat_tokenizer(), CASES, guarded="link")
