@@ -112,6 +112,10 @@ class Decoder:
         """Return the one of `masks` that layer `layer_idx` takes."""
         return masks[self._types[layer_idx]] if isinstance(masks, dict) else masks
 
+    def window(self, layer_idx: int) -> int | None:
+        """Return the sliding window of a layer, in tokens; None where it sees all."""
+        return self._windows[layer_idx]
+
     def seeing_all(self, layers: Sequence[int]) -> Sequence[int]:
         """Return those of `layers` without a sliding window; without one among them, the nearest below or above.
 

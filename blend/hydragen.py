@@ -125,15 +125,15 @@ class SharedCache(DynamicCache):
         for start in range(0, stacked.shape[1], BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
             hide = None if hidden_shared is None else hidden_shared[block]
-            parts.append(_part(stacked[:, block], keys, values, hide, softcap))
+            parts.append(partial_attention(stacked[:, block], keys, values, hide, softcap))
         shared: Any = parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
         shared = [each.view(kv_heads, batch, -1, each.shape[-1]).transpose(0, 1) for each in shared]
         hide = hidden[:, None].repeat(1, 1, heads // kv_heads, 1)
-        output = _merged(shared, _part(grouped, *own, hide, softcap), sinks)
+        output = _merged(shared, partial_attention(grouped, *own, hide, softcap), sinks)
         return output.reshape(batch, heads, rows, -1).transpose(1, 2).to(query.dtype)
 
 
-def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> Part:
+def partial_attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> Part:
     """Attend to some of the keys.
 
     Args:
@@ -159,11 +159,21 @@ def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, so
 
 def _merged(one: Part, other: Part, sinks: Tensor | None) -> Tensor:
     """Return the attention `[sequences, kv_heads, rows, head_dim]` over the keys of both parts, and over sinks."""
-    whole = torch.logaddexp(one[1], other[1])
-    if sinks is not None:
-        sinks = sinks.to(whole.dtype).view(1, whole.shape[1], -1, 1)
-        whole = torch.logaddexp(whole, sinks.repeat_interleave(whole.shape[2] // sinks.shape[2], dim=2))
+    whole = _with_sinks(torch.logaddexp(one[1], other[1]), sinks)
     return one[0] * (one[1] - whole).exp_() + other[0] * (other[1] - whole).exp_()
+
+
+def merge_sinks(part: Part, sinks: Tensor | None) -> Tensor:
+    """Return the attention `[sequences, kv_heads, rows, head_dim]` over the keys of one part, and over sinks."""
+    return part[0] * (part[1] - _with_sinks(part[1], sinks)).exp_()
+
+
+def _with_sinks(whole: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the logarithms of the sums `[sequences, kv_heads, rows, 1]` with those of the sinks `[heads]`."""
+    if sinks is None:
+        return whole
+    sinks = sinks.to(whole.dtype).view(1, whole.shape[1], -1, 1)
+    return torch.logaddexp(whole, sinks.repeat_interleave(whole.shape[2] // sinks.shape[2], dim=2))
 
 
 def over_shared(decoder: Decoder, cache: SharedCache) -> Any:
