@@ -88,6 +88,12 @@ class Decoder:
         """Dtype of the model's weights, and so of its KV."""
         return self.model.dtype
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values in all layers; known once the self-check has run."""
+        assert self.heads is not None
+        return sum(2 * kv_heads * head_dim for kv_heads, head_dim in self.heads) * self.dtype.itemsize
+
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Run the model on `input_ids` `[batch, tokens]`, filling `cache`; return last logits `[batch, vocab]`."""
         model: Any = self.model

@@ -133,7 +133,9 @@ class SharedCache(DynamicCache):
         return output.reshape(batch, heads, rows, -1).transpose(1, 2).to(query.dtype)
 
 
-def partial_attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None) -> Part:
+def partial_attention(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, softcap: float | None
+) -> Part:
     """Attend to some of the keys.
 
     Args:

@@ -87,7 +87,7 @@ class _Caches(DynamicCache):
     def attend(
         self, layer_idx: int, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        """Attend from one token `[sequences, heads, 1, head_dim]` of each; return `[sequences, 1, heads, head_dim]`."""
+        """Attend from a token `[sequences, heads, 1, head_dim]` of each; return `[sequences, 1, heads, head_dim]`."""
         first = -(self._windows[layer_idx] or 0)
         rows = []
         for row, (keys, values) in enumerate(self._seen):

@@ -13,6 +13,7 @@ ChunkCacheError
 │   ├── PeerError                a system to be measured beside this one is unknown, not set up, or failed
 │   └── ResultsError             a file of measurements that is damaged, or of another measurement than this
 ├── ServingError                 any of these inside LlamaIndex, which would swallow it; it is the `__cause__`
+├── QueueFullError               the server has too much to do, or is shutting down; ask again later
 ├── EntryLostError               a stored entry that went away, or proved damaged, while it was being read
 └── UnsupportedModelError        this model cannot be served right; the message says why
     └── SelfCheckError           the model looked right, but its self-check did not agree
@@ -76,6 +77,21 @@ class ServingError(ChunkCacheError):
 
     It is no ValueError, so it reaches the caller. The message is that of the error it stands for, its `__cause__`.
     """
+
+
+class QueueFullError(ChunkCacheError):
+    """A request was not taken on.
+
+    Attributes:
+        waiting: requests that wait already.
+        draining: whether none is taken on any more.
+    """
+
+    def __init__(self, waiting: int, draining: bool) -> None:
+        super().__init__(
+            "the server is shutting down; ask another" if draining else f"{waiting} requests wait already; ask later"
+        )
+        self.waiting, self.draining = waiting, draining
 
 
 class EntryLostError(ChunkCacheError):

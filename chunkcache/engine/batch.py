@@ -224,16 +224,11 @@ class Batcher:
 
     def _kv_bytes(self, batch: Sequence[int], prompts: Sequence[Prompt]) -> int:
         """Return the bytes of KV that exist at most while a batch is answered."""
-        assert self._engine.decoder.heads is not None  # the self-check has run
-        per_token = (
-            sum(2 * kv_heads * dim for kv_heads, dim in self._engine.decoder.heads)
-            * self._engine.decoder.dtype.itemsize
-        )
         questions = [len(prompts[index].question) for index in batch]
         fused = sum(questions) if self._looks else max(questions)  # what stands behind the shared part meanwhile
         room = max(new_tokens(self._options, len(prompts[index].token_ids)) for index in batch)
         own = len(batch) * (max(questions) + room)
-        return per_token * (prompts[batch[0]].end + fused + own)
+        return self._engine.decoder.kv_bytes_per_token * (prompts[batch[0]].end + fused + own)
 
     # --- the work
 

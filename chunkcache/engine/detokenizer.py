@@ -1,0 +1,77 @@
+"""From token ids to text, piece by piece, held back where a stop string may begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer:
+    """The text of one answer.
+
+    Args:
+        tokenizer: the model's.
+        stop: strings that end the answer, and are not part of it.
+
+    Attributes:
+        text: what was given out.
+        stopped: whether a stop string was found.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._start = self._read = 0  # of the ids: a context to decode in, and behind what was decoded already
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is certain by now, which may be empty."""
+        self._ids.append(token_id)
+        return self._give(self._decoded())
+
+    def finish(self) -> str:
+        """Return what was held back: no more tokens come."""
+        if self.stopped:
+            return ""
+        tail = self._held + self._decoded(whole=True)
+        self._held = ""
+        self.text += tail
+        return tail
+
+    def _decoded(self, whole: bool = False) -> str:
+        """Return the text of the ids that were not read; decoded behind those before, since spaces depend on them."""
+        before = self._text(self._ids[self._start : self._read])
+        text = self._text(self._ids[self._start :])
+        if text.endswith(_UNFINISHED) and not whole:  # bytes of a character whose others are still to come
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(before) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _give(self, piece: str) -> str:
+        pending = self._held + piece
+        ends = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            pending, self._held = pending[: min(ends)], ""
+        else:
+            held = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            cut = len(pending) - held
+            pending, self._held = pending[:cut], pending[cut:]
+        self.text += pending
+        return pending
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many of the last characters of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,341 @@
+"""Many requests at once on one model: continuous batching (Orca, OSDI 2022) over fused prefills.
+
+One thread prefills, one prompt at a time; another decodes, a token of every running sequence per step
+(`blend.ragged`). A prompt that is prefilled joins between two steps, and one that is done leaves: decoding goes on
+beside a prefill and is never behind it in a queue (the aim of Sarathi-Serve, OSDI 2024, without cutting prompts up).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers.cache_utils import Cache
+
+from chunkcache.blend.ragged import RaggedDecoder
+from chunkcache.engine.engine import Engine, PreparedRequest
+from chunkcache.engine.fair import FairQueue
+from chunkcache.engine.generation import new_tokens
+from chunkcache.engine.sampling import Sampled, Sampler
+from chunkcache.engine.served import Served
+from chunkcache.engine.stats import RequestStats
+from chunkcache.errors import ContextLengthError, InputError, QueueFullError
+
+logger = logging.getLogger("chunkcache")
+
+Reason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer.
+
+    Attributes:
+        reason: why it ended.
+        stats: what the request did; None where it was not prefilled.
+    """
+
+    reason: Reason
+    stats: RequestStats | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request that went wrong.
+
+    Attributes:
+        error: what went wrong.
+    """
+
+    error: BaseException
+
+
+Event = Sampled | Finished | Failed
+Deliver = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is served at once.
+
+    Attributes:
+        running: sequences that decode together.
+        waiting: requests that wait for their turn.
+        kv_bytes: bytes of KV that running sequences may need together, apart from what the store holds; None for no
+            bound.
+    """
+
+    running: int = 8
+    waiting: int = 64
+    kv_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.running < 1 or self.waiting < 1:
+            raise InputError(f"running={self.running}, waiting={self.waiting}: give 1 or more of each")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request that was taken on; `cancel` may be called from any thread."""
+
+    request: PreparedRequest
+    sampler: Sampler
+    deliver: Deliver
+    tokens: int
+    kv_bytes: int
+    deadline: float | None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    served: Served | None = None
+    cache: Cache | None = None
+    stats: RequestStats | None = None
+    last: int = -1
+    produced: int = 0
+
+    def cancel(self) -> None:
+        """End it after the step it is in; nothing more is delivered but its end."""
+        self.cancelled.set()
+
+    @property
+    def over(self) -> Reason | None:
+        """Why it must end now, if it must."""
+        if self.cancelled.is_set():
+            return "cancelled"
+        if self.deadline is not None and time.perf_counter() > self.deadline:
+            return "deadline"
+        return None
+
+
+class Scheduler:
+    """Answers requests together.
+
+    Args:
+        engine: what answers. Adapters are not served here: the active one is used.
+        limits: what is served at once.
+
+    Attributes:
+        limits: as given.
+        steps: decoding steps so far.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.steps = 0
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._waiting: FairQueue[Ticket] = FairQueue()
+        self._prefilling: Ticket | None = None
+        self._running: list[Ticket] = []
+        self._draining = self._closed = False
+        self._decoders: dict[int, tuple[Served, RaggedDecoder]] = {}
+        self._threads = [
+            threading.Thread(target=work, name=f"chunkcache-{name}", daemon=True)
+            for name, work in (("prefill", self._prefill_loop), ("decode", self._decode_loop))
+        ]
+        for thread in self._threads:
+            thread.start()
+        _schedulers.add(self)
+
+    def submit(
+        self,
+        request: PreparedRequest,
+        sampler: Sampler,
+        deliver: Deliver,
+        *,
+        tenant: str = "",
+        timeout: float | None = None,
+    ) -> Ticket:
+        """Take a request on.
+
+        Args:
+            request: the prompt, its policy, and the length of its answer.
+            sampler: chooses its tokens.
+            deliver: called with its tokens, and once with its end, from a thread of the scheduler: it must not block.
+            tenant: requests of different tenants take turns.
+            timeout: seconds after which it ends, counted from when it was prepared.
+
+        Raises:
+            ContextLengthError: prompt and answer do not fit the model.
+            InputError: its KV can never fit, or it names an adapter.
+            QueueFullError: too many wait already, or the server is shutting down.
+        """
+        tokens, room = len(request.prompt.token_ids), new_tokens(request.options, len(request.prompt.token_ids))
+        most = self._engine.decoder.max_tokens
+        if tokens + room > most:
+            raise ContextLengthError(
+                f"the prompt has {tokens} tokens, which with {room} new ones do not fit the model's context of "
+                f"{most}; pass fewer or shorter chunks, or a shorter answer"
+            )
+        if request.adapter is not None:
+            raise InputError(f"adapter={request.adapter!r}: requests that decode together share one; leave it out")
+        needed = self._engine.decoder.kv_bytes_per_token * (tokens + room)
+        if self.limits.kv_bytes is not None and needed > self.limits.kv_bytes:
+            raise InputError(
+                f"the request needs {needed} bytes of KV, and the server keeps {self.limits.kv_bytes}; pass fewer or "
+                "shorter chunks"
+            )
+        deadline = None if timeout is None else request.started + timeout
+        ticket = Ticket(request, sampler, deliver, room, needed, deadline)
+        with self._changed:
+            if self._draining or len(self._waiting) >= self.limits.waiting:
+                raise QueueFullError(len(self._waiting), self._draining)
+            self._waiting.put(tenant, ticket)
+            self._changed.notify_all()
+        return ticket
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are being answered, and how many wait."""
+        with self._changed:
+            return len(self._running) + (self._prefilling is not None), len(self._waiting)
+
+    def close(self, timeout: float | None = 0.0) -> None:
+        """Take no more requests; give those that are here `timeout` seconds to end (None for all they need)."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not (len(self._waiting) or self._prefilling or self._running), timeout)
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # --- prefill
+
+    def _prefill_loop(self) -> None:
+        while (ticket := self._next()) is not None:
+            try:
+                with _outcome(ticket):
+                    if self._ended(ticket):
+                        continue
+                    self._start(ticket)
+                    if not self._ended(ticket):
+                        with self._changed:
+                            self._running.append(ticket)
+            finally:
+                with self._changed:
+                    self._prefilling = None
+                    self._changed.notify_all()
+
+    def _next(self) -> Ticket | None:
+        """Wait for a request that fits beside those that run; None when the scheduler closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or (len(self._waiting) and self._fits(self._waiting.first())))
+            if self._closed:
+                for ticket in self._waiting.drain():
+                    ticket.deliver(Finished("cancelled", None))
+                return None
+            self._prefilling = self._waiting.get()
+            return self._prefilling
+
+    def _fits(self, ticket: Ticket) -> bool:
+        if len(self._running) >= self.limits.running:
+            return False
+        used = sum(each.kv_bytes for each in self._running)
+        return self.limits.kv_bytes is None or used + ticket.kv_bytes <= self.limits.kv_bytes
+
+    def _start(self, ticket: Ticket) -> None:
+        """Prefill a prompt and choose its first token."""
+        served = self._engine.served.current()
+        output = self._engine.prefill(ticket.request)
+        ticket.served, ticket.cache, ticket.stats = served, output.past_key_values, output.stats
+        sampled = ticket.sampler.choose(output.logits)
+        output.stats.ttft_s = time.perf_counter() - ticket.request.started
+        self._take(ticket, sampled)
+
+    # --- decoding
+
+    def _decode_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._running)
+                running = list(self._running)
+                if self._closed:
+                    break
+            left = [ticket for ticket in running if self._ended(ticket)]
+            running = [ticket for ticket in running if ticket not in left]
+            for served in {id(ticket.served): ticket.served for ticket in running}.values():
+                together = [ticket for ticket in running if ticket.served is served]
+                left += self._step(served, together)
+            if left:
+                with self._changed:
+                    self._running = [ticket for ticket in self._running if ticket not in left]
+                    self._changed.notify_all()
+        for ticket in running:
+            ticket.deliver(Finished("cancelled", ticket.stats))
+
+    def _step(self, served: Any, tickets: list[Ticket]) -> list[Ticket]:
+        """Decode a token of each; return those that are over."""
+        try:
+            with self._engine.served.session():
+                logits = self._decoder(served).step(
+                    [ticket.last for ticket in tickets],
+                    [ticket.cache for ticket in tickets if ticket.cache is not None],
+                )
+        except BaseException as error:
+            logger.exception("a decoding step of %d sequences failed", len(tickets))
+            for ticket in tickets:
+                ticket.deliver(Failed(error))
+            return tickets
+        self.steps += 1
+        over: list[Ticket] = []
+        for ticket, row in zip(tickets, logits, strict=True):
+            with _outcome(ticket, over):
+                self._take(ticket, ticket.sampler.choose(row))
+                if self._ended(ticket):
+                    over.append(ticket)
+        return over
+
+    def _decoder(self, served: Served) -> RaggedDecoder:
+        """Return what decodes with a model as it was; the last one is kept."""
+        if id(served) not in self._decoders:
+            self._decoders = {id(served): (served, RaggedDecoder(served.decoder))}
+        return self._decoders[id(served)][1]
+
+    # --- tokens
+
+    @staticmethod
+    def _take(ticket: Ticket, sampled: Sampled) -> None:
+        ticket.last = sampled.token_id
+        ticket.produced += 1
+        ticket.deliver(sampled)
+
+    @staticmethod
+    def _ended(ticket: Ticket) -> bool:
+        """Return whether a request is over, and tell whoever waits for it why."""
+        reason = ticket.over
+        if reason is None and ticket.last in ticket.sampler.ends:
+            reason = "stop"
+        elif reason is None and ticket.produced >= ticket.tokens:
+            reason = "length"
+        if reason is not None:
+            ticket.deliver(Finished(reason, ticket.stats))
+            ticket.cache = None  # its KV go now
+        return reason is not None
+
+
+@contextmanager
+def _outcome(ticket: Ticket, over: list[Ticket] | None = None) -> Iterator[None]:
+    """Deliver an error of the block to whoever waits for the ticket."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - likewise
+        ticket.deliver(Failed(error))
+        if over is not None:
+            over.append(ticket)
+
+
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_schedulers() -> None:
+    # A thread that is inside torch when the interpreter goes away takes the process down with an abort.
+    for scheduler in list(_schedulers):
+        scheduler.close()
