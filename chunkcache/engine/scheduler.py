@@ -205,6 +205,9 @@ class Scheduler:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        for ticket in (*self._running, *self._waiting.drain()):
+            ticket.deliver(Finished("cancelled", ticket.stats))
+        self._running = []
 
     # --- prefill
 
@@ -228,8 +231,6 @@ class Scheduler:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or (len(self._waiting) and self._fits(self._waiting.first())))
             if self._closed:
-                for ticket in self._waiting.drain():
-                    ticket.deliver(Finished("cancelled", None))
                 return None
             self._prefilling = self._waiting.get()
             return self._prefilling
@@ -257,7 +258,7 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._closed or self._running)
                 running = list(self._running)
                 if self._closed:
-                    break
+                    return
             left = [ticket for ticket in running if self._ended(ticket)]
             running = [ticket for ticket in running if ticket not in left]
             for served in {id(ticket.served): ticket.served for ticket in running}.values():
@@ -267,8 +268,6 @@ class Scheduler:
                 with self._changed:
                     self._running = [ticket for ticket in self._running if ticket not in left]
                     self._changed.notify_all()
-        for ticket in running:
-            ticket.deliver(Finished("cancelled", ticket.stats))
 
     def _step(self, served: Any, tickets: list[Ticket]) -> list[Ticket]:
         """Decode a token of each; return those that are over."""
