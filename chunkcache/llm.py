@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -93,9 +94,20 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         options = LibraryOptions(self.store, tenant, self.prompts.lead_in)
         served = ServedModel(model, tokenizer, options, calibration)
         served.latest.tuning.resolve(chosen)  # refuses one that lacks a calibration
-        self._messages = MessageBuilder(self.prompts, served.registry)
-        self.engine = Engine(served, tokenizer, chosen, pad)
-        self.attachment = Attachment(self.engine)
+        self._serve(Engine(served, tokenizer, chosen, pad))
+
+    def _serve(self, engine: Engine) -> None:
+        self.engine = engine
+        self._messages = MessageBuilder(self.prompts, engine.served.registry)
+        self.attachment = Attachment(engine)
+
+    def for_tenant(self, tenant: str) -> CachedLLM:
+        """Return a wrapper of the same model and store for another tenant's chunks; it costs next to nothing."""
+        twin = copy.copy(self)
+        twin._owns_store = False
+        engine = self.engine
+        twin._serve(Engine(engine.served.for_tenant(tenant), engine.tokenizer, engine.policy, engine.pad))
+        return twin
 
     @classmethod
     def from_pretrained(
@@ -268,6 +280,10 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
     def chat_prompt(self, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None) -> Prompt:
         """Return the prompt that `chat` would answer."""
         return self._messages.build(messages, template_options)
+
+    def raw_prompt(self, text: str) -> Prompt:
+        """Return a prompt that is `text` as it is, without a chat template; known chunks are found in it."""
+        return self._messages.raw(text)
 
     def conversation(
         self, system: str | None = None, template_options: Mapping[str, Any] | None = None

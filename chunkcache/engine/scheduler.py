@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from transformers.cache_utils import Cache
 
@@ -85,6 +85,7 @@ class Limits:
 class Ticket:
     """One request that was taken on; `cancel` may be called from any thread."""
 
+    engine: Engine
     request: PreparedRequest
     sampler: Sampler
     deliver: Deliver
@@ -101,6 +102,11 @@ class Ticket:
     def cancel(self) -> None:
         """End it after the step it is in; nothing more is delivered but its end."""
         self.cancelled.set()
+
+    @property
+    def fingerprint(self) -> str:
+        """Which model it was prefilled with; those of one model decode together, whosever they are."""
+        return "" if self.served is None else self.served.library.fingerprint
 
     @property
     def over(self) -> Reason | None:
@@ -133,7 +139,7 @@ class Scheduler:
         self._prefilling: Ticket | None = None
         self._running: list[Ticket] = []
         self._draining = self._closed = False
-        self._decoders: dict[int, tuple[Served, RaggedDecoder]] = {}
+        self._decoders: dict[str, RaggedDecoder] = {}
         self._threads = [
             threading.Thread(target=work, name=f"chunkcache-{name}", daemon=True)
             for name, work in (("prefill", self._prefill_loop), ("decode", self._decode_loop))
@@ -150,6 +156,7 @@ class Scheduler:
         *,
         tenant: str = "",
         timeout: float | None = None,
+        engine: Engine | None = None,
     ) -> Ticket:
         """Take a request on.
 
@@ -159,6 +166,7 @@ class Scheduler:
             deliver: called with its tokens, and once with its end, from a thread of the scheduler: it must not block.
             tenant: requests of different tenants take turns.
             timeout: seconds after which it ends, counted from when it was prepared.
+            engine: what prefills it, of the same model; by default the scheduler's.
 
         Raises:
             ContextLengthError: prompt and answer do not fit the model.
@@ -181,7 +189,7 @@ class Scheduler:
                 "shorter chunks"
             )
         deadline = None if timeout is None else request.started + timeout
-        ticket = Ticket(request, sampler, deliver, room, needed, deadline)
+        ticket = Ticket(engine or self._engine, request, sampler, deliver, room, needed, deadline)
         with self._changed:
             if self._draining or len(self._waiting) >= self.limits.waiting:
                 raise QueueFullError(len(self._waiting), self._draining)
@@ -243,8 +251,8 @@ class Scheduler:
 
     def _start(self, ticket: Ticket) -> None:
         """Prefill a prompt and choose its first token."""
-        served = self._engine.served.current()
-        output = self._engine.prefill(ticket.request)
+        served = ticket.engine.served.current()
+        output = ticket.engine.prefill(ticket.request)
         ticket.served, ticket.cache, ticket.stats = served, output.past_key_values, output.stats
         sampled = ticket.sampler.choose(output.logits)
         output.stats.ttft_s = time.perf_counter() - ticket.request.started
@@ -261,19 +269,18 @@ class Scheduler:
                     return
             left = [ticket for ticket in running if self._ended(ticket)]
             running = [ticket for ticket in running if ticket not in left]
-            for served in {id(ticket.served): ticket.served for ticket in running}.values():
-                together = [ticket for ticket in running if ticket.served is served]
-                left += self._step(served, together)
+            for model in {ticket.fingerprint for ticket in running}:
+                left += self._step([ticket for ticket in running if ticket.fingerprint == model])
             if left:
                 with self._changed:
                     self._running = [ticket for ticket in self._running if ticket not in left]
                     self._changed.notify_all()
 
-    def _step(self, served: Any, tickets: list[Ticket]) -> list[Ticket]:
-        """Decode a token of each; return those that are over."""
+    def _step(self, tickets: list[Ticket]) -> list[Ticket]:
+        """Decode a token of each, all of one model; return those that are over."""
         try:
             with self._engine.served.session():
-                logits = self._decoder(served).step(
+                logits = self._decoder(tickets[0]).step(
                     [ticket.last for ticket in tickets],
                     [ticket.cache for ticket in tickets if ticket.cache is not None],
                 )
@@ -291,11 +298,12 @@ class Scheduler:
                     over.append(ticket)
         return over
 
-    def _decoder(self, served: Served) -> RaggedDecoder:
-        """Return what decodes with a model as it was; the last one is kept."""
-        if id(served) not in self._decoders:
-            self._decoders = {id(served): (served, RaggedDecoder(served.decoder))}
-        return self._decoders[id(served)][1]
+    def _decoder(self, ticket: Ticket) -> RaggedDecoder:
+        """Return what decodes with the model as it was when a request was prefilled; the last one is kept."""
+        assert ticket.served is not None
+        if ticket.fingerprint not in self._decoders:
+            self._decoders = {ticket.fingerprint: RaggedDecoder(ticket.served.decoder)}
+        return self._decoders[ticket.fingerprint]
 
     # --- tokens
 

@@ -7,12 +7,13 @@ the model that computed them, or nowhere.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,15 @@ class ServedModel:
     def fingerprints(self) -> tuple[str, ...]:
         """All fingerprints that the model has had, the latest last."""
         return tuple(self._checked)
+
+    def for_tenant(self, tenant: str) -> ServedModel:
+        """Return the same model with the chunks of another tenant; what was found of the model is not found again."""
+        twin = copy.copy(self)
+        twin._options = replace(self._options, tenant=tenant)
+        twin.registry = ChunkRegistry()
+        with self._lock:
+            twin.latest = twin._serve(self._sentinel.state(), Decoder(self.model), None)
+        return twin
 
     @contextmanager
     def session(self, adapter: str | None = None) -> Iterator[Served]:

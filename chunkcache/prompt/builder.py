@@ -104,9 +104,9 @@ class PromptBuilder:
         if isinstance(chunks, str):
             raise PromptError(f"chunks is one string of {len(chunks)} characters; pass a list of texts")
 
-    def start(self) -> PromptIds:
-        """Return a prompt that has only what every prompt begins with."""
-        return PromptIds(() if self.template else self._tokens.leading(), self._tokens.run)
+    def start(self, raw: bool = False) -> PromptIds:
+        """Return a prompt that has only what every prompt begins with; `raw` where no template writes it."""
+        return PromptIds(self._tokens.leading() if raw or not self.template else (), self._tokens.run)
 
     def add_own(self, prompt: PromptIds, text: str) -> None:
         """Append a text of the template's own."""

@@ -65,6 +65,19 @@ class MessageBuilder:
             raise PromptError(f"{len(turns)} messages have no text; pass at least one with some")
         return self.of_turns(turns, template_options)
 
+    def raw(self, text: str) -> Prompt:
+        """Return the prompt that is `text`, without a template.
+
+        Raises:
+            PromptError: there is nothing but white space in it.
+        """
+        if not text.strip():
+            raise PromptError(f"the prompt is empty ({text!r}); pass the text to be continued")
+        ids, found = self.prompts.start(raw=True), _Found(None)
+        self._add(self.prompts, ids, Turn("user", text), found)
+        ids.flush()
+        return self._prompt(self.prompts, ids, found)
+
     def of_turns(self, turns: Sequence[Turn], template_options: Options | None = None) -> Prompt:
         """Return the prompt of turns; see `build`."""
         prompts = self.prompts.with_options(template_options)

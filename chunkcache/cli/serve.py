@@ -1,0 +1,82 @@
+"""`chunkcache serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import click
+from rich.markup import escape
+
+from chunkcache.cli.console import err
+from chunkcache.cli.inputs import load
+from chunkcache.cli.options import STORE_VARIABLE, PolicyName, argument, command, count, option
+from chunkcache.errors import InputError, missing_extra
+
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+KEY_VARIABLE = "CHUNKCACHE_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeCommand:
+    """A server."""
+
+    model_name: Annotated[str, argument(metavar="MODEL")]
+    host: Annotated[str, option(help="Address to listen at; any other than loopback needs keys.")] = "127.0.0.1"
+    port: Annotated[int, option(help="Port to listen at.")] = 8000
+    name: Annotated[str | None, option(help="What clients call the model; by default MODEL.")] = None
+    policy: PolicyName = "query"
+    store: Annotated[str, option(envvar=STORE_VARIABLE, show_envvar=True, help="URL of the chunk KV store.")] = (
+        "memory://?max_bytes=2GiB"
+    )
+    keys: Annotated[Path | None, option(type=FILE, help="TOML file of API keys and their tenants; else the key in "
+                                        f"{KEY_VARIABLE}, if it is set.")] = None  # fmt: skip
+    running: Annotated[int, count("Sequences that decode together.")] = 8
+    waiting: Annotated[int, count("Requests that may wait; more are answered with 429.")] = 64
+    max_kv_bytes: Annotated[str | None, option(help="KV of all sequences that run, such as 4GiB.")] = None
+    max_body: Annotated[str, option(help="Largest request.")] = "8MiB"
+    timeout: Annotated[float | None, option(help="Seconds after which an answer ends.")] = None
+    drain: Annotated[float, option(help="Seconds that running answers get on SIGTERM.")] = 30.0
+    device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
+    dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
+
+
+@command("serve")
+def serve(options: ServeCommand) -> None:
+    """Serve MODEL over HTTP, as OpenAI's API; chunks of requests are reused.
+
+    A key is asked for where CHUNKCACHE_API_KEY or --keys is set, and must be for any address but loopback.
+    """
+    try:
+        import uvicorn
+
+        from chunkcache.serve.app import ServeOptions, create_app
+        from chunkcache.serve.service import Service
+        from chunkcache.serve.tenants import Tenants
+    except ImportError as error:
+        raise missing_extra("server", "chunkcache serve", error) from error
+    from chunkcache.engine.scheduler import Limits
+    from chunkcache.llm import wrap
+    from chunkcache.store.budget import parse_bytes
+
+    key = os.environ.get(KEY_VARIABLE)
+    tenants = Tenants.read(options.keys) if options.keys else Tenants.of_key(key) if key else Tenants()
+    if not tenants and options.host not in LOOPBACK:
+        raise InputError(
+            f"--host {options.host} lets others in: set {KEY_VARIABLE}, or pass --keys, or listen at {LOOPBACK[0]}"
+        )
+    most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
+    limits = Limits(options.running, options.waiting, most)
+    served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain)
+    model, tokenizer = load(options.model_name, options.device, options.dtype)
+    with wrap(model, tokenizer, store=options.store, policy=options.policy) as llm:
+        service = Service(llm, options.name or options.model_name, limits)
+        app = create_app(service, served)
+        err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
+        uvicorn.run(
+            app, host=options.host, port=options.port, log_level="warning",
+            timeout_graceful_shutdown=int(options.drain) or None,
+        )  # fmt: skip

@@ -1,0 +1,165 @@
+"""The answers to one request as they come, from the scheduler's threads into the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from chunkcache.engine.detokenizer import Detokenizer
+from chunkcache.engine.sampling import Sampled
+from chunkcache.engine.scheduler import Event, Failed, Finished, Scheduler, Ticket
+from chunkcache.engine.stats import RequestStats
+from chunkcache.serve.service import Choice
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of one answer.
+
+    Attributes:
+        index: which answer.
+        text: what was added to it.
+        tokens: the tokens that came since the piece before.
+        finish: why it is over; None while it is not.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[Sampled, ...] = ()
+    finish: str | None = None
+
+
+@dataclass
+class Answers:
+    """The answers to one request, to be iterated over once; leaving the loop early ends them.
+
+    Attributes:
+        stats: what was done for each answer.
+        prompt_tokens: tokens of all prompts, each counted once.
+        completion_tokens: tokens of all answers so far.
+    """
+
+    scheduler: Scheduler
+    choices: Sequence[Choice]
+    stop: Sequence[str] = ()
+    tenant: str = ""
+    timeout: float | None = None
+    watch: Callable[[], Callable[[Event], None]] | None = None
+    stats: list[RequestStats] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+
+    def submit(self) -> None:
+        """Hand all answers to the scheduler, or none.
+
+        Raises:
+            QueueFullError, InputError: one is not taken on.
+        """
+        loop = asyncio.get_running_loop()
+
+        def deliver(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+        try:
+            for index, choice in enumerate(self.choices):
+                ticket = self.scheduler.submit(
+                    choice.request, choice.sampler, partial(deliver, index), tenant=self.tenant, timeout=self.timeout,
+                    engine=choice.llm.engine,
+                )  # fmt: skip
+                self._tickets.append(ticket)
+        except BaseException:
+            self.cancel()
+            raise
+        prompts = {id(choice.request): len(choice.request.prompt.token_ids) for choice in self.choices}
+        self.prompt_tokens = sum(prompts.values())
+
+    def cancel(self) -> None:
+        """End all answers after the step they are in."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yield pieces as they come.
+
+        Raises:
+            Exception: what went wrong with one of the answers.
+        """
+        texts = [Detokenizer(choice.llm.tokenizer, self.stop) for choice in self.choices]
+        pending: list[list[Sampled]] = [[] for _ in self.choices]
+        watches = [self.watch() for _ in self.choices] if self.watch is not None else []
+        going = set(range(len(self.choices)))
+        try:
+            while going:
+                index, event = await self._queue.get()
+                if index not in going:
+                    continue
+                if watches:
+                    watches[index](event)
+                if isinstance(event, Failed):
+                    raise event.error
+                text, finish = "", None
+                if isinstance(event, Finished):
+                    if event.stats is not None:
+                        self.stats.append(event.stats)
+                    text, finish = texts[index].finish(), event.reason
+                else:
+                    self.completion_tokens += 1
+                    pending[index].append(event)
+                    text = texts[index].push(event.token_id)
+                    if texts[index].stopped:
+                        finish = "stop"
+                        self._tickets[index].cancel()
+                        self.stats += [stats] if (stats := self._tickets[index].stats) else []
+                if finish is not None:
+                    going.discard(index)
+                if text or finish:
+                    yield Piece(index, text, tuple(pending[index]), finish)
+                    pending[index] = []
+        finally:
+            self.cancel()
+
+    def usage(self) -> dict[str, Any]:
+        """Return OpenAI's `usage`, with what was reused."""
+        first = self.stats[:1]
+        cached = sum(_not_computed(stats) for stats in self.stats)
+        details: dict[str, Any] = {
+            "cached_tokens": min(cached, self.prompt_tokens),
+            "cache_write_tokens": sum(stats.computed_tokens for stats in self.stats),
+        }
+        if first:
+            details["chunkcache"] = [_told(stats) for stats in self.stats]
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": details,
+        }
+
+
+def _not_computed(stats: RequestStats) -> int:
+    """Return how many rows of a prompt were reused as they were; a row is a token in all layers."""
+    computed = round(stats.recomputed_share * stats.tokens)
+    return max(0, min(stats.cached_tokens, stats.tokens - computed))
+
+
+def _told(stats: RequestStats) -> dict[str, Any]:
+    """Return what clients are told of a request, under `usage.prompt_tokens_details.chunkcache`."""
+    return {
+        "policy": stats.policy,
+        "chunks": stats.chunks,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "reused_tokens": stats.reused_tokens,
+        "exact_tokens": stats.exact_tokens,
+        "recomputed_share": round(stats.recomputed_share, 6),
+        "guard_full": stats.guard_full,
+        "ttft_s": round(stats.ttft_s, 6),
+        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages().items()},
+    }

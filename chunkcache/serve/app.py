@@ -1,0 +1,234 @@
+"""The HTTP side: routes, who may ask, how large a request may be, and what happens when one goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from chunkcache.serve.answers import Answers
+from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.metrics import Metrics
+from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered, streamed
+from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, Sampling
+from chunkcache.serve.service import Choice, Service
+from chunkcache.serve.tenants import Tenant, Tenants
+
+Scope = MutableMapping[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a server answers.
+
+    Attributes:
+        tenants: who may ask.
+        body_bytes: the largest request.
+        timeout_s: seconds after which an answer ends; None for as long as it takes.
+        drain_s: seconds that running answers get when the server is told to stop.
+    """
+
+    tenants: Tenants = field(default_factory=Tenants)
+    body_bytes: int = 8 * 2**20
+    timeout_s: float | None = None
+    drain_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the routes work with, in `app.state.server`."""
+
+    service: Service
+    options: ServeOptions
+    metrics: Metrics
+
+    async def answer(
+        self, request: Request, asked: Sampling, tenant: Tenant, prepare: Callable[..., list[Choice]], kind: type[Any]
+    ) -> Response:
+        """Answer a request with a body, or with a stream of pieces."""
+        with ExitStack() as stack:
+            stack.enter_context(self.options.tenants.admitted(tenant))
+            choices = await run_in_threadpool(prepare, asked, tenant)
+            answers = Answers(
+                self.service.scheduler,
+                choices,
+                asked.stops(),
+                tenant.name,
+                self.options.timeout_s,
+                self.metrics.watch,
+            )
+            answers.submit()
+            stack.callback(answers.cancel)
+            form: Form = kind(Shape(self.service.name, self.service.token_text, asked.likeliest() is not None))
+            if not asked.stream:
+                return JSONResponse(await _or_gone(request, gathered(form, answers)))
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return _Stream(streamed(form, answers, usage), stack.pop_all())
+
+    def told(self, error: HTTPError) -> JSONResponse:
+        """Return the answer to a request that went wrong."""
+        self.metrics.failed(error.status)
+        return JSONResponse(error.body(), error.status, error.headers)
+
+
+def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI:
+    """Return the ASGI application of a service. The service's scheduler ends with it."""
+    options = options or ServeOptions()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(service.scheduler.close, options.drain_s)
+
+    app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(_Bounded, most=options.body_bytes)
+    app.state.server = Server(service, options, Metrics(service.scheduler))
+    app.include_router(router)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(HTTPError, _failed)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+router = APIRouter()
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+def _who(request: Request) -> Tenant:
+    return _server(request).options.tenants.find(request.headers.get("authorization"))
+
+
+AServer = Annotated[Server, Depends(_server)]
+Who = Annotated[Tenant, Depends(_who)]
+
+
+@router.post("/v1/chat/completions")
+async def chat(request: Request, asked: ChatRequest, tenant: Who, server: AServer) -> Response:
+    """Answer a conversation."""
+    return await server.answer(request, asked, tenant, server.service.chat, Chat)
+
+
+@router.post("/v1/completions")
+async def completion(request: Request, asked: CompletionRequest, tenant: Who, server: AServer) -> Response:
+    """Continue a text."""
+    return await server.answer(request, asked, tenant, server.service.completion, Completion)
+
+
+@router.post("/v1/chunks")
+async def chunks(asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
+    """Compute the KV of texts ahead."""
+    with server.options.tenants.admitted(tenant):
+        return await run_in_threadpool(server.service.precompute, asked, tenant)
+
+
+@router.get("/v1/models")
+async def models(tenant: Who, server: AServer) -> dict[str, Any]:
+    """List the model."""
+    return {"object": "list", "data": [server.service.about()]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, tenant: Who, server: AServer) -> dict[str, Any]:
+    """Describe the model."""
+    server.service.check_model(name)
+    return server.service.about()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """Say that the server is up."""
+    return {"status": "ok"}
+
+
+@router.get("/metrics")
+async def measured(tenant: Who, server: AServer) -> Response:
+    """Tell what was counted, in Prometheus' format."""
+    return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _invalid(request: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{where}: {first['msg']}" if where else first["msg"]
+    return _server(request).told(HTTPError(400, message, param=where or None))
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    return _server(request).told(HTTPError(error.status_code, str(error.detail)))
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    return _server(request).told(HTTPError.of(error))
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; whatever becomes of it, what it holds is let go of."""
+
+    def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _or_gone(request: Request, answer: Awaitable[T]) -> T:
+    """Await an answer; if its client goes away meanwhile, end it."""
+    task = asyncio.ensure_future(answer)
+
+    async def gone() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.1)
+        task.cancel()
+
+    watcher = asyncio.create_task(gone())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise HTTPError(499, "the client went away") from None
+    finally:
+        watcher.cancel()
+
+
+class _Bounded:
+    """Refuses requests whose body is too large, whatever they say of its length."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
+        """Pass a request on, and stop reading it where it is too large."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        read = 0
+
+        async def bounded() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise HTTPException(413, f"the request is larger than {self._most} bytes; send less")
+            return message
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._most:
+            error = HTTPError(413, f"the request is larger than {self._most} bytes; send less")
+            await JSONResponse(error.body(), error.status)(scope, receive, send)
+            return
+        await self._app(scope, bounded, send)

@@ -1,0 +1,158 @@
+"""What clients send: OpenAI's requests, with what is added to them here. Unknown fields are refused, not ignored.
+
+Fields that OpenAI's API has and that say nothing about the answer (`user`, `metadata`, ...) are taken and not used.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Text = Annotated[str, StringConstraints(max_length=2**20)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Strict):
+    """A part of a message. One with `prompt_cache_breakpoint` is a chunk, whose KV are reused wherever it stands."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: Text
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    annotations: list[Any] | None = None
+
+
+class Message(_Strict):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+
+
+class Document(_Strict):
+    """A passage: as vLLM and chat templates write it (`title`, `text`), or Cohere (`id`, `data`)."""
+
+    id: str | None = None
+    title: str | None = None
+    text: Text | None = None
+    data: str | dict[str, str] | None = None
+
+    def passage(self) -> str:
+        """Return its text as it stands in the prompt."""
+        data = self.data if isinstance(self.data, dict) else {"text": self.data or ""}
+        title, text = self.title or data.get("title", ""), self.text or data.get("text") or data.get("snippet", "")
+        return f"{title}\n{text}".strip() if title else text
+
+
+class StreamOptions(_Strict):
+    """What a stream has besides its pieces."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """How the answer is to look; only text is served."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class Sampling(_Strict):
+    """How an answer is chosen, and over which KV."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1, le=16)
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    reuse: Literal["exact", "fused", "off"] | None = None
+    cache_salt: Salt | None = None
+    prompt_cache_key: Salt | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+    def stops(self) -> list[str]:
+        """Return the strings that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    def length(self) -> int | None:
+        """Return how many tokens an answer may have; None for the server's default."""
+        return self.max_tokens
+
+    def likeliest(self) -> int | None:
+        """Return how many of the likeliest tokens are told with each, None for no probabilities."""
+        return None
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    documents: list[Text | Document] | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+    def length(self) -> int | None:
+        """Return how many tokens an answer may have; None for the server's default."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def likeliest(self) -> int | None:
+        """Return how many of the likeliest tokens are told with each, None for no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Text | list[int] | list[Text]
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def likeliest(self) -> int | None:
+        """Return how many of the likeliest tokens are told with each, None for no probabilities."""
+        return self.logprobs
+
+
+class ChunksRequest(_Strict):
+    """POST /v1/chunks: texts whose KV are computed ahead."""
+
+    texts: list[Text] = Field(min_length=1, max_length=4096)
+    documents: list[str] | None = None
+    system: Text | None = None
+    lead: Literal["packaged", "neighbours"] = "packaged"
+    cache_salt: Salt | None = None
+    prompt_cache_key: Salt | None = None

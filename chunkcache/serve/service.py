@@ -1,0 +1,218 @@
+"""What a server is made of: one model, a scheduler, and for each tenant a view of its own chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chunkcache.engine.engine import PreparedRequest
+from chunkcache.engine.sampling import Sampler
+from chunkcache.engine.scheduler import Limits, Scheduler
+from chunkcache.llm import CachedLLM
+from chunkcache.prompt import Prompt, PromptChunk
+from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, Document, Message, Sampling
+from chunkcache.serve.tenants import Tenant
+
+VIEWS = 256  # tenants and salts whose known texts are kept; those of others are found by their documents only
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer that is asked for.
+
+    Attributes:
+        llm: the tenant's view.
+        request: the prompt, and how it is served.
+        sampler: chooses the tokens.
+    """
+
+    llm: CachedLLM
+    request: PreparedRequest
+    sampler: Sampler
+
+
+class Service:
+    """Turns what clients send into requests to the model.
+
+    Args:
+        llm: the wrapped model; its policy, store and instruction are the server's.
+        name: what clients call the model.
+        limits: what is served at once.
+
+    Attributes:
+        llm: as given.
+        name: as given.
+        scheduler: answers.
+    """
+
+    def __init__(self, llm: CachedLLM, name: str, limits: Limits | None = None) -> None:
+        self.llm, self.name = llm, name
+        self.scheduler = Scheduler(llm.engine, limits)
+        self._created = int(time.time())
+        self._lock = threading.Lock()
+        self._views: OrderedDict[str, CachedLLM] = OrderedDict()
+
+    def view(self, tenant: Tenant, salts: Sequence[str | None] = ()) -> CachedLLM:
+        """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`)."""
+        given = [salt for salt in salts if salt is not None]
+        if not tenant.name and not given:
+            return self.llm
+        parts = [tenant.name, *(hashlib.sha256(salt.encode()).hexdigest() for salt in given)]
+        key = "/".join(parts)
+        with self._lock:
+            if key not in self._views:
+                self._views[key] = self.llm.for_tenant(key)
+                if len(self._views) > VIEWS:
+                    self._views.popitem(last=False)
+            self._views.move_to_end(key)
+            return self._views[key]
+
+    def chat(self, asked: ChatRequest, tenant: Tenant) -> list[Choice]:
+        """Return the answers that a chat asks for.
+
+        Raises:
+            HTTPError, InputError: it cannot be served.
+        """
+        self._check(asked)
+        for name, what in (("tools", asked.tools), ("response_format", _format(asked))):
+            if what:
+                raise HTTPError(400, f"{name} is not served here; leave it out", "unsupported_parameter", name)
+        messages = _messages(asked.messages, [_passage(each) for each in asked.documents or ()])
+        llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
+        return self._choices(llm, asked, [lambda: llm.chat_prompt(messages, asked.chat_template_kwargs)])
+
+    def completion(self, asked: CompletionRequest, tenant: Tenant) -> list[Choice]:
+        """Return the answers that a completion asks for.
+
+        Raises:
+            HTTPError, InputError: it cannot be served.
+        """
+        self._check(asked)
+        for name in ("echo", "best_of", "suffix"):
+            if getattr(asked, name) not in (None, False, 1, asked.n if name == "best_of" else None):
+                raise HTTPError(400, f"{name} is not served here; leave it out", "unsupported_parameter", name)
+        llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
+        prompt = asked.prompt
+        prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str) else [prompt]
+        if prompts == [[]]:
+            raise HTTPError(400, "the prompt is empty; pass text or token ids", param="prompt")
+        return self._choices(llm, asked, [_raw(llm, each) for each in prompts])
+
+    def precompute(self, asked: ChunksRequest, tenant: Tenant) -> dict[str, int]:
+        """Compute the KV of texts ahead; return how many there are, and how many were new.
+
+        Raises:
+            InputError: a text is empty, or does not fit the model.
+        """
+        llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
+        if asked.documents is not None and len(asked.documents) != len(asked.texts):
+            raise HTTPError(400, "documents names one document for each text", param="documents")
+        computed = llm.precompute(asked.texts, documents=asked.documents, system=asked.system, lead=asked.lead)
+        return {"chunks": len(asked.texts), "computed": computed.computed}
+
+    def about(self) -> dict[str, Any]:
+        """Return what clients are told of the model."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "chunkcache",
+            "max_model_len": self.llm.max_tokens,
+        }
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token."""
+        return str(self.llm.tokenizer.decode([token_id]))
+
+    def check_model(self, name: str) -> None:
+        """Raise HTTPError if the model is called otherwise."""
+        if name != self.name:
+            raise HTTPError(404, f"there is no model {name!r} here, but {self.name!r}", "model_not_found", "model")
+
+    def _check(self, asked: Sampling) -> None:
+        self.check_model(asked.model)
+        for name in ("frequency_penalty", "presence_penalty"):
+            if getattr(asked, name):
+                raise HTTPError(
+                    400, f"{name} is not served here; repetition_penalty is", "unsupported_parameter", name
+                )
+
+    def _choices(self, llm: CachedLLM, asked: Sampling, builds: Sequence[Callable[[], Prompt]]) -> list[Choice]:
+        options = _options(asked)
+        policy = "full" if asked.reuse == "off" else None
+        if asked.reuse == "exact":
+            options["reuse"] = "exact"
+        choices = []
+        for build in builds:
+            request = llm.engine.prepare(build, policy, asked.length(), options)
+            for number in range(asked.n):
+                seed = None if asked.seed is None else asked.seed + number
+                sampling = {**request.options, **({} if seed is None else {"seed": seed})}
+                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest())
+                choices.append(Choice(llm, request, sampler))
+        return choices
+
+
+def _options(asked: Sampling) -> dict[str, Any]:
+    """Return the keywords of `generate()` that a request stands for."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    options = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    if options.get("temperature") == 0:
+        options = {name: options[name] for name in options if name == "repetition_penalty"}
+        options["do_sample"] = False
+    elif options.keys() - {"repetition_penalty"}:
+        options["do_sample"] = True
+    if asked.logit_bias:
+        if not all(name.isdecimal() for name in asked.logit_bias):
+            raise HTTPError(400, "logit_bias maps token ids to numbers", param="logit_bias")
+        options["sequence_bias"] = [[[int(name)], value] for name, value in asked.logit_bias.items()]
+    return options
+
+
+def _format(asked: ChatRequest) -> bool:
+    return asked.response_format is not None and asked.response_format.type != "text"
+
+
+def _passage(document: str | Document) -> str:
+    return document if isinstance(document, str) else document.passage()
+
+
+def _messages(messages: Sequence[Message], passages: Sequence[str]) -> list[dict[str, Any]]:
+    """Return messages as `CachedLLM.chat` takes them, the passages with the last that the user said."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        content: str | list[str | PromptChunk] = ""
+        if isinstance(message.content, str):
+            content = message.content
+        elif message.content is not None:
+            content = [
+                PromptChunk(part.text) if part.prompt_cache_breakpoint is not None else part.text
+                for part in message.content
+            ]
+        turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    if passages:
+        asked = next((turn for turn in reversed(turns) if turn["role"] == "user"), None)
+        if asked is None:
+            raise HTTPError(
+                400, "documents stand with what the user asks; pass a message of the user", param="messages"
+            )
+        said = [asked["content"]] if isinstance(asked["content"], str) else asked["content"]
+        asked["content"] = [*map(PromptChunk, passages), *said]
+    return turns
+
+
+def _raw(llm: CachedLLM, prompt: Any) -> Callable[[], Prompt]:
+    """Return what builds a prompt that is text, or token ids, as it is."""
+    if isinstance(prompt, str):
+        return lambda: llm.raw_prompt(prompt)
+    size = int(llm.model.config.get_text_config().vocab_size)
+    wrong = next((each for each in prompt if not 0 <= each < size), None)
+    if wrong is not None:
+        raise HTTPError(400, f"{wrong} is no token id: the model has {size}", param="prompt")
+    return lambda: Prompt(tuple(prompt), 0)
