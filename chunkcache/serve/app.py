@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from chunkcache.errors import ChunkCacheError
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.metrics import Metrics
@@ -95,8 +96,8 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(HTTPError, _failed)
-    app.add_exception_handler(Exception, _failed)
+    for kind in (HTTPError, ChunkCacheError, Exception):
+        app.add_exception_handler(kind, _failed)
     return app
 
 

@@ -105,7 +105,9 @@ def test_completions_of_text_and_of_token_ids(client, llm):
     ids = [5, 6, 7, 8, 9]
     by_ids = client.completions.create(model=MODEL, prompt=ids, max_tokens=4, temperature=0)
     assert by_ids.usage.prompt_tokens == 5
-    several = client.completions.create(model=MODEL, prompt=["The bridge", "A ferry"], max_tokens=4, temperature=0, n=2)
+    several = client.completions.create(
+        model=MODEL, prompt=["The bridge", "A ferry"], max_tokens=4, temperature=0, n=2
+    )
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == several.choices[1].text
     alone = client.completions.create(model=MODEL, prompt="A ferry", max_tokens=4, temperature=0)

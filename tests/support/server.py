@@ -19,9 +19,7 @@ MODEL = "tiny"
 
 
 @contextmanager
-def served(
-    llm: Any = None, limits: Limits | None = None, **options: Any
-) -> Iterator[tuple[str, Service]]:
+def served(llm: Any = None, limits: Limits | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
     """Serve a tiny model; yield the server's URL and its service."""
     service = Service(llm or wrapped(), MODEL, limits)
     config = uvicorn.Config(create_app(service, ServeOptions(**options)), port=0, log_level="warning")
