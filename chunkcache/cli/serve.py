@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -58,8 +61,10 @@ def serve(options: ServeCommand) -> None:
         from chunkcache.serve.tenants import Tenants
     except ImportError as error:
         raise missing_extra("server", "chunkcache serve", error) from error
+    from chunkcache.blend import parse_policy
     from chunkcache.engine.scheduler import Limits
-    from chunkcache.llm import wrap
+    from chunkcache.llm import CachedLLM
+    from chunkcache.store import open_store
     from chunkcache.store.budget import parse_bytes
 
     key = os.environ.get(KEY_VARIABLE)
@@ -71,11 +76,14 @@ def serve(options: ServeCommand) -> None:
     most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
     limits = Limits(options.running, options.waiting, most)
     served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain)
+    policy, store = parse_policy(options.policy), open_store(options.store)
     model, tokenizer = load(options.model_name, options.device, options.dtype)
-    with wrap(model, tokenizer, store=options.store, policy=options.policy) as llm:
+    with closing(store), CachedLLM(model, tokenizer, store=store, policy=policy) as llm:
         service = Service(llm, options.name or options.model_name, limits)
         app = create_app(service, served)
         err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
+        # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.run(
             app, host=options.host, port=options.port, log_level="warning",
             timeout_graceful_shutdown=int(options.drain) or None,

@@ -1,0 +1,81 @@
+"""`chunkcache serve` as a process of its own: curl asks it, and SIGTERM lets answers end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from support.llm import saved_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    return saved_model(tmp_path)
+
+
+@pytest.fixture
+def run(command_line):
+    return command_line
+
+
+def test_a_process_is_asked_and_stopped(model):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "tiny"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHUNKCACHE_API_KEY": "a-key-for-this-test"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + 120
+        while not _is_up(url):
+            assert server.poll() is None, server.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        asked = {
+            "model": "tiny",
+            "prompt": "The bridge",
+            "max_tokens": 300,
+            "logit_bias": {"2": -100},
+            "stream": True,
+        }
+        curl = ["curl", "-sN", f"{url}/v1/completions", "-H", "Authorization: Bearer a-key-for-this-test"]
+        curl += ["-H", "Content-Type: application/json", "-d", json.dumps(asked)]
+        with subprocess.Popen(curl, stdout=subprocess.PIPE, text=True) as asking:
+            events = [asking.stdout.readline()]
+            server.send_signal(signal.SIGTERM)
+            events += asking.stdout.read().splitlines(keepends=True)
+        assert events[-2:] == ["data: [DONE]\n", "\n"]
+        assert len(events) > 2 * 100  # the answer went on to its end
+        _, told = server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert f"at {url}/v1" in " ".join(told.split())
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--host", "0.0.0.0"], "CHUNKCACHE_API_KEY"),
+        (["--max-kv-bytes", "much"], "'much' is not a size"),
+        (["--policy", "nope"], "no policy is called 'nope'"),
+        (["--running", "0"], "0 is not in the range"),
+    ],
+)
+def test_bad_options_are_told_before_the_model_is_loaded(run, options, says):
+    code, _, error = run("serve", "/no/such/model", *options)
+    assert code == 2
+    assert says in error
+
+
+def _is_up(url):
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
