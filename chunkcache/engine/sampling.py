@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from chunkcache.engine.generation import end_ids
+from chunkcache.engine.guided import Guide
 from chunkcache.errors import InputError
 
 
@@ -37,6 +38,7 @@ class Sampler:
         options: keywords of `generate()`; `seed` makes sampling repeatable.
         prompt: token ids of the prompt.
         logprobs: how many of the likeliest tokens are told with each; None for no probabilities at all.
+        guide: says which tokens may come; None for all.
 
     Attributes:
         ends: the tokens that end the answer.
@@ -46,7 +48,12 @@ class Sampler:
     """
 
     def __init__(
-        self, model: Any, options: dict[str, Any], prompt: Sequence[int], logprobs: int | None = None
+        self,
+        model: Any,
+        options: dict[str, Any],
+        prompt: Sequence[int],
+        logprobs: int | None = None,
+        guide: Guide | None = None,
     ) -> None:
         options = dict(options)
         seed = options.pop("seed", None)
@@ -62,7 +69,7 @@ class Sampler:
         if rest:
             raise InputError(f"{', '.join(map(repr, rest))}: no option of sampling; leave it out")
         self._sample = bool(config.do_sample)
-        self._device, self._ids, self._logprobs = model.device, list(prompt), logprobs
+        self._device, self._ids, self._logprobs, self._guide = model.device, list(prompt), logprobs, guide
         self._generator: torch.Generator | None = None
         if self._sample and seed is not None:
             self._generator = torch.Generator(self._device).manual_seed(int(seed))
@@ -71,6 +78,8 @@ class Sampler:
     def choose(self, logits: Tensor) -> Sampled:
         """Return the token that follows, by its logits `[vocab]`; it waits for the device."""
         scores = logits[None].float()
+        if self._guide is not None:
+            scores = self._guide.masked(scores)
         if self._processors:
             scores = self._processors(torch.tensor([self._ids], device=self._device), scores.clone())
         if self._sample:
@@ -79,6 +88,8 @@ class Sampler:
             chosen = scores.argmax(-1)
         token_id = int(chosen)
         self._ids.append(token_id)
+        if self._guide is not None:
+            self._guide.push(token_id)
         if self._logprobs is None:
             return Sampled(token_id)
         log_probs = logits.float().log_softmax(-1)

@@ -15,11 +15,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from chunkcache.errors import ChunkCacheError
+from chunkcache.serve import responses
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.metrics import Metrics
-from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered, streamed
-from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, Sampling
+from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered
+from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, ResponseRequest, Sampling
 from chunkcache.serve.service import Choice, Service
 from chunkcache.serve.tenants import Tenant, Tenants
 
@@ -73,7 +74,7 @@ class Server:
             if not asked.stream:
                 return JSONResponse(await _or_gone(request, gathered(form, answers)))
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return _Stream(streamed(form, answers, usage), stack.pop_all())
+            return _Stream(form.stream(answers, usage), stack.pop_all())
 
     def told(self, error: HTTPError) -> JSONResponse:
         """Return the answer to a request that went wrong."""
@@ -127,6 +128,12 @@ async def chat(request: Request, asked: ChatRequest, tenant: Who, server: AServe
 async def completion(request: Request, asked: CompletionRequest, tenant: Who, server: AServer) -> Response:
     """Continue a text."""
     return await server.answer(request, asked, tenant, server.service.completion, Completion)
+
+
+@router.post("/v1/responses")
+async def response(request: Request, asked: ResponseRequest, tenant: Who, server: AServer) -> Response:
+    """Answer a conversation, in the shape of the Responses API."""
+    return await server.answer(request, asked.as_chat(), tenant, server.service.chat, responses.Response)
 
 
 @router.post("/v1/chunks")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from chunkcache.engine.sampling import Sampled
@@ -40,23 +41,53 @@ class Shape:
         return {"id": f"{prefix}-{self.identity}", "object": kind, "created": self.created, "model": self.model}
 
 
-class Form(Protocol):
+class Form(ABC):
     """One kind of answer."""
 
+    @abstractmethod
     def whole(self, texts: Sequence[str], tokens: Sequence[Sequence[Sampled]], ends: Sequence[str]) -> dict[str, Any]:
         """Return the body of whole answers, without usage."""
 
+    @abstractmethod
+    def stream(self, answers: Answers, include_usage: bool) -> AsyncIterator[bytes]:
+        """Yield the server-sent events of a stream."""
+
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Return usage under the names that it has in this kind of answer."""
+        return usage
+
+
+class _Pieces(Form):
+    """An answer whose stream is of pieces, and ends with `[DONE]`."""
+
+    @abstractmethod
     def opening(self, answers: int) -> list[dict[str, Any]]:
         """Return what stands first in a stream."""
 
+    @abstractmethod
     def parts(self, piece: Piece) -> list[dict[str, Any]]:
         """Return what a piece is in a stream."""
 
+    @abstractmethod
     def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a stream that says how much was used."""
 
+    async def stream(self, answers: Answers, include_usage: bool) -> AsyncIterator[bytes]:
+        """Yield the server-sent events of a stream: pieces, usage where it is asked for, and `[DONE]`."""
+        try:
+            for part in self.opening(len(answers.choices)):
+                yield _event(part)
+            async for piece in answers:
+                for part in self.parts(piece):
+                    yield _event(part)
+            if include_usage:
+                yield _event(self.closing(answers.usage()))
+        except Exception as error:  # noqa: BLE001 - the stream has begun, so it is told in it
+            yield _event(HTTPError.of(error).body())
+        yield b"data: [DONE]\n\n"
 
-class Chat:
+
+class Chat(_Pieces):
     """Chat completions."""
 
     def __init__(self, shape: Shape) -> None:
@@ -113,7 +144,7 @@ class Chat:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-class Completion:
+class Completion(_Pieces):
     """Completions of a text."""
 
     def __init__(self, shape: Shape) -> None:
@@ -171,22 +202,7 @@ async def gathered(form: Form, answers: Answers) -> dict[str, Any]:
         texts[piece.index] += piece.text
         tokens[piece.index] += piece.tokens
         ends[piece.index] = piece.finish or ends[piece.index]
-    return {**form.whole(texts, tokens, ends), "usage": answers.usage()}
-
-
-async def streamed(form: Form, answers: Answers, include_usage: bool) -> AsyncIterator[bytes]:
-    """Yield the server-sent events of a stream: pieces, usage where it is asked for, and `[DONE]`."""
-    try:
-        for part in form.opening(len(answers.choices)):
-            yield _event(part)
-        async for piece in answers:
-            for part in form.parts(piece):
-                yield _event(part)
-        if include_usage:
-            yield _event(form.closing(answers.usage()))
-    except Exception as error:  # noqa: BLE001 - the stream has begun, so it is told in it
-        yield _event(HTTPError.of(error).body())
-    yield b"data: [DONE]\n\n"
+    return {**form.whole(texts, tokens, ends), "usage": form.usage(answers.usage())}
 
 
 def _event(body: dict[str, Any]) -> bytes:

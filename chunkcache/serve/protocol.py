@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Text = Annotated[str, StringConstraints(max_length=2**20)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -36,6 +36,17 @@ class Message(_Strict):
     refusal: str | None = None
 
 
+class ResponseMessage(_Strict):
+    """A message of the input of a response."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    type: Literal["message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
 class Document(_Strict):
     """A passage: as vLLM and chat templates write it (`title`, `text`), or Cohere (`id`, `data`)."""
 
@@ -58,11 +69,32 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+class JSONSchema(_Strict):
+    """A schema that an answer follows, and what clients call it."""
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(_Strict):
-    """How the answer is to look; only text is served."""
+    """How the answer is to look: any text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema stands with the type json_schema, and only there")
+        return self
+
+    def to_follow(self) -> dict[str, Any] | None:
+        """Return the schema that the answer follows, None for any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Sampling(_Strict):
@@ -131,6 +163,74 @@ class ChatRequest(Sampling):
     def likeliest(self) -> int | None:
         """Return how many of the likeliest tokens are told with each, None for no probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TextFormat(_Strict):
+    """How the text of a response is to look, as `ResponseFormat`, but in one level."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(_Strict):
+    """The `text` of a response."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponseRequest(_Strict):
+    """POST /v1/responses, for text. Nothing is kept here: what went before stands in `input`."""
+
+    model: str
+    input: Text | list[ResponseMessage] = Field(min_length=1)
+    instructions: Text | None = None
+    documents: list[Text | Document] | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    text: TextOptions | None = None
+    stream: bool = False
+    reuse: Literal["exact", "fused", "off"] | None = None
+    cache_salt: Salt | None = None
+    prompt_cache_key: Salt | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    truncation: Literal["disabled"] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """Return the chat that it stands for."""
+        said = [ResponseMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        messages = [Message(role=each.role, content=each.content) for each in said]
+        if self.instructions is not None:
+            messages.insert(0, Message(role="system", content=self.instructions))
+        how: ResponseFormat | None = None
+        if self.text is not None and self.text.format is not None:
+            given = self.text.format
+            schema = {"name": given.name or "answer", "schema": given.schema_} if given.schema_ is not None else None
+            how = ResponseFormat.model_validate({"type": given.type, "json_schema": schema})
+        asked = {
+            name: getattr(self, name)
+            for name in (
+                "model",
+                "documents",
+                "temperature",
+                "top_p",
+                "stream",
+                "reuse",
+                "cache_salt",
+                "prompt_cache_key",
+            )
+        }
+        return ChatRequest.model_validate(
+            {**asked, "messages": messages, "max_tokens": self.max_output_tokens, "response_format": how}
+        )
 
 
 class CompletionRequest(Sampling):

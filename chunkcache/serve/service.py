@@ -6,11 +6,14 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from chunkcache.engine.engine import PreparedRequest
+from chunkcache.engine.generation import end_ids
+from chunkcache.engine.guided import Guides
 from chunkcache.engine.sampling import Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
 from chunkcache.llm import CachedLLM
@@ -58,6 +61,11 @@ class Service:
         self._lock = threading.Lock()
         self._views: OrderedDict[str, CachedLLM] = OrderedDict()
 
+    @cached_property
+    def _guides(self) -> Guides:
+        model: Any = self.llm.model
+        return Guides(self.llm.tokenizer, int(model.config.get_text_config().vocab_size), end_ids(model, {}))
+
     def view(self, tenant: Tenant, salts: Sequence[str | None] = ()) -> CachedLLM:
         """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`)."""
         given = [salt for salt in salts if salt is not None]
@@ -80,12 +88,13 @@ class Service:
             HTTPError, InputError: it cannot be served.
         """
         self._check(asked)
-        for name, what in (("tools", asked.tools), ("response_format", _format(asked))):
-            if what:
-                raise HTTPError(400, f"{name} is not served here; leave it out", "unsupported_parameter", name)
+        if asked.tools:
+            raise HTTPError(400, "tools are not served here; leave them out", "unsupported_parameter", "tools")
         messages = _messages(asked.messages, [_passage(each) for each in asked.documents or ()])
         llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
-        return self._choices(llm, asked, [lambda: llm.chat_prompt(messages, asked.chat_template_kwargs)])
+        build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
+        schema = None if asked.response_format is None else asked.response_format.to_follow()
+        return self._choices(llm, asked, [build], schema)
 
     def completion(self, asked: CompletionRequest, tenant: Tenant) -> list[Choice]:
         """Return the answers that a completion asks for.
@@ -143,7 +152,13 @@ class Service:
                     400, f"{name} is not served here; repetition_penalty is", "unsupported_parameter", name
                 )
 
-    def _choices(self, llm: CachedLLM, asked: Sampling, builds: Sequence[Callable[[], Prompt]]) -> list[Choice]:
+    def _choices(
+        self,
+        llm: CachedLLM,
+        asked: Sampling,
+        builds: Sequence[Callable[[], Prompt]],
+        schema: Mapping[str, Any] | None = None,
+    ) -> list[Choice]:
         options = _options(asked)
         policy = "full" if asked.reuse == "off" else None
         if asked.reuse == "exact":
@@ -154,7 +169,8 @@ class Service:
             for number in range(asked.n):
                 seed = None if asked.seed is None else asked.seed + number
                 sampling = {**request.options, **({} if seed is None else {"seed": seed})}
-                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest())
+                guide = None if schema is None else self._guides.json(schema)
+                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest(), guide)
                 choices.append(Choice(llm, request, sampler))
         return choices
 
@@ -173,10 +189,6 @@ def _options(asked: Sampling) -> dict[str, Any]:
             raise HTTPError(400, "logit_bias maps token ids to numbers", param="logit_bias")
         options["sequence_bias"] = [[[int(name)], value] for name, value in asked.logit_bias.items()]
     return options
-
-
-def _format(asked: ChatRequest) -> bool:
-    return asked.response_format is not None and asked.response_format.type != "text"
 
 
 def _passage(document: str | Document) -> str:

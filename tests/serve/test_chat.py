@@ -140,6 +140,26 @@ def test_a_seed_makes_answers_repeatable(client):
     assert first == again != other
 
 
+def test_an_answer_follows_a_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"year": {"type": "integer"}, "open": {"type": "boolean"}},
+        "required": ["year", "open"],
+        "additionalProperties": False,
+    }
+    how = {"type": "json_schema", "json_schema": {"name": "bridge", "schema": schema, "strict": True}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            **{**ASK, "max_tokens": 60, "temperature": 1.0}, response_format=how, seed=seed
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        found = json.loads(answer.choices[0].message.content)
+        assert found.keys() == {"year", "open"}
+    bad = {"type": "json_schema", "json_schema": {"name": "bad", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        client.chat.completions.create(**ASK, response_format=bad)
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "code", "says"),
     [
@@ -150,7 +170,7 @@ def test_a_seed_makes_answers_repeatable(client):
         ({"nonsense": 1}, 400, None, "nonsense"),
         ({"max_tokens": 100_000}, 400, "context_length_exceeded", "do not fit"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
-        ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+        ({"response_format": {"type": "json_schema"}}, 400, None, "json_schema"),
         ({"presence_penalty": 1.0}, 400, "unsupported_parameter", "presence_penalty"),
         ({"logit_bias": {"x": 1}}, 400, None, "token ids"),
         ({"documents": [""]}, 400, None, "empty"),
