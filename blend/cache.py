@@ -67,6 +67,7 @@ class FusedCache(DynamicCache):
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
         carried: where a scout stopped, for the prefill to go on from; None without one.
+        input_ids: the plan's token ids `[1, tokens]` on the model's device, once they are there.
         shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
     """
 
@@ -94,6 +95,7 @@ class FusedCache(DynamicCache):
         self._probing = False
         self.scouting = False
         self.carried: Carried | None = None
+        self.input_ids: Tensor | None = None
         self.shown: Tensor | None = None
         self._shift = shift
         self._shifting: Shifting | None = None
@@ -119,6 +121,12 @@ class FusedCache(DynamicCache):
         if device not in self._rows_on:
             self._rows_on[device] = self.rows.to(device, non_blocking=True)
         return self._rows_on[device]
+
+    def ids_on(self, device: torch.device) -> Tensor:
+        """Return the token ids `[1, rows]` of `rows` on `device`; those of the plan are copied there once."""
+        if self.input_ids is None or self.input_ids.shape[1] != len(self.plan):
+            self.input_ids = torch.tensor([self.plan.token_ids]).to(device, non_blocking=True)
+        return self.input_ids.index_select(1, self.rows_on(device))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -153,18 +161,45 @@ class FusedCache(DynamicCache):
         """
         if layer_idx not in self._assembled:
             started = time.perf_counter()
-            layers = self._stored(layer_idx, like.device)
+            group = self._group(layer_idx, like)
+            stored = [self._stored(index, like) for index in group]
             self.wait_s += time.perf_counter() - started
-            self._assembled[layer_idx] = self._assembler.assemble(layers, self._rotaries[layer_idx], like)
+            rotary = self._rotaries[layer_idx]
+            if len(group) == 1:
+                self._assembled[layer_idx] = self._assembler.assemble(stored[0], rotary, like)
+            else:
+                self._assembled.update(zip(group, self._assembler.assemble_group(stored, rotary, like), strict=True))
             self.assemble_s += time.perf_counter() - started
-        return self._assembled[layer_idx]
+        both = self._assembled[layer_idx]
+        if both.device != like.device:  # a group may reach beyond the last layer of a device
+            both = self._assembled[layer_idx] = both.to(like.device, non_blocking=True)
+        return both
 
-    def _stored(self, layer_idx: int, device: torch.device) -> Sequence[Layer]:
-        """Return layer `layer_idx` of each reused span; from a loader where they are not all on `device`."""
+    def _group(self, first: int, like: Tensor) -> Sequence[int]:
+        """Return `first` and the layers above it that are put in place with it, in the same few kernels.
+
+        They are rotated and shaped alike. Groups grow on the way up, so that the first layers do not wait for many.
+        """
+        most = min(self._assembler.layers_at_once(like), first + 1)
+        shapes = [span.kv.shapes for span in self.plan.reused[:1] if span.kv is not None] if most > 1 else []
+        if not shapes:
+            return [first]
+        group, shape = [first], shapes[0]
+        for index in range(first + 1, min(first + most, len(shape))):
+            alike = self._rotaries[index] is self._rotaries[first] and shape[index] == shape[first]
+            if not alike or index in self._assembled:
+                break
+            group.append(index)
+        return group
+
+    def _stored(self, layer_idx: int, like: Tensor) -> Sequence[Layer]:
+        """Return layer `layer_idx` of each reused span; from a loader where they are not all where `like` is."""
+        device = like.device
         if self._sources is None:
             self._sources = [span.kv.layers for span in self.plan.reused if span.kv is not None]
             if not all(isinstance(layers, tuple) and _all_on(layers, device) for layers in self._sources):
-                self._loader = Loader(self._sources, device, self._depth)
+                depth = max(self._depth, self._assembler.layers_at_once(like))
+                self._loader = Loader(self._sources, device, depth)
         if self._loader is not None:
             return self._loader.take(layer_idx)
         return [layers[layer_idx] for layers in self._sources]

@@ -37,6 +37,7 @@ class Check:
             pooled by the policy's `pool`.
         kv: computes this layer's keys and values of `rows`, and returns them with the reused ones in their
             place, each `[2, kv_heads, rows, head_dim]` (unspecified where nothing is reused).
+        host_rows: `rows` on the CPU, where they are known there without a wait; None where not.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Check:
     rows: Tensor
     attention: Sequence[Tensor]
     kv: Callable[[], tuple[Tensor, Tensor]]
+    host_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class Policy(ABC):
         """Before a check layer, choose which rows go on; this layer and those above recompute only these.
 
         Returns:
-            sorted indices `[n]` into `check.rows`, with all rows that are not in `plan.inexact` among them;
-            None if all go on.
+            sorted indices `[n]` into `check.rows`, with all rows that are not in `plan.inexact` among them, on their
+            device or the CPU; None if all go on.
         """
         raise NotImplementedError(f"{type(self).__name__} has check layers but no filter_rows()")
 
@@ -149,9 +151,9 @@ class Policy(ABC):
 
 def highest(plan: Plan, scores: Tensor, ratio: float) -> Tensor:
     """Return the share `ratio` of `plan.inexact` with the highest `scores` `[tokens]`, as sorted positions `[n]`."""
-    candidates = plan.inexact
+    candidates = plan.inexact_on(scores.device)
     count = math.ceil(ratio * len(candidates))
-    return candidates[scores[candidates.to(scores.device)].topk(count).indices.cpu()].sort().values
+    return candidates[scores[candidates].topk(count).indices].cpu().sort().values
 
 
 def check_share(name: str, value: Share | None, hint: str = "") -> None:

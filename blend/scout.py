@@ -78,7 +78,6 @@ def scout(
     cache.go_on_with(plan.fresh if view is None else view.rows)
     cache.scouting = True
     rows = cache.rows_on(decoder.device)
-    ids = torch.tensor([plan.token_ids], device=decoder.device)
     with ExitStack() as stack:
         stack.callback(setattr, cache, "scouting", False)
         for layer in layers:
@@ -91,7 +90,7 @@ def scout(
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_Seen))
         decoder.model.base_model(
-            input_ids=ids.index_select(1, rows),
+            input_ids=cache.ids_on(decoder.device),
             position_ids=rows[None],
             attention_mask=decoder.masks(rows, len(plan), None if view is None else view.outside),
             past_key_values=cache,
