@@ -57,13 +57,12 @@ class FusedCache(DynamicCache):
         shift: how rows that are not recomputed are corrected in the prefill; None for not at all.
 
     Attributes:
-        rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
         assemble_s: seconds spent waiting for stored KV and re-rotating them (host time).
         wait_s: of this, waiting.
         select_s: seconds spent choosing what is recomputed.
         load_s: seconds that loading them took in its own thread, once it has stopped.
         started: when the request began, in seconds since the epoch.
-        computed_rows: positions `[rows]` that the prefill computed, layer by layer.
+        computed_rows: positions `[rows]` that the prefill computed, layer by layer, on the CPU or the device.
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
         carried: where a scout stopped, for the prefill to go on from; None without one.
@@ -112,14 +111,30 @@ class FusedCache(DynamicCache):
 
     def go_on_with(self, rows: Tensor) -> None:
         """Set the positions `[rows]` (sorted, on the CPU) that the model computes from here on."""
-        self.rows = rows
+        self._rows: Tensor | None = rows
         self._contiguous = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
         self._rows_on: dict[torch.device, Tensor] = {}
+
+    def narrow(self, keep: Tensor) -> None:
+        """Go on with some of `rows` only: `keep` `[n]`, indices into them; what is on an accelerator stays there."""
+        if keep.device.type == "cpu":
+            self.go_on_with(self.rows[keep])
+            return
+        rows = self.rows_on(keep.device).index_select(0, keep)
+        self._rows, self._rows_on, self._contiguous = None, {keep.device: rows}, False
+
+    @property
+    def rows(self) -> Tensor:
+        """Positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU."""
+        if self._rows is None:
+            self._rows = next(iter(self._rows_on.values())).cpu()
+        return self._rows
 
     def rows_on(self, device: torch.device) -> Tensor:
         """Return `rows` on `device`, copied there once."""
         if device not in self._rows_on:
-            self._rows_on[device] = self.rows.to(device, non_blocking=True)
+            known = next(iter(self._rows_on.values())) if self._rows is None else self._rows
+            self._rows_on[device] = known.to(device, non_blocking=True)
         return self._rows_on[device]
 
     def ids_on(self, device: torch.device) -> Tensor:
@@ -146,7 +161,7 @@ class FusedCache(DynamicCache):
             both = both if self.shown is None else both.index_select(2, self.shown.to(both.device))
             return both[:1], both[1:]
         self._assembled.pop(layer_idx)
-        self.computed_rows.append(self.rows)
+        self.computed_rows.append(self.rows_on(both.device) if self._rows is None else self._rows)
         layer: Any = self.layers[layer_idx]
         layer.lazy_initialization(key_states, value_states)
         layer.keys, layer.values = both[:1], both[1:]

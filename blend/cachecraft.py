@@ -139,8 +139,7 @@ class CacheCraft(Policy):
         for kept, span in zip(sets[0].tolist(), check.plan.chunks, strict=True):
             dropped[span.start : span.stop] = not kept
         candidate = torch.zeros_like(dropped).index_fill_(0, check.plan.inexact, True)
-        rows = check.rows.cpu() if check.host_rows is None else check.host_rows
-        return (~(dropped & candidate)[rows]).nonzero()[:, 0]
+        return (~(dropped & candidate)[check.rows_on_host()]).nonzero()[:, 0]
 
 
 ALONE = ContextAttention((), (), intra=1.0, a=0.0, b=1.0, outside=torch.empty(0))

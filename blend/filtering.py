@@ -40,7 +40,9 @@ class RowFilter:
         return handles
 
     def _see(self, weights: Tensor, first: int) -> None:
-        self._attention.append(self._policy.pool(weights.float()))
+        pooled = self._policy.pool(weights.float())
+        first = self._attention[0] if self._attention else pooled  # layers may be on several devices
+        self._attention.append(pooled.to(first.device, non_blocking=True))
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,19 +53,19 @@ class RowFilter:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             kv = partial(self._cache.probe, layer, index, args, kwargs)
             rows = self._cache.rows_on(hidden.device)
-            layers, host_rows = len(self._decoder.layers), self._cache.rows
-            check = Check(self._cache.plan, index, layers, rows, self._attention, kv, host_rows)
+            layers = len(self._decoder.layers)
+            check = Check(self._cache.plan, index, layers, rows, self._attention, kv, lambda: self._cache.rows)
             with self._cache.selecting():
                 keep = self._policy.filter_rows(check)
             if keep is not None and len(keep) < len(rows):
-                args, kwargs = self._narrow(index, args, kwargs, keep.to(rows.device, non_blocking=True), keep.cpu())
+                self._cache.narrow(keep)
+                args, kwargs = self._narrowed(index, args, kwargs, keep.to(rows.device, non_blocking=True))
         return args, kwargs
 
-    def _narrow(
-        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor, on_host: Tensor
+    def _narrowed(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Go on with the rows `keep` `[n]`, indices into those up to here, from layer `index` on."""
-        self._cache.go_on_with(self._cache.rows[on_host])
+        """Return the arguments of layer `index` for the rows `keep` `[n]`, indices into those up to here."""
         self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
         kwargs = RowCut(keep, self._cache).keywords(kwargs, self._mask(index))
         before = self._cut

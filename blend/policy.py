@@ -37,7 +37,7 @@ class Check:
             pooled by the policy's `pool`.
         kv: computes this layer's keys and values of `rows`, and returns them with the reused ones in their
             place, each `[2, kv_heads, rows, head_dim]` (unspecified where nothing is reused).
-        host_rows: `rows` on the CPU, where they are known there without a wait; None where not.
+        host_rows: returns `rows` on the CPU, mostly without a wait; None for `rows.cpu()`.
     """
 
     plan: Plan
@@ -46,7 +46,11 @@ class Check:
     rows: Tensor
     attention: Sequence[Tensor]
     kv: Callable[[], tuple[Tensor, Tensor]]
-    host_rows: Tensor | None = None
+    host_rows: Callable[[], Tensor] | None = None
+
+    def rows_on_host(self) -> Tensor:
+        """Return `rows` on the CPU."""
+        return self.rows.cpu() if self.host_rows is None else self.host_rows()
 
 
 @dataclass(frozen=True)
