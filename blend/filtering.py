@@ -41,8 +41,8 @@ class RowFilter:
 
     def _see(self, weights: Tensor, first: int) -> None:
         pooled = self._policy.pool(weights.float())
-        first = self._attention[0] if self._attention else pooled  # layers may be on several devices
-        self._attention.append(pooled.to(first.device, non_blocking=True))
+        before = self._attention[0] if self._attention else pooled  # layers may be on several devices
+        self._attention.append(pooled.to(before.device, non_blocking=True))
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
