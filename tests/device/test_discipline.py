@@ -76,6 +76,15 @@ def test_families_give_what_they_give_on_the_cpu(family, attention):
     agrees(FAMILIES[family, attention], "memory://", family=family, attention=attention)
 
 
+@pytest.mark.xfail(strict=True, reason="the loader calls torch.cuda whatever the device is")
+def test_apples_device_gives_what_the_cpu_gives():
+    agrees("query:ratio=0.05", "memory://?codec=int8", kind="mps")
+
+
+def test_intels_device_gives_what_the_cpu_gives():
+    agrees("query:ratio=0.05", "memory://?codec=int8", kind="xpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("store", ["device://", "memory://?codec=int8"])
 def test_half_precision(dtype, store):

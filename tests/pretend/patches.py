@@ -54,6 +54,7 @@ class Patches:
         attend = self._attention(functional.scaled_dot_product_attention)
         self._set(functional, "scaled_dot_product_attention", attend)
         kind = self._device.kind
+        self._set(torch, "Event", Event)
         self._set(torch.accelerator, "is_available", lambda *_: True)
         self._set(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(kind))
         if kind == "mps":
