@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +115,13 @@ class SelectivePrefill:
             drop_last: leave the last token's KV out, for a `generate()` that starts with that token.
         """
         self._drop_last = drop_last
+        return self._decoder.prefill(self.input_ids, self.cache)[0]
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """The prompt's ids `[1, tokens]` on the model's device, copied there once."""
         ids = torch.tensor([self.cache.plan.token_ids])
-        return self._decoder.prefill(ids, self.cache)[0]
+        return ids.to(self._decoder.device, non_blocking=True)
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Prefill and decode: the class's own `generate()`, whatever stands in front of it on the model."""
@@ -156,6 +162,7 @@ class SelectivePrefill:
     def _cut(self, input_ids: Tensor) -> dict[str, Any]:
         """Return the input of the forward that computes the selected rows only; hook what filters and records it."""
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
+        self.cache.input_ids = input_ids
         policy, decoder = self._policy, self._decoder
         rows = self._select(decoder, plan, self._prompt_tokens, self.cache, policy)
         self.cache.go_on_with(rows)
@@ -172,7 +179,7 @@ class SelectivePrefill:
             self._handles += RowFilter(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
         return {
-            "input_ids": input_ids.index_select(1, on_device),
+            "input_ids": self.cache.ids_on(input_ids.device),
             "position_ids": on_device[None],
             "attention_mask": decoder.masks(on_device, len(plan)),
         }
@@ -249,7 +256,12 @@ def _loaded(span: Span) -> Span:
 
 
 def _extended(plan: Plan, input_ids: Tensor) -> Plan:
-    """Return the plan, with what assisted generation may have put behind the prompt to verify in one forward."""
+    """Return the plan, with what assisted generation may have put behind the prompt to verify in one forward.
+
+    On an accelerator, ids of just the plan's length are taken for its own: to read them would wait for the device.
+    """
+    if input_ids.shape == (1, len(plan)) and input_ids.device.type != "cpu":
+        return plan
     ids = tuple(input_ids[0].tolist())
     if input_ids.shape[0] != 1 or ids[: len(plan)] != plan.token_ids:
         raise PromptError(
