@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from chunkcache.blend.assembly import Assembler
+from chunkcache.blend.attention import contiguous_from
 from chunkcache.blend.carried import Carried
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan
@@ -117,7 +118,10 @@ class FusedCache(DynamicCache):
     def rows_on(self, device: torch.device) -> Tensor:
         """Return `rows` on `device`, copied there once."""
         if device not in self._rows_on:
-            self._rows_on[device] = self.rows.to(device, non_blocking=True)
+            rows = self.rows.to(device, non_blocking=True)
+            if self._contiguous:
+                contiguous_from(rows, int(self.rows[0]))
+            self._rows_on[device] = rows
         return self._rows_on[device]
 
     def update(

@@ -36,6 +36,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pretend_attention import PATCHED, fused
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -474,7 +475,7 @@ class PretendDevice:
         if name == "histc" and not plain[0].is_floating_point():  # CUDA counts integers, too
             out = func(plain[0].float(), *plain[1:]).to(plain[0].dtype)
         else:
-            out = func(*plain, **{key: _unwrap(value) for key, value in kwargs.items()})
+            out = fused(func)(*plain, **{key: _unwrap(value) for key, value in kwargs.items()})
         free = name in _FREE or (name == "clone" and not ours)
         self.launched(name, 0 if free else _KERNELS.get(name, 1))
         if to_cpu:
@@ -699,6 +700,9 @@ class PretendDevice:
         def patched_sdpa(
             query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
+            bias = torch.nn.attention.bias.CausalBias
+            if isinstance(attn_mask, bias):
+                return bias._dispatch(query, key, value, attn_mask, *args, **kwargs)
             given = [t for t in (query, key, value, attn_mask) if t is not None]
             ours = [t for t in given if isinstance(t, PretendTensor)]
             if not ours:
@@ -722,6 +726,8 @@ class PretendDevice:
 
         self._set(torch.nn.functional, "scaled_dot_product_attention", patched_sdpa)
 
+        for owner, name, value in PATCHED:
+            self._set(owner, name, value)
         nothing = lambda *_, **__: None  # noqa: E731
         cuda = torch.cuda
         for name, value in {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill
 from chunkcache.blend.assembly import place
-from chunkcache.blend.attention import register, rows_attention
+from chunkcache.blend.attention import contiguous_from, register, rows_attention, upper
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
 
@@ -109,7 +109,8 @@ class _Pack:
         twin = self._decoder.shadow(NAME)
         for index, module in enumerate(twin.attentions):
             vars(module)["chunkcache_attend"] = partial(self._attend, index)
-        positions = torch.arange(self._start, self._end, device=twin.device)  # of the longest chunk
+        # of the longest chunk
+        positions = contiguous_from(torch.arange(self._start, self._end, device=twin.device), self._start)
         with torch.no_grad():
             twin.model.base_model(  # the LM head is not needed
                 input_ids=torch.tensor([[token for chunk in self._chunks for token in chunk]], device=twin.device),
@@ -155,7 +156,7 @@ class _Pack:
             end = self._start + len(chunk)
             layers.append(torch.cat((key[:, :, rows], value[:, :, rows])))
             seen[:, :, self._start : end] = layers[-1]
-            mask = attention_mask[:, :, : len(chunk)]
+            mask = upper(attention_mask, len(chunk))
             if mask.is_floating_point():  # eager
                 attend, mask = _own_attention(module), mask[..., :end]
             else:
