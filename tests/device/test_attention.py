@@ -6,11 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+import zoo
 from pretend import PretendDevice
 from support.llm import QUESTION, TEXTS, own_model, wrapped
 from torch import nn
 
+from chunkcache.blend import Decoder
 from chunkcache.blend.attention import Watch, contiguous_from, rows_attention, upper, visible_intervals
+from chunkcache.blend.hydragen import SharedCache
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 60
 MASK_OPS = ("le", "ge", "bitwise_and", "bitwise_not", "masked_fill_", "tril", "arange", "where", "ones", "zeros")
@@ -162,6 +165,25 @@ def test_a_request_makes_no_mask_in_any_layer(family, policy, dtype):
             if layers == 4:
                 torch.testing.assert_close(logits.cpu(), expected, atol=0.01 if dtype == torch.float32 else 1, rtol=0)
     assert made[2] == made[4]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_sequences_that_decode_together_make_their_masks_once_a_step(family):
+    config = Decoder(zoo.build(family)).config
+    with PretendDevice() as device:
+        shared = [tuple(torch.randn(2, 2, 12, 16).to("cuda:0").unbind(0)) for _ in range(zoo.LAYERS)]
+        cache = SharedCache(config, shared, [0, 2], 8)
+        launches = []
+        for rows in (3, 1, 1):
+            for layer in range(zoo.LAYERS):
+                key, value, query = (torch.randn(2, heads, rows, 16).to("cuda:0") for heads in (2, 2, 4))
+                with device.watch() as seen:
+                    cache.attend(layer, query, cache.update(key, value, layer))
+                launches.append(seen.launches)
+                assert not seen.syncs
+                assert layer == 0 or set(MASK_OPS).isdisjoint(set(seen.ops) - {"masked_fill_"})
+    for step in range(0, len(launches), zoo.LAYERS):
+        assert len(set(launches[step + 1 : step + zoo.LAYERS])) == 1
 
 
 def _types(family, layers):
