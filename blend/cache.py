@@ -8,8 +8,8 @@ Afterwards it is an ordinary `DynamicCache` that grows token by token.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
 from chunkcache.blend.shift import Shift, Shifting
 from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
+from chunkcache.kv.clock import StageClock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -56,13 +57,11 @@ class FusedCache(DynamicCache):
         rotaries: how each layer's keys are rotated; None for a layer without RoPE.
         depth: layers that are loaded ahead of the one that is computed.
         shift: how rows that are not recomputed are corrected in the prefill; None for not at all.
+        clock: times its stages; None for one of the host.
 
     Attributes:
         rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
-        assemble_s: seconds spent waiting for stored KV and re-rotating them (host time).
-        wait_s: of this, waiting.
-        select_s: seconds spent choosing what is recomputed.
-        load_s: seconds that loading them took in its own thread, once it has stopped.
+        clock: times its stages.
         started: when the request began, in seconds since the epoch.
         computed_rows: positions `[rows]` that the prefill computed, layer by layer.
         scouted: token-layers computed while scouting.
@@ -78,16 +77,17 @@ class FusedCache(DynamicCache):
         rotaries: Sequence[Rotary | None],
         depth: int = LEAST_DEPTH,
         shift: Shift | None = None,
+        clock: StageClock | None = None,
     ) -> None:
         super().__init__(config=config)
         self.started = time.time()
         self._depth = depth
         self._sources: list[Sequence[Layer]] | None = None
         self._loader: Loader | None = None
-        self.load_s = 0.0
+        self._load_clocks: list[StageClock] = []
         self.plan = plan
         self.prefilled = False
-        self.assemble_s = self.wait_s = self.select_s = 0.0
+        self.clock = StageClock(torch.device("cpu")) if clock is None else clock
         self.computed_rows: list[Tensor] = []
         self.scouted = 0
         self._rotaries = rotaries
@@ -156,11 +156,10 @@ class FusedCache(DynamicCache):
         `like` is any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
         if layer_idx not in self._assembled:
-            started = time.perf_counter()
-            layers = self._stored(layer_idx, like.device)
-            self.wait_s += time.perf_counter() - started
-            self._assembled[layer_idx] = self._assembler.assemble(layers, self._rotaries[layer_idx], like)
-            self.assemble_s += time.perf_counter() - started
+            with self.clock.stage("assemble"):
+                with self.clock.stage("wait"):
+                    layers = self._stored(layer_idx, like.device)
+                self._assembled[layer_idx] = self._assembler.assemble(layers, self._rotaries[layer_idx], like)
         return self._assembled[layer_idx]
 
     def _stored(self, layer_idx: int, device: torch.device) -> Sequence[Layer]:
@@ -206,14 +205,29 @@ class FusedCache(DynamicCache):
         """Token-layers computed by the prefill."""
         return sum(map(len, self.computed_rows))
 
-    @contextmanager
-    def selecting(self) -> Iterator[None]:
+    def selecting(self) -> AbstractContextManager[None]:
         """Count the time of a block, less what it assembles, as selection."""
-        started = time.perf_counter() - self.assemble_s
-        try:
-            yield
-        finally:
-            self.select_s += time.perf_counter() - self.assemble_s - started
+        return self.clock.stage("select")
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for stored KV."""
+        return self.clock.seconds("wait")
+
+    @property
+    def assemble_s(self) -> float:
+        """Seconds spent waiting for stored KV and re-rotating them."""
+        return self.clock.seconds("wait", "assemble")
+
+    @property
+    def select_s(self) -> float:
+        """Seconds spent choosing what is recomputed."""
+        return self.clock.seconds("select")
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that loading stored KV took beside the prefill, once it has stopped."""
+        return sum(clock.seconds("load") for clock in self._load_clocks)
 
     def start_over(self, plan: Plan) -> None:
         """Forget what was assembled and computed, and go on with another plan for the same prompt."""
@@ -229,7 +243,7 @@ class FusedCache(DynamicCache):
         """Load no further layers."""
         if self._loader is not None:
             self._loader.close()
-            self.load_s += self._loader.busy_s
+            self._load_clocks.append(self._loader.clock)
             self._loader = None
 
     def copy_of(self, span: Span, context: ContextAttention | None = None) -> ChunkKV:

@@ -30,6 +30,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -127,6 +128,7 @@ class Stream:
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
         event.at = (self, self.seq, dict(self.seen))
+        event.time = time.perf_counter()
         return event
 
     def wait_event(self, event: Event) -> None:
@@ -153,6 +155,7 @@ class Event:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.at: tuple[Stream, int, dict[Stream, int]] | None = None
+        self.time = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         (stream or _current()).record_event(self)
@@ -167,10 +170,13 @@ class Event:
             _ACTIVE.sync("event.synchronize")
 
     def query(self) -> bool:
-        return True
+        return self.at is None or self.at[0].completed >= self.at[1]
 
     def elapsed_time(self, other: Event) -> float:
-        return 0.0
+        """Milliseconds by the host's clock when they were recorded; both must be past, as on a GPU."""
+        if not (self.query() and other.query()):
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return (other.time - self.time) * 1000
 
 
 _DEFAULT = Stream()

@@ -19,6 +19,7 @@ from chunkcache.engine.engine import Engine
 from chunkcache.engine.generation import FIXED, FirstTokenClock, Generation, new_tokens, pad_token_id, setting
 from chunkcache.engine.served import Served
 from chunkcache.engine.stats import RequestStats
+from chunkcache.kv.clock import wait_for
 from chunkcache.prompt import Prompt
 
 
@@ -67,7 +68,7 @@ class FusedDecoding:
             trim=False,
         )
         before = time.perf_counter()
-        prefill.run()
+        wait_for(prefill.run())
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill)
         if prefill.computed:
