@@ -2,7 +2,7 @@
 
 Until its prefill is over it is empty to the outside. In the prefill, `update` gives the model the whole
 prompt's keys and values: stored ones re-rotated to their positions, and the fresh rows scattered over them.
-Afterwards it is an ordinary `DynamicCache` that grows token by token.
+Afterwards it is an ordinary `DynamicCache` that grows token by token, into room behind the prompt.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkcache.blend.assembly import Assembler
 from chunkcache.blend.attention import contiguous_from
 from chunkcache.blend.carried import Carried
+from chunkcache.blend.growing import GrowingLayer
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
@@ -80,6 +81,7 @@ class FusedCache(DynamicCache):
         clock: StageClock | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.started = time.time()
         self._depth = depth
         self._sources: list[Sequence[Layer]] | None = None
