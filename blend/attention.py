@@ -290,17 +290,22 @@ class Watch:
 
     Args:
         module: an attention module of a shadow, free to be written to.
-        last: how many of the last rows to look at; without `block`, the last `LOOK_ROWS` of them.
+        last: how many of the last rows to look at.
         see: called with their weights `[heads, n, length]` and the index of the first of the n among these rows.
-        block: most rows whose weights are materialised at once; by default all that are looked at, so that a long
-            question needs no more memory than a short one. The model's own eager attention gives all rows' in any
-            case.
+        block: most rows whose weights are materialised at once; None for all of `last`, but no more than `most` rows
+            are looked at then, the last ones. The model's own eager attention gives all rows' in any case.
+        most: see `block`. So a long question needs no more memory than a short one.
     """
 
     def __init__(
-        self, module: nn.Module, last: int, see: Callable[[Tensor, int], None], block: int | None = None
+        self,
+        module: nn.Module,
+        last: int,
+        see: Callable[[Tensor, int], None],
+        block: int | None = None,
+        most: int = LOOK_ROWS,
     ) -> None:
-        self.last = last if block else min(last, LOOK_ROWS)
+        self.last = last if block else min(last, most)
         self.see = see
         self.block = block or self.last
         self._module: Any = module

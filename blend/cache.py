@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkcache.blend.assembly import Assembler
-from chunkcache.blend.attention import contiguous_from
+from chunkcache.blend.attention import LOOK_ROWS, contiguous_from
 from chunkcache.blend.carried import Carried
 from chunkcache.blend.growing import GrowingLayer
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
@@ -68,6 +68,7 @@ class FusedCache(DynamicCache):
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
         carried: where a scout stopped, for the prefill to go on from; None without one.
+        look_rows: rows of the question at most that a policy looks at.
         shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
     """
 
@@ -96,6 +97,7 @@ class FusedCache(DynamicCache):
         self.go_on_with(torch.empty(0, dtype=torch.int64))
         self._probing = False
         self.scouting = False
+        self.look_rows = LOOK_ROWS
         self.carried: Carried | None = None
         self.shown: Tensor | None = None
         self._shift = shift

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from chunkcache.blend import Plan, Policy, SelectivePrefill, layer_kv
+from chunkcache.blend.attention import LOOK_ROWS
 from chunkcache.blend.hydragen import KV, SharedCache, over_shared, padded
 from chunkcache.engine.contextual import kept
 from chunkcache.engine.engine import Engine
@@ -67,6 +68,7 @@ class FusedDecoding:
             keep=partial(kept, policy=policy),
             trim=False,
         )
+        prefill.cache.look_rows = LOOK_ROWS * len(members)  # as many of each question as of one alone
         before = time.perf_counter()
         wait_for(prefill.run())
         stats.prefill_s = time.perf_counter() - before
