@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+
 import pytest
 import zoo
 from support.llm import VOCAB, chat_tokenizer, wrapped
