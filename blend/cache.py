@@ -2,27 +2,30 @@
 
 Until its prefill is over it is empty to the outside. In the prefill, `update` gives the model the whole
 prompt's keys and values: stored ones re-rotated to their positions, and the fresh rows scattered over them.
-Afterwards it is an ordinary `DynamicCache` that grows token by token.
+Afterwards it is an ordinary `DynamicCache` that grows token by token, into room behind the prompt.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkcache.blend.assembly import Assembler
+from chunkcache.blend.attention import LOOK_ROWS, contiguous_from
 from chunkcache.blend.carried import Carried
+from chunkcache.blend.growing import GrowingLayer
 from chunkcache.blend.loader import LEAST_DEPTH, Loader
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
 from chunkcache.blend.shift import Shift, Shifting
 from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
+from chunkcache.kv.clock import StageClock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,18 +58,17 @@ class FusedCache(DynamicCache):
         rotaries: how each layer's keys are rotated; None for a layer without RoPE.
         depth: layers that are loaded ahead of the one that is computed.
         shift: how rows that are not recomputed are corrected in the prefill; None for not at all.
+        clock: times its stages; None for one of the host.
 
     Attributes:
-        assemble_s: seconds spent waiting for stored KV and re-rotating them (host time).
-        wait_s: of this, waiting.
-        select_s: seconds spent choosing what is recomputed.
-        load_s: seconds that loading them took in its own thread, once it has stopped.
+        clock: times its stages.
         started: when the request began, in seconds since the epoch.
         computed_rows: positions `[rows]` that the prefill computed, layer by layer, on the CPU or the device.
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
         carried: where a scout stopped, for the prefill to go on from; None without one.
         input_ids: the plan's token ids `[1, tokens]` on the model's device, once they are there.
+        look_rows: rows of the question at most that a policy looks at.
         shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
     """
 
@@ -77,22 +79,25 @@ class FusedCache(DynamicCache):
         rotaries: Sequence[Rotary | None],
         depth: int = LEAST_DEPTH,
         shift: Shift | None = None,
+        clock: StageClock | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.started = time.time()
         self._depth = depth
         self._sources: list[Sequence[Layer]] | None = None
         self._loader: Loader | None = None
-        self.load_s = 0.0
+        self._load_clocks: list[StageClock] = []
         self.plan = plan
         self.prefilled = False
-        self.assemble_s = self.wait_s = self.select_s = 0.0
+        self.clock = StageClock(torch.device("cpu")) if clock is None else clock
         self.computed_rows: list[Tensor] = []
         self.scouted = 0
         self._rotaries = rotaries
         self.go_on_with(torch.empty(0, dtype=torch.int64))
         self._probing = False
         self.scouting = False
+        self.look_rows = LOOK_ROWS
         self.carried: Carried | None = None
         self.input_ids: Tensor | None = None
         self.shown: Tensor | None = None
@@ -134,7 +139,10 @@ class FusedCache(DynamicCache):
         """Return `rows` on `device`, copied there once."""
         if device not in self._rows_on:
             known = next(iter(self._rows_on.values())) if self._rows is None else self._rows
-            self._rows_on[device] = known.to(device, non_blocking=True)
+            rows = known.to(device, non_blocking=True)
+            if self._contiguous:
+                contiguous_from(rows, int(self.rows[0]))
+            self._rows_on[device] = rows
         return self._rows_on[device]
 
     def ids_on(self, device: torch.device) -> Tensor:
@@ -175,16 +183,16 @@ class FusedCache(DynamicCache):
         `like` is any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
         if layer_idx not in self._assembled:
-            started = time.perf_counter()
-            group = self._group(layer_idx, like)
-            stored = [self._stored(index, like) for index in group]
-            self.wait_s += time.perf_counter() - started
-            rotary = self._rotaries[layer_idx]
-            if len(group) == 1:
-                self._assembled[layer_idx] = self._assembler.assemble(stored[0], rotary, like)
-            else:
-                self._assembled.update(zip(group, self._assembler.assemble_group(stored, rotary, like), strict=True))
-            self.assemble_s += time.perf_counter() - started
+            with self.clock.stage("assemble"):
+                group = self._group(layer_idx, like)
+                with self.clock.stage("wait"):
+                    stored = [self._stored(index, like) for index in group]
+                rotary = self._rotaries[layer_idx]
+                if len(group) == 1:
+                    self._assembled[layer_idx] = self._assembler.assemble(stored[0], rotary, like)
+                else:
+                    assembled = self._assembler.assemble_group(stored, rotary, like)
+                    self._assembled.update(zip(group, assembled, strict=True))
         both = self._assembled[layer_idx]
         if both.device != like.device:  # a group may reach beyond the last layer of a device
             both = self._assembled[layer_idx] = both.to(like.device, non_blocking=True)
@@ -252,14 +260,29 @@ class FusedCache(DynamicCache):
         """Token-layers computed by the prefill."""
         return sum(map(len, self.computed_rows))
 
-    @contextmanager
-    def selecting(self) -> Iterator[None]:
+    def selecting(self) -> AbstractContextManager[None]:
         """Count the time of a block, less what it assembles, as selection."""
-        started = time.perf_counter() - self.assemble_s
-        try:
-            yield
-        finally:
-            self.select_s += time.perf_counter() - self.assemble_s - started
+        return self.clock.stage("select")
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for stored KV."""
+        return self.clock.seconds("wait")
+
+    @property
+    def assemble_s(self) -> float:
+        """Seconds spent waiting for stored KV and re-rotating them."""
+        return self.clock.seconds("wait", "assemble")
+
+    @property
+    def select_s(self) -> float:
+        """Seconds spent choosing what is recomputed."""
+        return self.clock.seconds("select")
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that loading stored KV took beside the prefill, once it has stopped."""
+        return sum(clock.seconds("load") for clock in self._load_clocks)
 
     def start_over(self, plan: Plan) -> None:
         """Forget what was assembled and computed, and go on with another plan for the same prompt."""
@@ -275,7 +298,7 @@ class FusedCache(DynamicCache):
         """Load no further layers."""
         if self._loader is not None:
             self._loader.close()
-            self.load_s += self._loader.busy_s
+            self._load_clocks += self._loader.clocks
             self._loader = None
 
     def copy_of(self, span: Span, context: ContextAttention | None = None) -> ChunkKV:

@@ -36,7 +36,8 @@ class RowFilter:
         ]
         question = len(self._cache.plan) - self._cache.plan.end
         for index in self._policy.watched_layers(len(self._decoder.layers)):
-            handles.append(Watch(self._decoder.attentions[index], question, self._see))
+            module = self._decoder.attentions[index]
+            handles.append(Watch(module, question, self._see, most=self._cache.look_rows))
         return handles
 
     def _see(self, weights: Tensor, first: int) -> None:

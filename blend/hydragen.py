@@ -35,6 +35,8 @@ BLOCK_ROWS = 256  # stacked queries whose scores over the shared keys exist at o
 logger = logging.getLogger("chunkcache")
 KV = tuple[Tensor, Tensor]
 Part = tuple[Tensor, Tensor]
+# Of some rows: the first shared token that any sees, what of these the stacked ones do not, and what of their own.
+Masks = tuple[int, Tensor | None, Tensor]
 
 
 class SharedCache(DynamicCache):
@@ -57,6 +59,7 @@ class SharedCache(DynamicCache):
         self._room = room
         self._own: dict[int, KV] = {}
         self._lengths = [0] * len(shared)
+        self._masks: dict[tuple[int | None, torch.device], tuple[tuple[int, ...], Masks]] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens a sequence has by now: shared, padding and its own."""
@@ -107,19 +110,8 @@ class SharedCache(DynamicCache):
         grouped = (query * (scaling or dim**-0.5)).reshape(batch, kv_heads, -1, dim)
         stacked = grouped.transpose(0, 1).reshape(kv_heads, -1, dim)
 
-        index = torch.arange(own[0].shape[2], device=query.device)
-        pads = self._pads.to(query.device)
-        hidden = (index < pads[:, :, None]) | (index > index[-rows:, None])  # [sequences, rows, own]
-        hidden_shared = None
-        if window is not None:
-            hidden = hidden | (index <= index[-rows:, None] - window)
-            position = self._tokens + index[-rows:] - pads  # [sequences, rows]
-            first = max(len(index) - rows - self._padded, 0)  # own tokens before the first row, at least
-            low = min(max(self._tokens + first - window + 1, 0), self._tokens - 1)  # one key remains, hidden or not
-            keys, values = keys[:, low:], values[:, low:]
-            at = torch.arange(low, self._tokens, device=query.device)
-            hidden_shared = at <= position[:, :, None] - window  # [sequences, rows, shared]
-            hidden_shared = hidden_shared[:, None].expand(-1, heads // kv_heads, -1, -1).flatten(0, 2)
+        low, hidden_shared, hidden = self._hidden(window, rows, own[0].shape[2], heads // kv_heads, query.device)
+        keys, values = keys[:, low:], values[:, low:]
 
         parts = []
         for start in range(0, stacked.shape[1], BLOCK_ROWS):
@@ -128,9 +120,39 @@ class SharedCache(DynamicCache):
             parts.append(partial_attention(stacked[:, block], keys, values, hide, softcap))
         shared: Any = parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
         shared = [each.view(kv_heads, batch, -1, each.shape[-1]).transpose(0, 1) for each in shared]
-        hide = hidden[:, None].repeat(1, 1, heads // kv_heads, 1)
-        output = _merged(shared, partial_attention(grouped, *own, hide, softcap), sinks)
+        output = _merged(shared, partial_attention(grouped, *own, hidden, softcap), sinks)
         return output.reshape(batch, heads, rows, -1).transpose(1, 2).to(query.dtype)
+
+    def _hidden(self, window: int | None, rows: int, own: int, group: int, device: torch.device) -> Masks:
+        """Return what the last `rows` of `own` tokens do not see; made once for all layers of a step that see alike.
+
+        Args:
+            window: of the layer, in tokens; None without one.
+            rows: last tokens of each sequence that attend.
+            own: tokens that each sequence has of its own by now.
+            group: query heads of each KV head.
+            device: of the layer.
+        """
+        made_for, masks = self._masks.get((window, device), ((), None))
+        if masks is None or made_for != (rows, own, group):
+            masks = self._made(window, rows, own, group, device)
+            self._masks[window, device] = (rows, own, group), masks
+        return masks
+
+    def _made(self, window: int | None, rows: int, own: int, group: int, device: torch.device) -> Masks:
+        index = torch.arange(own, device=device)
+        pads = self._pads.to(device)
+        hidden = (index < pads[:, :, None]) | (index > index[-rows:, None])  # [sequences, rows, own]
+        low, hidden_shared = 0, None
+        if window is not None:
+            hidden = hidden | (index <= index[-rows:, None] - window)
+            position = self._tokens + index[-rows:] - pads  # [sequences, rows]
+            first = max(own - rows - self._padded, 0)  # own tokens before the first row, at least
+            low = min(max(self._tokens + first - window + 1, 0), self._tokens - 1)  # one key remains, hidden or not
+            at = torch.arange(low, self._tokens, device=device)
+            hidden_shared = at <= position[:, :, None] - window  # [sequences, rows, shared]
+            hidden_shared = hidden_shared[:, None].expand(-1, group, -1, -1).flatten(0, 2)
+        return low, hidden_shared, hidden[:, None].repeat(1, 1, group, 1)
 
 
 def partial_attention(

@@ -8,13 +8,13 @@ wait for that one. The disk tier lets the system read ahead instead.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from chunkcache.kv import Layer, LazyLayers
+from chunkcache.kv.clock import StageClock
 
 LEAST_DEPTH = 2  # layers loaded ahead where loading is the faster of the two: one is in use while the next arrives
 
@@ -30,7 +30,7 @@ class Loader:
         depth: layers loaded ahead at most.
 
     Attributes:
-        busy_s: seconds spent loading.
+        clock: times the stage `load`.
     """
 
     def __init__(self, sources: Sequence[Sequence[Layer]], device: torch.device, depth: int) -> None:
@@ -42,7 +42,7 @@ class Loader:
         self._taken = -1
         self._error: BaseException | None = None
         self._closed = False
-        self.busy_s = 0.0
+        self.clock = StageClock(device)
         self._thread: threading.Thread | None = None
         if any(self._worth_a_thread(source) for source in sources):
             self._thread = threading.Thread(target=self._work, name="chunkcache-loader", daemon=True)
@@ -55,10 +55,8 @@ class Loader:
             EntryLostError: one of them is damaged or gone.
         """
         if self._thread is None:
-            started = time.perf_counter()
-            layers = [source[index] for source in self._sources]
-            self.busy_s += time.perf_counter() - started
-            return layers
+            with self.clock.stage("load"):
+                return [source[index] for source in self._sources]
         with self._changed:
             self._taken = index
             self._changed.notify_all()
@@ -91,11 +89,10 @@ class Loader:
                         self._changed.wait()
                     if self._closed:
                         return
-                started = time.perf_counter()
                 with torch.cuda.stream(stream):
-                    layers = [source[index].to(self._device, non_blocking=True) for source in self._sources]
+                    with self.clock.stage("load"):  # in the stream that copies
+                        layers = [source[index].to(self._device, non_blocking=True) for source in self._sources]
                     arrival = stream.record_event() if stream is not None else None
-                self.busy_s += time.perf_counter() - started
                 with self._changed:
                     self._loaded[index] = layers, arrival
                     self._changed.notify_all()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +29,7 @@ from chunkcache.blend.policy import Policy
 from chunkcache.blend.scout import scout, scout_layers
 from chunkcache.errors import CalibrationError, EntryLostError, PolicyError, PromptError
 from chunkcache.kv import ChunkKV, Span
+from chunkcache.kv.clock import Mark, StageClock
 
 if TYPE_CHECKING:
     from chunkcache.blend.guard import Guarded
@@ -57,8 +57,6 @@ class SelectivePrefill:
         cache: the `FusedCache` to pass as `past_key_values`; after the prefill, an ordinary cache.
         guarded: what a `GuardedSelection` did; None without one.
         computed: KV of the chunks that were to be kept, by their position in the prompt.
-        recompute_s: seconds in the decoder layers, without what the cache assembled and what selection took.
-        head_s: seconds from the end of the last layer to the logits.
         reused_tokens: tokens that stored KV are put in place for.
         exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
         lost: chunks whose stored KV proved damaged or gone during the prefill, and which it computed instead.
@@ -95,9 +93,11 @@ class SelectivePrefill:
         self.model: Any = self._decoder.model
         self.computed: dict[int, ChunkKV] = {}
         self.lost = 0
-        self.recompute_s = self.head_s = 0.0
+        self._marks: tuple[Mark, Mark, Mark] | None = None
         self._count(plan)
-        self.cache = FusedCache(decoder.config, plan, decoder.rotaries, depth, policy.shift())
+        self.cache = FusedCache(
+            decoder.config, plan, decoder.rotaries, depth, policy.shift(), StageClock(decoder.device)
+        )
         self._prompt_tokens = len(plan)
         self._own_forward = self.model.__dict__.get("forward")
         self._forward = self.model.forward
@@ -107,6 +107,19 @@ class SelectivePrefill:
     def guarded(self) -> Guarded | None:
         """The outcome of the guard."""
         return getattr(self._select, "outcome", None)
+
+    @property
+    def recompute_s(self) -> float:
+        """Seconds in the decoder layers, without what the cache assembled and what selection took."""
+        if self._marks is None:
+            return 0.0
+        cache = self.cache
+        return cache.clock.between(self._marks[0], self._marks[1]) - cache.assemble_s - cache.select_s
+
+    @property
+    def head_s(self) -> float:
+        """Seconds from the end of the last layer to the logits."""
+        return 0.0 if self._marks is None else self.cache.clock.between(self._marks[1], self._marks[2])
 
     def run(self, drop_last: bool = False) -> Tensor:
         """Prefill, and return the logits `[vocab]` of the next token.
@@ -133,7 +146,7 @@ class SelectivePrefill:
             return self._forward(*args, **kwargs)
         self._restore_forward()
         input_ids = args[0] if args else kwargs["input_ids"]
-        clock = _LayersClock(self._decoder.layers[-1])
+        clock = _LayersClock(self._decoder.layers[-1], self.cache.clock)
         try:
             while True:
                 try:
@@ -147,8 +160,7 @@ class SelectivePrefill:
             clock.handle.remove()
             self._remove_hooks()
             self.cache.stop_loading()
-        self.head_s = time.perf_counter() - clock.done
-        self.recompute_s = clock.done - clock.started - self.cache.assemble_s - self.cache.select_s
+        self._marks = clock.started, clock.done, self.cache.clock.mark()
         self._finish()
         return output
 
@@ -272,11 +284,12 @@ def _extended(plan: Plan, input_ids: Tensor) -> Plan:
 
 
 class _LayersClock:
-    """Notes when the last layer was done; host time, which on an accelerator runs ahead of the work."""
+    """Notes when the last layer was done."""
 
-    def __init__(self, last: nn.Module) -> None:
-        self.started = self.done = time.perf_counter()
+    def __init__(self, last: nn.Module, clock: StageClock) -> None:
+        self._clock = clock
+        self.started = self.done = clock.mark()
         self.handle = last.register_forward_hook(self._note)
 
     def _note(self, *_: Any) -> None:
-        self.done = time.perf_counter()
+        self.done = self._clock.mark()

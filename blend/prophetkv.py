@@ -46,7 +46,10 @@ class ProphetKV(Policy):
         return range(layers)
 
     def pool(self, weights: Tensor) -> Tensor:
-        """Sum over heads and question rows, the weights on the context scaled to sum to 1."""
+        """Sum over heads and question rows, the weights on the context scaled to sum to 1.
+
+        Of a question that is too long to be looked at in whole, what stands before these rows is context, too.
+        """
         context = weights.shape[2] - weights.shape[1]  # the question is the last tokens
         totals = weights[:, :, :context].sum(-1, keepdim=True)
         return (weights / totals.clamp(min=1e-30)).sum(dim=(0, 1))

@@ -81,7 +81,7 @@ def scout(
     with ExitStack() as stack:
         stack.callback(setattr, cache, "scouting", False)
         for layer in layers:
-            stack.callback(Watch(decoder.attentions[layer], question, see).remove)
+            stack.callback(Watch(decoder.attentions[layer], question, see, most=cache.look_rows).remove)
         if carry and layers[-1] + 1 < len(decoder.layers):
             following = decoder.layers[layers[-1] + 1]
             stack.callback(following.register_forward_pre_hook(stop, with_kwargs=True).remove)

@@ -13,8 +13,8 @@ from chunkcache.blend import Policy, parse_policy
 from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment, AttachMethods
 from chunkcache.engine.chunks import ChunkMethods
-from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest, model_inputs
-from chunkcache.engine.generation import Generation, corrected, take_policy, with_length
+from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest
+from chunkcache.engine.generation import Generation, take_policy, with_length
 from chunkcache.engine.padding import check_pad
 from chunkcache.engine.served import LibraryOptions, ServedMethods, ServedModel
 from chunkcache.engine.streaming import TextStream
@@ -229,6 +229,8 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         *,
         system: str | None = None,
         policy: str | Policy | None = None,
+        cache: str = "dynamic",
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Return `input_ids`, `attention_mask` and `past_key_values` for a plain `model.generate(**inputs)`.
@@ -237,10 +239,21 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         costs one decoding step more than `llm.generate`. Where the model's generation config would not go on from a
         cache (`use_cache`, `cache_implementation`), the keywords that correct it are among them. Options as for
         `prefill`.
+
+        Args:
+            question: as in `generate`, and so are `chunks`, `system` and `policy`.
+            cache: `dynamic`, or `static` for a `StaticCache`, with which `generate()` compiles its steps on a GPU. It
+                has room for `max_new_tokens` behind the prompt, which is then among the keywords.
+            max_new_tokens: length of the answer at most; None as in `generate`.
+            options: as for `prefill`.
+
+        Raises:
+            InputError: there is no such cache, or as in `prefill`.
         """
-        request = self._prepare(question, chunks, system, policy, None, options)
-        inputs = model_inputs(self.engine.prefill(request, drop_last=True))
-        return {**inputs, **corrected(self.engine.model.generation_config)}
+        from chunkcache.engine.inputs import inputs_for_generate
+
+        request = self._prepare(question, chunks, system, policy, max_new_tokens, options)
+        return inputs_for_generate(self.engine, request, cache)
 
     def chat(
         self,

@@ -39,6 +39,7 @@ from chunkcache.engine.streaming import TextStream
 from chunkcache.engine.tuning import Tuning
 from chunkcache.errors import InputError
 from chunkcache.kv import ChunkKV
+from chunkcache.kv.clock import wait_for
 from chunkcache.library import ChunkLibrary
 from chunkcache.prompt import Prompt
 
@@ -262,6 +263,7 @@ class Engine:
         before = time.perf_counter()
         prefill = self._selective(served, request, plan)
         logits = prefill.run(drop_last)
+        wait_for(logits)
         now = time.perf_counter()
         stats.prefill_s, stats.ttft_s = now - before, now - request.started
         stats.take(plan, prefill)

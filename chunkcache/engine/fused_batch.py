@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from chunkcache.blend import Plan, Policy, SelectivePrefill, layer_kv
+from chunkcache.blend.attention import LOOK_ROWS
 from chunkcache.blend.hydragen import KV, SharedCache, over_shared, padded
 from chunkcache.engine.contextual import kept
 from chunkcache.engine.engine import Engine
 from chunkcache.engine.generation import FIXED, FirstTokenClock, Generation, new_tokens, pad_token_id, setting
 from chunkcache.engine.served import Served
 from chunkcache.engine.stats import RequestStats
+from chunkcache.kv.clock import wait_for
 from chunkcache.prompt import Prompt
 
 
@@ -66,8 +68,9 @@ class FusedDecoding:
             keep=partial(kept, policy=policy),
             trim=False,
         )
+        prefill.cache.look_rows = LOOK_ROWS * len(members)  # as many of each question as of one alone
         before = time.perf_counter()
-        prefill.run()
+        wait_for(prefill.run())
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill)
         if prefill.computed:

@@ -13,8 +13,9 @@ from chunkcache.library.registry import warn_once
 class RequestStats:
     """Counts and seconds of one request.
 
-    The seconds are host time, which on an accelerator runs ahead of the work. `assemble_s`, `select_s`, `recompute_s`
-    and `head_s` are parts of `prefill_s`, `wait_s` is one of `assemble_s`, and `load_s` runs beside it.
+    On an accelerator the seconds of the prefill's parts and of loading are the device's own (`kv.clock`); what the
+    host does, such as reading the store, counts by its clock. `assemble_s`, `select_s`, `recompute_s` and `head_s`
+    are parts of `prefill_s`, `wait_s` is one of `assemble_s`, and `load_s` runs beside it.
 
     Attributes:
         policy: the policy that ran, as a string that names it.
@@ -96,7 +97,7 @@ class RequestStats:
         return {**named, "other": (self.ttft_s if ttft_s is None else ttft_s) - sum(named.values())}
 
     def take(self, plan: Plan, prefill: SelectivePrefill) -> None:
-        """Take over what a selective prefill of `plan` did."""
+        """Take over what a selective prefill of `plan` did, after its first token was waited for."""
         cache = prefill.cache
         if prefill.guarded is not None:
             self.guard_passes = prefill.guarded.passes

@@ -9,7 +9,6 @@ chunk by chunk instead, and everything else in the model on the whole row.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from chunkcache.blend import Decoder, Plan, SelectivePrefill
 from chunkcache.blend.assembly import place
-from chunkcache.blend.attention import register, rows_attention
+from chunkcache.blend.attention import contiguous_from, register, rows_attention, upper
 from chunkcache.blend.reuse import Reuse
 from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
+from chunkcache.kv.clock import StageClock
 
 Item = TypeVar("Item")
 NAME = "chunkcache_pack"
@@ -80,12 +80,14 @@ class Encoder:
         before = tuple(token for span in context for token in span.token_ids)
         prefix, others = next(iter(context), None), context[1:]
         for ids in chunks:
-            started = time.perf_counter()
+            clock = StageClock(self._decoder.device)
+            started = clock.mark()
             chunk = Span(len(before), len(before) + len(ids), ids)
             plan = Plan.of((*before, *ids), [*others, chunk], prefix)
             prefill = SelectivePrefill(self._decoder, plan, Reuse(), record=record, keep=lambda span: span.kv is None)
             prefill.run()
-            yield replace(prefill.computed[len(before)], origin=Origin(compute_s=time.perf_counter() - started))
+            compute_s = clock.between(started, clock.mark())
+            yield replace(prefill.computed[len(before)], origin=Origin(compute_s=compute_s))
 
 
 class _Pack:
@@ -105,11 +107,13 @@ class _Pack:
 
     def prefill(self) -> Iterator[ChunkKV]:
         """Run the model, and yield the KV of each chunk."""
-        started = time.perf_counter()
+        clock = StageClock(self._decoder.device)
+        started = clock.mark()
         twin = self._decoder.shadow(NAME)
         for index, module in enumerate(twin.attentions):
             vars(module)["chunkcache_attend"] = partial(self._attend, index)
-        positions = torch.arange(self._start, self._end, device=twin.device)  # of the longest chunk
+        # of the longest chunk
+        positions = contiguous_from(torch.arange(self._start, self._end, device=twin.device), self._start)
         with torch.no_grad():
             twin.model.base_model(  # the LM head is not needed
                 input_ids=torch.tensor([[token for chunk in self._chunks for token in chunk]], device=twin.device),
@@ -117,7 +121,7 @@ class _Pack:
                 attention_mask=self._decoder.masks(positions, self._end),
                 use_cache=False,
             )
-        token_s = (time.perf_counter() - started) / sum(map(len, self._chunks))
+        token_s = clock.between(started, clock.mark()) / sum(map(len, self._chunks))
         for chunk, layers in zip(self._chunks, self._layers, strict=True):
             yield ChunkKV.of(chunk, self._start, layers, origin=Origin(compute_s=token_s * len(chunk)))
 
@@ -155,7 +159,7 @@ class _Pack:
             end = self._start + len(chunk)
             layers.append(torch.cat((key[:, :, rows], value[:, :, rows])))
             seen[:, :, self._start : end] = layers[-1]
-            mask = attention_mask[:, :, : len(chunk)]
+            mask = upper(attention_mask, len(chunk))
             if mask.is_floating_point():  # eager
                 attend, mask = _own_attention(module), mask[..., :end]
             else:

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from chunkcache.blend.attention import (
     BLOCK_ROWS,
+    LOOK_ROWS,
     Watch,
     additive_mask,
     dense_mask,
@@ -197,6 +198,24 @@ def test_a_watch_sees_the_weights_of_the_last_rows(last, block, firsts, window):
     expected = weights_by_hand(query, key, rows, window, 0.4)[0, :, -last:].float()
     torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
     assert seen_at == firsts
+
+
+def test_a_watch_of_a_long_question_sees_its_last_rows():
+    rows = list(range(300))
+    query, key, value = tensors(300, 300)
+    output, weights, seen_at = watched(299, None, query, key, value, rows)
+    torch.testing.assert_close(output, by_hand(query, key, value, rows, None, 0.4).float(), atol=1e-5, rtol=0)
+    expected = weights_by_hand(query, key, rows, None, 0.4)[0, :, -LOOK_ROWS:].float()
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
+    assert seen_at == [0]
+
+
+def test_a_watch_on_eager_attention_sees_no_more_rows():
+    seen, module = [], Module()
+    module.forward = lambda: (None, torch.zeros(1, 4, 300, 310))
+    Watch(module, 200, lambda weights, first: seen.append(weights.shape))
+    module()
+    assert seen == [(4, LOOK_ROWS, 310)]
 
 
 def test_a_watch_sees_weights_in_bfloat16_too():

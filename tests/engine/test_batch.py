@@ -10,6 +10,7 @@ import torch
 from support.llm import TEXTS, own_model, plain, prompt_ids, snapshot, tiny_model, wrapped
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from chunkcache.blend.attention import LOOK_ROWS
 from chunkcache.blend.guard import GuardModel
 from chunkcache.blend.query import Query
 from chunkcache.engine.calibration import Calibration
@@ -96,6 +97,20 @@ def test_questions_of_a_batch_are_looked_at_together(monkeypatch):
     assert seen == [sum(len(llm.prompts.build(*each).question) for each in requests)]
     everything = llm.generate_batch(requests, policy="query:ratio=1", **OPTIONS)
     assert ids(everything) == ids(llm.generate_batch(requests, policy="full", **OPTIONS))
+
+
+def test_many_questions_are_looked_at_in_whole_and_one_long_question_at_its_end(monkeypatch):
+    looked, pool = [], Query.pool
+    monkeypatch.setattr(Query, "pool", lambda self, weights: looked.append(weights.shape[1]) or pool(self, weights))
+    llm, policy = wrapped(), "query:ratio=0.2"
+    questions = [" ".join([question] * 4) for question in QUESTIONS]
+    rows = sum(len(llm.prompts.build(question, TEXTS).question) for question in questions)
+    assert rows > LOOK_ROWS
+    llm.generate_batch([(question, TEXTS) for question in questions], policy=policy, **OPTIONS)
+    assert set(looked) == {rows}
+    looked.clear()
+    llm.prefill(" ".join(questions), TEXTS, policy=policy)
+    assert set(looked) == {LOOK_ROWS}
 
 
 def test_each_sequence_ends_at_its_own_end():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import zoo
 from support.llm import VOCAB, chat_tokenizer, wrapped
@@ -58,7 +60,7 @@ def test_without_a_lead_in_or_room_for_one_nothing_is_measured(llm):
 
 
 def test_a_model_without_a_template_has_no_prefix_of_its_own(llm):
-    tokenizer = chat_tokenizer()
+    tokenizer = copy.deepcopy(chat_tokenizer())  # all tests share that one
     tokenizer.chat_template = None
     import chunkcache
 
