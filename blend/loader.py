@@ -1,10 +1,10 @@
 """Layer-wise loading: while layer i computes, layer i + 1 of every span is loaded (CacheBlend, section 5.2).
 
 Layers in page-locked memory are copied to the device in its copy stream, by whoever takes the layer before: putting a
-copy into a stream takes microseconds. Others, such as those of a disk or a server, are loaded in a thread. Layers that
-are on the device, or in memory where the model runs on the CPU, need neither. Nor is there a thread where the model
-runs on the CPU and the layers come out of the page cache: a thread that only copies takes a core from the model, and
-its other cores wait for that one. The disk tier lets the system read ahead instead.
+copy into a stream takes microseconds. Others, such as those of a disk or a server, are loaded in a thread. Layers
+that are on the device, or in memory where the model runs on the CPU, need neither. Nor is there a thread where the
+model runs on the CPU and the layers come out of the page cache: a thread that only copies takes a core from the
+model, and its other cores wait for that one. The disk tier lets the system read ahead instead.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from chunkcache.kv import Layer, LazyLayers
 from chunkcache.kv import device as devices
 from chunkcache.kv.device import Ready
-from chunkcache.kv.transfer import PinnedLayers, WantedLayers, own_memory, parts, place_of
+from chunkcache.kv.transfer import PinnedLayers, WantedLayers, copy_memory, own_memory, parts, place_of
 
 LEAST_DEPTH = 2  # layers loaded ahead where loading is the faster of the two: one is in use while the next arrives
 
@@ -172,27 +171,23 @@ class _Track:
         self._source = source
         self._runs = {run.first: (number, run) for number, run in enumerate(source.runs)}
         self.layers: dict[int, Layer] = {}
-        most = max(len(run.data) for run in source.runs)
-        wanted = isinstance(source, WantedLayers)
-        self._places = len(source.runs) if wanted else min(depth + 1, len(source.runs))
-        if wanted:
-            self._memory = own_memory(self._places * most, device).view(-1, most)
+        sizes = [len(run.data) for run in source.runs]
+        if isinstance(source, WantedLayers):
+            self._memory = own_memory(sizes, device)
         else:
-            with devices.working_on(devices.copy_stream(device)):
-                self._memory = torch.empty(self._places, most, dtype=torch.uint8, device=device)
-            devices.keep_for(devices.current_stream(device), (self._memory,))
+            self._memory = copy_memory([max(sizes)] * min(depth + 1, len(sizes)), device)
 
     def overwrites(self, layer: int) -> bool:
         """Return whether copying begins with `layer`, to where other layers are."""
         number, _ = self._runs.get(layer, (0, None))
-        return number >= self._places
+        return number >= len(self._memory)
 
     def start(self, layer: int) -> bool:
         """Enqueue the copy of the run that begins with `layer`, in the copy stream; False if none does."""
         if layer not in self._runs:
             return False
         number, run = self._runs[layer]
-        into: Tensor = self._memory[number % self._places]
+        into = self._memory[number % len(self._memory)]
         run.copy_to(into)
         self.layers.update(enumerate(run.views(into), run.first))
         return True

@@ -29,7 +29,7 @@ class Arena:
     in a copy stream, and so is what writes to it next: see `chunkcache.kv.device.order_copies`.
 
     Args:
-        capacity: bytes that are locked at most, rounded up to whole blocks; and one block more, since slots leave gaps.
+        capacity: bytes that are locked at most, rounded up to whole blocks, and one block more: slots leave gaps.
         allocate: returns `[bytes]` of page-locked memory, or None.
         block_bytes: size of a block, a power of two.
     """

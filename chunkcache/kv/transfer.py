@@ -96,23 +96,31 @@ def _unpinned(
     ready: dict[torch.device, Ready] = {}
     for run in pinned.runs:
         there = place(run.first)
-        data = own_memory(len(run.data), there)
+        [data] = own_memory([len(run.data)], there)
         with devices.working_on(devices.copy_stream(there)):
             pinned.let_copies_wait(there)
             run.copy_to(data)
+            layers += run.views(data)
             arrived = devices.mark(there)
         ready[there] = arrived._replace(stream=devices.current_stream(there))  # of all runs: copies are in order
-        layers += run.views(data)
     return tuple(layers), tuple(ready.values())
 
 
-def own_memory(nbytes: int, place: torch.device) -> Tensor:
-    """Return `[nbytes]` bytes of the stream that this thread works on, which the copy stream may write."""
-    data = torch.empty(nbytes, dtype=torch.uint8, device=place)
+def own_memory(sizes: Sequence[int], place: torch.device) -> list[Tensor]:
+    """Return memory `[bytes]` of the stream that this thread works on, which the copy stream may write."""
+    memory = [torch.empty(size, dtype=torch.uint8, device=place) for size in sizes]
     copies = devices.copy_stream(place)
     copies.wait_stream(devices.current_stream(place))  # which may still use what was there before
-    devices.keep_for(copies, (data,))
-    return data
+    devices.keep_for(copies, memory)
+    return memory
+
+
+def copy_memory(sizes: Sequence[int], place: torch.device) -> list[Tensor]:
+    """Return memory `[bytes]` of the copy stream, which the stream that this thread works on may use."""
+    with devices.working_on(devices.copy_stream(place)):
+        memory = [torch.empty(size, dtype=torch.uint8, device=place) for size in sizes]
+    devices.keep_for(devices.current_stream(place), memory)
+    return memory
 
 
 def _let_copies_wait(kv: ChunkKV) -> None:
