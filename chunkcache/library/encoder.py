@@ -66,9 +66,13 @@ class Encoder:
         if record or not self._packable():
             yield from self._one_by_one(spans, chunks, record)
             return
-        most = PACK_TOKENS if self._decoder.device.type == "cpu" else PACK_TOKENS_THERE
-        for pack in packs(chunks, len, most):
+        for pack in packs(chunks, len, self.pack_tokens):
             yield from _Pack(self._decoder, spans, pack).prefill()
+
+    @property
+    def pack_tokens(self) -> int:
+        """How many tokens of several chunks are computed in one forward at most."""
+        return PACK_TOKENS if self._decoder.device.type == "cpu" else PACK_TOKENS_THERE
 
     def _on_device(self, kv: ChunkKV) -> ChunkKV:
         """Return KV on the device of each layer, copied once for all packs; for a model on the CPU as they are."""

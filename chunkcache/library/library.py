@@ -42,6 +42,7 @@ class ChunkLibrary(DeletionMethods):
     Attributes:
         fingerprint: as given.
         registry: the chunks that were looked up or computed here.
+        pack_tokens: how many tokens of several chunks are computed in one forward at most.
         refused: chunk KV that were not stored, since the model had changed or a hook had cut them.
     """
 
@@ -57,6 +58,7 @@ class ChunkLibrary(DeletionMethods):
     ) -> None:
         self._decoder = decoder
         self._encoder = Encoder(decoder)
+        self.pack_tokens = self._encoder.pack_tokens
         self._store = store
         self.fingerprint = fingerprint
         self._is_current = is_current or (lambda: True)
