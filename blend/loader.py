@@ -61,7 +61,7 @@ class Loader:
     def take(self, index: int) -> list[Layer]:
         """Return layer `index` of each chunk KV; wait for it if need be. Layers are taken in order, each once.
 
-        They may be used until the next are taken.
+        They may be used until those `depth` further on are taken; with a depth of 0, until the next are.
 
         Raises:
             EntryLostError: one of them is damaged or gone.
@@ -148,7 +148,7 @@ class _Copies:
         stream = devices.copy_stream(self._device)
         first, stop = len(self._arrivals), min(index + self._depth + 1, self._count)
         if index and any(track.overwrites(layer) for track in self._tracks for layer in range(first, stop)):
-            stream.wait_event(devices.mark(self._device).event)  # what was there before has been used by then
+            stream.wait_event(devices.mark(self._device).event)  # what was there has been used by then
         with devices.working_on(stream):
             for layer in range(first, stop):
                 started = [track.start(layer) for track in self._tracks]
@@ -175,7 +175,8 @@ class _Track:
         if isinstance(source, WantedLayers):
             self._memory = own_memory(sizes, device)
         else:
-            self._memory = copy_memory([max(sizes)] * min(depth + 1, len(sizes)), device)
+            most = depth + max(depth, 1)  # layers that are ahead, and those that may still be used
+            self._memory = copy_memory([max(sizes)] * min(most, len(sizes)), device)
 
     def overwrites(self, layer: int) -> bool:
         """Return whether copying begins with `layer`, to where other layers are."""

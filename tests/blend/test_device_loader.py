@@ -97,7 +97,20 @@ def test_memory_on_the_device_does_not_grow_with_the_layers(device, monkeypatch)
     source = pinned(plain(1))
     loader = Loader([source], CUDA, depth=2)
     layers = [loader.take(index)[0].data_ptr() for index in range(LAYERS)]
-    assert len(set(layers)) == 3
+    assert len(set(layers)) == 4
+
+
+@pytest.mark.parametrize("run_bytes", [1, 2**9])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_layers_may_be_used_until_those_a_depth_further_on_are_taken(device, monkeypatch, run_bytes, depth):
+    monkeypatch.setattr(transfer, "RUN_BYTES", run_bytes)
+    layers = plain(1)
+    loader, used = Loader([pinned(layers)], CUDA, depth), []
+    for first in range(0, LAYERS, depth):
+        group = [loader.take(index)[0] for index in range(first, min(first + depth, LAYERS))]
+        used += [layer + 0 for layer in group]
+    assert all(torch.equal(a.to("cpu"), b) for a, b in zip(used, layers, strict=True))
+    assert not device.total.violations
 
 
 @pytest.mark.parametrize("fault", [None, "arrival", "overwritten", "record"])
