@@ -14,7 +14,6 @@ from support.llm import QUESTION, TEXTS, own_model, wrapped
 from chunkcache.engine.generation import FirstTokenClock
 from chunkcache.kv import transfer
 from chunkcache.library import ChunkLibrary
-from chunkcache.store import memory
 
 POLICY = "link:k=4"
 STORES = ["memory://", "device://", "tiered:device://|memory://", "memory://?codec=int8", "device://?codec=int4"]
@@ -63,16 +62,17 @@ def test_every_store_gives_the_logits_of_the_cpu(store):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
 @pytest.mark.parametrize("store", ["memory://", "device://", None])
-def test_another_accelerator_makes_no_call_of_cuda(store, monkeypatch):
+def test_other_accelerators_make_no_call_of_cuda(kind, store, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a call that only CUDA has")
 
     for name in ("current_stream", "Stream", "stream", "Event", "mem_get_info"):
         monkeypatch.setattr(torch.cuda, name, refuse)
     wanted = all_logits("cpu", "memory://")
-    with PretendDevice(kind="xpu") as device:
-        got = all_logits("xpu", store)
+    with PretendDevice(kind=kind) as device:
+        got = all_logits(kind, store)
         assert not device._pinned
     assert not device.total.violations
     for mine, theirs in zip(got, wanted, strict=True):
@@ -116,11 +116,6 @@ def is_rotation(where):
 @pytest.mark.parametrize("store", STORES)
 def test_requests_on_streams_of_their_own_do_not_race(store, monkeypatch):
     assert not violations_of_streams(store, monkeypatch)
-
-
-def test_without_the_wait_for_what_an_entry_was_made_by_they_do(monkeypatch):
-    monkeypatch.setattr(memory, "join", lambda kv: kv)
-    assert violations_of_streams("device://", monkeypatch)
 
 
 @pytest.mark.parametrize("store", ["memory://", "tiered:device://|memory://"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -73,12 +74,15 @@ def test_who_waits_for_another_thread_to_compute_a_chunk_waits_on_its_own_stream
     monkeypatch.setattr(PretendDevice, "sync", lambda self, what: None)  # that the host waited is no help here
     if not waits:
         monkeypatch.setattr(library_module, "join", lambda kv: kv)
-    encode, others, begun, go_on = Encoder.encode, Claim.others, threading.Event(), threading.Event()
+    others, begun, go_on = Claim.others, threading.Event(), threading.Event()
 
-    def slowly(*args, **kwargs):
+    def slowly(encoder, context, chunks, record):
         begun.set()
         go_on.wait()
-        yield from encode(*args, **kwargs)
+        config = library._decoder.config
+        shape = 2, config.num_key_value_heads, len(chunks[0]), config.hidden_size // config.num_attention_heads
+        layers = [torch.ones(shape, device="cuda:0") for _ in range(config.num_hidden_layers)]
+        yield ChunkKV.of(chunks[0], 0, layers)
 
     def asked_for(claim):
         go_on.set()
@@ -101,4 +105,5 @@ def test_who_waits_for_another_thread_to_compute_a_chunk_waits_on_its_own_stream
         compute()
         thread.join()
         found = " ".join(what for what, _ in device.total.violations)
+    gc.collect()  # while no device is on
     assert ("no event between" in found) is not waits
