@@ -20,7 +20,7 @@ from chunkcache.engine.served import LibraryOptions, ServedMethods, ServedModel
 from chunkcache.engine.streaming import TextStream
 from chunkcache.prompt import INSTRUCTION, Prompt, PromptBuilder
 from chunkcache.prompt.messages import Message, MessageBuilder
-from chunkcache.store import Store, open_store
+from chunkcache.store import Store, default_store, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from chunkcache.engine.calibration import Calibration
     from chunkcache.engine.conversation import Conversation
 
-DEFAULT_STORE = "memory://?max_bytes=2GiB"
 DEFAULT_POLICY = "query"
 
 
@@ -41,7 +40,8 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
             is not modified. Where it is changed later, its chunk KV go under another fingerprint from then on.
         tokenizer: the model's tokenizer; its chat template is used when it has one.
         store: a store, or what `open_store` opens, such as `tiered:memory://?max_bytes=2GiB|disk:///var/cache/kv`.
-            None takes the environment variable CHUNKCACHE_STORE, and without it 2 GiB of memory.
+            None takes the environment variable CHUNKCACHE_STORE, and without it 2 GiB of memory; on CUDA a quarter of
+            the free memory of the device, and below it a quarter of the free RAM.
         policy: which reused tokens are recomputed, such as `link:k=8`; see `chunkcache.blend.POLICIES`.
         tenant: goes into every key (vLLM's `cache_salt`): requests of another tenant never see these chunk KV.
         instruction: stands before the chunks in every prompt.
@@ -86,7 +86,8 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         tenant = renamed_options(renamed, {"salt": "tenant"}, "wrap").get("tenant", tenant)
         chosen, pad = parse_policy(policy), check_pad(pad)
         self.prompts = PromptBuilder(tokenizer, instruction, lead_in, template_options)
-        store = store if store is not None else os.environ.get("CHUNKCACHE_STORE", DEFAULT_STORE)
+        store = store if store is not None else os.environ.get("CHUNKCACHE_STORE")
+        store = store if store is not None else default_store({weight.device for weight in model.parameters()})
         self._owns_store = isinstance(store, str)
         self.store: Store = open_store(store) if isinstance(store, str) else store
         self.model: Any = model

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from chunkcache.blend.hydragen import SharedCache
+from chunkcache.kv.device import synchronize
 
 OWN_TOKENS = 48  # behind the shared ones
 
@@ -51,13 +52,11 @@ def time_attention(model: PreTrainedModel, sequences: int, tokens: int, repeats:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(model.device)
             started = time.perf_counter()
             for index in range(layers):
                 way(index)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(model.device)
             if turn:  # the first is to warm up
                 seconds[name].append((time.perf_counter() - started) / layers)
     found = {name: statistics.median(each) for name, each in seconds.items()}

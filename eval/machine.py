@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import chunkcache
+from chunkcache.kv.device import name as device_name
 
 PACKAGE = Path(chunkcache.__file__).parent
 SEED = 0  # decoding is greedy; the seed is for models that draw something even so
@@ -26,7 +27,7 @@ def ran_on(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "model": Path(model.config._name_or_path).name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
+        "device": device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "chunkcache": chunkcache.__version__,

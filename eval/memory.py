@@ -9,6 +9,8 @@ from types import TracebackType
 
 import torch
 
+from chunkcache.kv import device as devices
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -25,8 +27,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+            self._before = devices.reset_peak(self._device)
         elif _CLEAR_REFS.exists():
             _give_freed_memory_back()
             _CLEAR_REFS.write_text("5")  # resets the high-water mark to what is resident now
@@ -37,7 +38,7 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._device.type == "cuda":
-            self.nbytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            self.nbytes = devices.peak(self._device) - self._before
         elif _CLEAR_REFS.exists():
             self.nbytes = _resident("VmHWM") - self._before
 

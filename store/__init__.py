@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from chunkcache.store.base import Store, Tier
 from chunkcache.store.budget import Budget, parse_bytes
 from chunkcache.store.bytestore import ByteStore, Encoding
+from chunkcache.store.defaults import default_store
 from chunkcache.store.disk import DiskStore
 from chunkcache.store.memory import DeviceStore, MemoryStore
 from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, StoreStats
@@ -69,6 +70,7 @@ __all__ = [
     "StoreStats",
     "Tier",
     "TieredStore",
+    "default_store",
     "open_store",
     "parse_bytes",
 ]

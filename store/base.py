@@ -18,6 +18,7 @@ from typing import ClassVar, TypeVar
 
 from chunkcache.errors import EntryLostError
 from chunkcache.kv import ChunkKey, ChunkKV, Origin
+from chunkcache.kv.transfer import marked
 from chunkcache.store.breaker import Breaker
 from chunkcache.store.budget import UNBOUNDED, Budget
 from chunkcache.store.codec import find_codec
@@ -90,6 +91,12 @@ class Store(ABC):
     def pin(self, key: ChunkKey, pinned: bool = True) -> None:  # noqa: B027
         """Keep the entry under `key` from being evicted, until it is unpinned by `pinned=False`."""
 
+    def catch_up(self) -> None:  # noqa: B027
+        """Start what was put off so as not to delay a request; called when its first token is there.
+
+        That is copying KV from an accelerator. It returns at once. `flush` does the same, and waits.
+        """
+
     def flush(self) -> None:  # noqa: B027
         """Wait until every entry that was put is in all its tiers; those of `near_only` are written now."""
 
@@ -142,6 +149,7 @@ class Tier(Store):
         return kv
 
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
+        kv = marked(kv)
         entry = Entry.of(key, kv, self.budget.ttl)
         if self._is_deleted(key, entry):
             self.count(refused=1)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
+from chunkcache.kv.transfer import to_host
 from chunkcache.store.base import Heads, Tier
 from chunkcache.store.budget import UNBOUNDED, Budget
 from chunkcache.store.encryption import KEYS, MOST, OVERHEAD, Opened, find_keyring
@@ -129,7 +130,7 @@ class ByteStore(Tier):
             return False
 
     def _write(self, entry: Entry, kv: ChunkKV) -> bool:
-        header, blocks = encode(entry.key, self._codec(kv), self._compress, self.secret, entry.expires)
+        header, blocks = encode(entry.key, self._codec(to_host(kv)), self._compress, self.secret, entry.expires)
         entry = replace(entry, nbytes=sum(map(len, blocks)))
         if not self.fits(entry.nbytes):
             return False

@@ -29,6 +29,7 @@ class StoreStats:
         evictions: entries dropped to make room.
         errors: operations that failed because the tier is in trouble.
         skipped: operations not tried since the tier was in trouble a moment ago.
+        unpinned: entries of an accelerator that memory could not be page-locked for.
     """
 
     entries: int = 0
@@ -44,6 +45,7 @@ class StoreStats:
     evictions: int = 0
     errors: int = 0
     skipped: int = 0
+    unpinned: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counters as a plain dict for JSON."""

@@ -19,16 +19,19 @@ from functools import partial
 
 from chunkcache.errors import EntryLostError, StoreURLError
 from chunkcache.kv import ChunkKey, ChunkKV, Layer, LazyLayers
+from chunkcache.kv.device import Ready
+from chunkcache.kv.transfer import PinnedLayers, WantedLayers, marked
 from chunkcache.store.base import Heads, Store, Tier
 from chunkcache.store.behind import WriteBehind
-from chunkcache.store.memory import MemoryStore
+from chunkcache.store.memory import DeviceStore, MemoryStore
 from chunkcache.store.records import EVERYTHING, Entry, EntryFilter, StoreStats
 
 logger = logging.getLogger("chunkcache.store")
 WAIT_S = 0.05
 _SETTLE_S = 1.0  # that a deletion waits for a write that is on its way
+_PUT_OFF = 64  # entries that wait for `catch_up`; each keeps its KV on an accelerator
 _NEAR_ONLY = 10_000  # keys remembered; the oldest are forgotten first
-_SUMMED = ("hits", "mismatches", "damaged", "expired", "evictions", "errors", "skipped")
+_SUMMED = ("hits", "mismatches", "damaged", "expired", "evictions", "errors", "skipped", "unpinned")
 
 
 class TieredStore(Store):
@@ -60,6 +63,7 @@ class TieredStore(Store):
         self._written = self._refused = 0
         self._lock = threading.Lock()
         self._near_only: dict[ChunkKey, None] = {}
+        self._put_off: list[tuple[ChunkKey, ChunkKV]] = []  # KV of an accelerator, to be written below
         self._writes_behind, self._fetches = WriteBehind(queue, WAIT_S), WriteBehind(queue, 0)
         # Also when the process ends:
         self._finalizer = weakref.finalize(self, _close_all, self._fetches, self._writes_behind)
@@ -77,12 +81,12 @@ class TieredStore(Store):
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
         if not kv.origin.created:  # or a deletion could not tell what it is older than
             kv = replace(kv, origin=replace(kv.origin, created=time.time()))
+        kv = marked(kv)
         near = stored = self._tiers[0].put(key, kv)
-        if self._through or not near:
-            queued = self._write_below(self._tiers[1:], key, kv)
-            stored = near or queued
-            if near and not queued and len(self._tiers) > 1:
-                self._remember_near_only(key)
+        if near and kv.ready and self._through:
+            self._put_off_below(key, kv)
+        elif self._through or not near:
+            stored = self._write_below([(key, kv)], near) or near
         with self._lock:
             self._written += stored
             self._refused += not stored
@@ -136,13 +140,23 @@ class TieredStore(Store):
         for tier in self._tiers:
             tier.pin(key, pinned)
 
+    def catch_up(self) -> None:
+        if self._put_off:
+            with self._lock:
+                put_off, self._put_off = self._put_off, []
+            self._write_below(put_off, near=True, wait=False)
+        self._tiers[0].catch_up()
+
     def flush(self) -> None:
+        self.catch_up()
         self._fetches.flush()
         self._writes_behind.flush()
         with self._lock:
             keys, self._near_only = self._near_only, {}
         for key in keys:
             self._write_down(key, self._tiers)
+        for tier in self._tiers:
+            tier.flush()
 
     def near_only(self) -> frozenset[ChunkKey]:
         with self._lock:
@@ -167,15 +181,40 @@ class TieredStore(Store):
     def __contains__(self, key: ChunkKey) -> bool:
         return any(key in tier for tier in self._tiers)
 
-    def _write_below(self, tiers: Sequence[Tier], key: ChunkKey, kv: ChunkKV) -> bool:
+    def _put_off_below(self, key: ChunkKey, kv: ChunkKV) -> None:
+        """Write an entry to the tiers below when `catch_up` is called, or too many wait for it."""
+        with self._lock:
+            self._put_off.append((key, kv))
+            too_many = len(self._put_off) > _PUT_OFF
+        if too_many:
+            self.catch_up()
+
+    def _write_below(self, entries: Sequence[tuple[ChunkKey, ChunkKV]], near: bool, wait: bool = True) -> bool:
+        """Queue the writes to the tiers below the nearest, which has the entries if `near`.
+
+        Returns:
+            False if they were not queued.
+        """
+        tiers = self._tiers[1:]
         if not tiers:
             return False
-        queued = self._writes_behind.put(lambda: [tier.put(key, kv) for tier in tiers])
+        queued = self._writes_behind.put(partial(self._write_all, entries), wait)
         if not queued:
             for tier in tiers:
-                tier.count(refused=1)
+                tier.count(refused=len(entries))
             tiers[0].warn_once("the queue of writes to it is full: some entries are kept in the nearest tier only")
+            for key, _ in entries if near else ():
+                self._remember_near_only(key)
         return queued
+
+    def _write_all(self, entries: Sequence[tuple[ChunkKey, ChunkKV]]) -> None:
+        """Write entries to all tiers below the nearest; what one copied off an accelerator, the next one takes."""
+        for key, kv in entries:
+            for tier, below in zip(self._tiers, self._tiers[1:], strict=False):
+                if kv.ready and isinstance(tier, MemoryStore):
+                    kv = tier.copy_of(key) or kv
+                below.put(key, kv)
+        self._tiers[-1].catch_up()
 
     def _remember_near_only(self, key: ChunkKey) -> None:
         with self._lock:
@@ -195,10 +234,12 @@ class TieredStore(Store):
     def _promoting(self, key: ChunkKey, kv: ChunkKV, found_in: int) -> ChunkKV:
         """Return `kv`, whose layers are kept as they are read, and put into the nearer tiers after the last."""
 
-        def promote(layers: tuple[Layer, ...]) -> None:
-            whole = kv.of_layers(layers)
-            self._fetches.put(lambda: [t.put(key, whole) for t in self._tiers[:found_in] if key not in t], wait=False)
+        def promote(layers: tuple[Layer, ...], ready: tuple[Ready, ...] = ()) -> None:
+            whole = replace(kv.of_layers(layers), ready=ready)
+            self._fetches.put(lambda: self._write_nearer(found_in, key, whole), wait=False)
 
+        if isinstance(kv.layers, PinnedLayers):  # its copy on the device is kept there
+            return replace(kv, layers=WantedLayers(kv.layers, promote))
         return replace(kv, layers=PromotingLayers(kv, promote))
 
     def _fetch(self, key: ChunkKey) -> None:
@@ -210,9 +251,20 @@ class TieredStore(Store):
                 whole = kv.loaded()
             except EntryLostError:
                 continue  # counted by the tier; perhaps one below has it
-            for nearer in self._tiers[:index]:
-                nearer.put(key, whole)
+            self._write_nearer(index, key, whole)
             return
+
+    def _write_nearer(self, found_in: int, key: ChunkKey, kv: ChunkKV) -> None:
+        """Write an entry to those tiers above the one that it was found in that lack it, nearest first.
+
+        A memory tier takes what is on the accelerator by then: so it is page-locked there.
+        """
+        for tier in self._tiers[:found_in]:
+            if key not in tier:
+                tier.put(key, kv)
+            if isinstance(tier, DeviceStore):
+                kv = tier.copy_of(key) or kv
+            tier.catch_up()
 
     def _demote_all(self) -> None:
         for tier, below in zip(self._tiers, self._tiers[1:], strict=False):
@@ -228,7 +280,13 @@ def _close_all(*queues: WriteBehind) -> None:
 
 def _demote(writes: WriteBehind, below: Tier, key: ChunkKey, kv: ChunkKV) -> None:
     """Write an evicted entry to the tier below, unless it is there."""
-    if not writes.put(lambda: key in below or below.put(key, kv), wait=False):
+
+    def write() -> None:
+        if key not in below:
+            below.put(key, kv)
+            below.catch_up()
+
+    if not writes.put(write, wait=False):
         below.count(refused=1)
 
 

@@ -116,6 +116,7 @@ def check_model(options: CheckOptions) -> None:
     from chunkcache.blend.scout import scout_layers
     from chunkcache.engine.tuning import Tuning
     from chunkcache.library.fingerprint import fingerprint
+    from chunkcache.store import default_store
 
     model, tokenizer = load(options.model_name, options.device, options.dtype)
     decoder = Decoder(model)
@@ -134,6 +135,7 @@ def check_model(options: CheckOptions) -> None:
         "fingerprint": name,
         "query": str(query),
         "query_looks_at_layers": ", ".join(map(str, scout_layers(decoder, query))),
+        "default_store": default_store({weight.device for weight in model.parameters()}),
         "lead_in": "measured" if measured else "not measured; run chunkcache calibrate",
         **check.as_dict(),
     }

@@ -231,7 +231,7 @@ class Engine:
     def _answer(self, served: Served, request: PreparedRequest) -> tuple[Generation, Cache]:
         room = new_tokens(request.options, len(request.prompt.token_ids))
         plan, stats = self._plan(served, request, room)
-        clock = FirstTokenClock()
+        clock = FirstTokenClock(served.library.catch_up)
         options = padded(self.generate_options(request.options, clock), clock, request.started, self.pad)
         before = time.perf_counter()
         finished = needs_finished_cache(self.model, options)
@@ -244,6 +244,7 @@ class Engine:
             cache = prefill.cache
             stats.take(plan, prefill)
             self._store(served, request, prefill.computed)
+            served.library.catch_up()
         first_token_at = clock.first_token_at or time.perf_counter()
         stats.prefill_s, stats.ttft_s = first_token_at - before, first_token_at - request.started
         if not finished:
@@ -269,6 +270,7 @@ class Engine:
         stats.take(plan, prefill)
         served.tuning.observe(stats)
         self._store(served, request, prefill.computed)
+        served.library.catch_up()
         return PrefillOutput(logits, prefill.cache, prefill.input_ids, stats)
 
     def _decode_finished(

@@ -103,6 +103,7 @@ class FusedDecoding:
             **options,
         )
         output = output.cpu()
+        fused.served.library.catch_up()
         eos = setting(engine.model, options, "eos_token_id")
         eos = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
         lengths = ends.lengths(output[:, input_ids.shape[1] :], eos)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,15 @@ class Generation:
 
 
 class FirstTokenClock(StoppingCriteria):
-    """Never stops; notes when the first token id was known on the host."""
+    """Never stops; notes when the first token id was known on the host.
 
-    def __init__(self) -> None:
+    Args:
+        then: called once it is.
+    """
+
+    def __init__(self, then: Callable[[], None] | None = None) -> None:
         self.first_token_at: float | None = None
+        self._then = then
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Note the time once."""
@@ -68,6 +74,8 @@ class FirstTokenClock(StoppingCriteria):
         if self.first_token_at is None:
             token_ids.flatten()[-1].item()
             self.first_token_at = time.perf_counter()
+            if self._then is not None:
+                self._then()
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import overload
 import numpy as np
 import torch
 
+from chunkcache.kv.device import Ready
 from chunkcache.kv.quantised import QuantisedLayer
 
 FORMAT_VERSION = 1
@@ -109,7 +110,10 @@ class LazyLayers(Sequence[Layer]):
     Attributes:
         shapes: shape of each layer.
         waits: whether reading waits for others more than it copies, and is better done in a thread.
+        in_memory: whether they are in memory already, and none can be lost.
     """
+
+    in_memory = False
 
     def __init__(self, shapes: tuple[tuple[int, ...], ...], waits: bool) -> None:
         self.shapes, self.waits = shapes, waits
@@ -174,6 +178,7 @@ class ChunkKV:
         nbytes: size of all layers together.
         context: what it looked at, if that was recorded.
         origin: where it comes from.
+        ready: when its layers are made, if streams of an accelerator make them; see `chunkcache.kv.transfer`.
     """
 
     token_ids: tuple[int, ...]
@@ -182,6 +187,7 @@ class ChunkKV:
     nbytes: int
     context: ContextAttention | None = None
     origin: Origin = Origin()
+    ready: tuple[Ready, ...] = ()
 
     @classmethod
     def of(
@@ -208,11 +214,13 @@ class ChunkKV:
         Raises:
             EntryLostError: one of them is damaged or gone.
         """
-        return self if isinstance(self.layers, tuple) else self.of_layers(tuple(self.layers))
+        if isinstance(self.layers, tuple) or (isinstance(self.layers, LazyLayers) and self.layers.in_memory):
+            return self
+        return self.of_layers(tuple(self.layers))
 
     def of_layers(self, layers: Sequence[Layer]) -> ChunkKV:
-        """Return the same chunk KV with other layers, which are in memory."""
-        return replace(self, layers=layers, nbytes=sum(layer.nbytes for layer in layers))
+        """Return the same chunk KV with other layers, which are in memory and made."""
+        return replace(self, layers=layers, nbytes=sum(layer.nbytes for layer in layers), ready=())
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -86,10 +86,6 @@ class QuantisedLayer:
         moved = (part.to(device, non_blocking=non_blocking) for part in self.parts())
         return QuantisedLayer(self.bits, self.dtype, *moved)
 
-    def pin_memory(self) -> QuantisedLayer:
-        """Return it in page-locked memory."""
-        return QuantisedLayer(self.bits, self.dtype, *(part.pin_memory() for part in self.parts()))
-
     def keys(self) -> Tensor:
         """Return the codes of the keys `[kv_heads, tokens, head_dim]` as float32, not yet scaled."""
         return self._codes(0)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from chunkcache.blend import Decoder, Policy
 from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.kv import ChunkKey, ChunkKV, ChunkRef, Origin, Span, TokenIds, chunk_name, hashed_label
+from chunkcache.kv.transfer import join, marked
 from chunkcache.library.deletion import DeletionMethods
 from chunkcache.library.encoder import Encoder, packs
 from chunkcache.library.registry import ChunkRegistry, warn_once
@@ -41,6 +42,7 @@ class ChunkLibrary(DeletionMethods):
     Attributes:
         fingerprint: as given.
         registry: the chunks that were looked up or computed here.
+        pack_tokens: how many tokens of several chunks are computed in one forward at most.
         refused: chunk KV that were not stored, since the model had changed or a hook had cut them.
     """
 
@@ -56,6 +58,7 @@ class ChunkLibrary(DeletionMethods):
     ) -> None:
         self._decoder = decoder
         self._encoder = Encoder(decoder)
+        self.pack_tokens = self._encoder.pack_tokens
         self._store = store
         self.fingerprint = fingerprint
         self._is_current = is_current or (lambda: True)
@@ -261,7 +264,7 @@ class ChunkLibrary(DeletionMethods):
                     claim.resolve(ref, kv)
                     done(ref, kv)
             for ref, kv in claim.others():
-                done(ref, kv)
+                done(ref, join(kv))
             waiting = [ref for ref in waiting if ref not in computed]
         return computed
 
@@ -282,6 +285,10 @@ class ChunkLibrary(DeletionMethods):
             self._store.flush()
             done += len(part)
 
+    def catch_up(self) -> None:
+        """Start what was put off while a request ran; called when its first token is there. See `Store.catch_up`."""
+        self._store.catch_up()
+
     def flush(self) -> None:
         """Wait until all that was computed is in every tier of the store."""
         self._store.flush()
@@ -299,7 +306,7 @@ class ChunkLibrary(DeletionMethods):
             context = self.prefix(context_ids) if context_ids and missing else None
             started = time.time()  # a deletion after this is one of what is being computed, too
             for kv in self._encoder.encode(context, list(missing), record):
-                kv = replace(kv, origin=replace(kv.origin, created=started))
+                kv = marked(replace(kv, origin=replace(kv.origin, created=started)))
                 self.put(missing[kv.token_ids], kv)
                 yield missing[kv.token_ids], kv
 

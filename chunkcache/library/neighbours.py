@@ -22,7 +22,6 @@ from typing import Any
 from chunkcache.blend import Policy
 from chunkcache.errors import EntryLostError, InputError
 from chunkcache.kv import ChunkKV, ChunkRef, TokenIds, chunk_name
-from chunkcache.library.encoder import PACK_TOKENS
 from chunkcache.library.library import PART_TOKENS, ChunkLibrary, Progress
 
 TOKENS = 1024  # of nearest chunks before a chunk
@@ -218,7 +217,7 @@ class NearChunks:
                 self._behind.setdefault(ids, ())
                 continue
             same = [kv.token_ids for kv in chosen] == [kv.token_ids for kv in behind]
-            fit = sum(map(len, group)) + len(ids) <= PACK_TOKENS
+            fit = sum(map(len, group)) + len(ids) <= self._library.pack_tokens
             if not (group and same and fit and self._alone(group[0]).context_ids == self._alone(ids).context_ids):
                 self._compute_group(group, behind, started, report)
                 group, behind, started = [], chosen, now

@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import (
     HFValidationError,
     are_progress_bars_disabled,
@@ -49,6 +48,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
+from chunkcache.kv.device import devices
 from chunkcache.models.cache import cache_dir, digest_of, make_once
 from chunkcache.models.gguf import check_pre_tokenizer, pre_tokenizer_name, restore_pre_tokenizer
 from chunkcache.models.packaged import ALIASES, DEFAULT_MODEL
@@ -102,12 +102,7 @@ def load_model(
 
 def available_devices() -> list[str]:
     """Names that `load_model` takes as `device` on this machine, the fastest first."""
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return [
-        *(["cuda", *cuda] if cuda else []),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-        "cpu",
-    ]
+    return devices()
 
 
 def _check_device(device: str | None) -> str:

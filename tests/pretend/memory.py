@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretend.book import Book
+from pretend.streams import current_stream
 from pretend.tensor import PretendTensor, unwrap
 
 
@@ -24,10 +25,13 @@ class Memory(Book):
         super().__init__(strict, project)
         self.kind = kind
         self._pinned: list[Tensor] = []  # kept alive, so that no other tensor gets their address
-        self._pinned_at: set[int] = set()
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.numel() > 0 and unwrap(tensor).untyped_storage().data_ptr() in self._pinned_at
+        return tensor.numel() > 0 and self._is_in_pinned(unwrap(tensor).untyped_storage().data_ptr())
+
+    def _is_in_pinned(self, at: int) -> bool:
+        starts = ((pinned.data_ptr(), pinned.nbytes) for pinned in self._pinned)
+        return any(start <= at < start + nbytes for start, nbytes in starts)
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Return `tensor` in page-locked memory, copied there if it is not."""
@@ -45,8 +49,6 @@ class Memory(Book):
             raise RuntimeError("Cannot access accelerator device when none is available.")
         with self._lock:
             self._pinned.append(tensor)
-            if tensor.numel():
-                self._pinned_at.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     def move(self, source: Tensor, target: torch.device, dtype: Any, non_blocking: bool, copy: bool) -> Tensor:
@@ -73,7 +75,11 @@ class Memory(Book):
         if not isinstance(destination, PretendTensor):
             assert isinstance(source, PretendTensor)
             self._to_host(source, non_blocking, destination)
-            destination.copy_(source.elem)
+            if non_blocking and self.is_pinned(destination):
+                elem = source.elem.clone()
+                current_stream().comes_to_host(lambda: destination.copy_(elem))
+            else:
+                destination.copy_(source.elem)
             return destination
         if isinstance(source, PretendTensor):
             if source.index_ != destination.index_:
@@ -107,6 +113,8 @@ class Memory(Book):
         if not source.numel():
             return  # nothing is copied, and nothing waited for
         pinned = self.is_pinned(source)
+        if pinned:
+            current_stream().read_host()
         if not non_blocking:
             self.copied("H2D pinned, blocking" if pinned else "H2D pageable", source.nbytes)
             self.sync("copy to the device, blocking")

@@ -214,6 +214,8 @@ class Patches:
         self._set(torch.backends.mps, "is_available", _always(True))
         self._set(torch.mps, "is_available", _always(True))
         self._set(torch.mps, "device_count", _always(1))
+        self._set(torch.mps, "Event", Event)
+        self._set(torch, "Event", Event)
         self._set(torch.mps, "synchronize", lambda *_: current_stream().synchronize())
         self._set(torch.mps, "current_allocated_memory", _always(0))
         self._set(torch.mps, "driver_allocated_memory", _always(0))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretend.device import PretendDevice
-
-ALWAYS = 2**62  # behind every operation there will be
 
 
 class On:
@@ -23,18 +21,19 @@ class On:
 class Allocation:
     """What the pretend device knows of one allocation; shared by all views of it."""
 
-    __slots__ = ("home", "used_on", "writer")
+    __slots__ = ("home", "recorded", "used_on", "writer")
 
     def __init__(self) -> None:
         self.home = current_stream()
         self.writer: tuple[Stream, int] | None = None
         self.used_on: dict[Stream, int] = {}
+        self.recorded: set[Stream] = set()
 
     def __del__(self) -> None:
         if On.device is None:
             return
         for stream, last in self.used_on.items():
-            if stream is not self.home and last > stream.completed and last > self.home.seen.get(stream, 0):
+            if stream not in self.recorded and not self.home.is_behind(stream, last):
                 On.device.violate(
                     "freed while another stream may still use it (no record_stream)", "garbage collection"
                 )
@@ -46,20 +45,22 @@ class Allocation:
         if self.writer is None or On.device is None:
             return
         writer, seq = self.writer
-        if writer is not stream and seq > writer.completed and stream.seen.get(writer, 0) < seq:
+        if not stream.is_behind(writer, seq):
             On.device.violate(f"read on the {stream.name} what the {writer.name} wrote, with no event between")
 
     def written(self) -> None:
         """Note that the current stream has written it."""
         stream = current_stream()
+        for reader, last in self.used_on.items():
+            if On.device is not None and not stream.is_behind(reader, last):
+                On.device.violate(f"written on the {stream.name} while the {reader.name} may still use it")
         stream.seq += 1
         self.writer = (stream, stream.seq)
         self.used_on[stream] = stream.seq
 
     def record_stream(self, stream: Stream) -> None:
         """Let the allocator wait for `stream` before the memory is given out again."""
-        self.used_on.pop(stream, None)
-        self.home.seen[stream] = ALWAYS
+        self.recorded.add(stream)
 
 
 class Stream:
@@ -71,8 +72,39 @@ class Stream:
         Stream._count += 1
         self.name = f"stream {Stream._count}"
         self.device = device
-        self.seq = self.completed = 0
+        self.seq = self._completed = 0
         self.seen: dict[Stream, int] = {}
+        self._coming: list[tuple[int, Callable[[], Any]]] = []  # what it still writes to the host, in order
+
+    @property
+    def completed(self) -> int:
+        """How many of its operations are done for certain."""
+        return self._completed
+
+    @completed.setter
+    def completed(self, seq: int) -> None:
+        self._completed = max(self._completed, seq)
+        self.let_come(seq)
+
+    def is_behind(self, other: Stream, seq: int) -> bool:
+        """Return whether what it does next comes after operation `seq` of another stream, or of its own."""
+        return other is self or seq <= other.completed or seq <= self.seen.get(other, 0)
+
+    def comes_to_host(self, write: Callable[[], Any]) -> None:
+        """Let `write` happen on the host when the stream is known to have got here."""
+        self.seq += 1
+        self._coming.append((self.seq, write))
+
+    def let_come(self, seq: int) -> None:
+        """Do what it writes to the host up to operation `seq`."""
+        while self._coming and self._coming[0][0] <= seq:
+            self._coming.pop(0)[1]()
+
+    def read_host(self) -> None:
+        """Do what was written to the host before what it does next."""
+        self.let_come(self.seq)
+        for other, seq in self.seen.items():
+            other.let_come(seq)
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -135,7 +167,7 @@ class Event:
 
     def _passed(self) -> None:
         if self.at is not None:
-            self.at[0].completed = max(self.at[0].completed, self.at[1])
+            self.at[0].completed = self.at[1]
 
 
 DEFAULT = Stream()
