@@ -162,6 +162,7 @@ class SelectivePrefill:
         if self._is_plain(plan):
             self.cache.computed_rows = [plan.fresh] * len(self.cache.layers)
             self.cache.prefilled = True
+            decoder.attend_as_model()
             return {"input_ids": input_ids, "attention_mask": None}
         rows = self._select(decoder, plan, self._prompt_tokens, self.cache, policy)
         self.cache.go_on_with(rows)
@@ -218,6 +219,7 @@ class SelectivePrefill:
         """Make the cache an ordinary one, and keep copies of the chunks that are wanted."""
         cache = self.cache
         cache.prefilled = True
+        self._decoder.attend_as_model()
         if self._keep is not None:
             contexts = {} if self._recorder is None else self._recorder.contexts()
             kept = [span for span in cache.plan.chunks if self._keep(span)]

@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from chunkcache.blend.shadow import unwrapped
 from chunkcache.library.tensors import model_tensors, raw_bytes
 
 AUDIT_BYTES = 1 << 20  # of weights that a look compares whole
@@ -90,7 +91,7 @@ class Sentinel:
 
     def _take(self) -> None:
         """Note the model as it is."""
-        modules = list(self._model.modules())
+        modules = [module for module in self._model.modules() if unwrapped(module) is module]
         self._vars = [vars(module) for module in modules]
         self._sizes = self._count()
         self._parts: list[Any] = [getattr(module, name) for module in modules for name in _MARK]
