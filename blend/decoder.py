@@ -46,7 +46,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel) -> None:
         register(ROWS_ATTENTION, rows_attention, sdpa_masks=True)
-        self.model: Any = uncompiled(model)
+        self.model: PreTrainedModel = uncompiled(model)
         self.config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
         self._refuse_unsupported()
         self.layers = self._find_layers()
@@ -163,7 +163,7 @@ class Decoder:
             if away or getattr(vars(module).get("_hf_hook"), "offload", False):
                 raise InputError(
                     f"the weights of {name} are offloaded, or not loaded ({path} is on the meta device): load all of "
-                    "it to one device, without 'cpu' or 'disk' in its device_map"
+                    "it to accelerators, or all to the CPU, without 'cpu' or 'disk' beside one in its device_map"
                 )
 
     def _find_layers(self) -> Sequence[nn.Module]:

@@ -65,8 +65,8 @@ def fingerprint(
     for name, tensor in model_tensors(model):
         if tensor.device.type == "meta":
             raise UnsupportedModelError(
-                f"the weight {name} is offloaded or not loaded (it is on the meta device): load the whole model to "
-                "one device, without device_map entries 'cpu' or 'disk' beside an accelerator"
+                f"the weight {name} is offloaded or not loaded (it is on the meta device): load the whole model "
+                "to accelerators, or to the CPU, without device_map entries 'cpu' or 'disk' beside an accelerator"
             )
         tensors.append(tensor)
         add(name, list(tensor.shape), str(tensor.dtype), digests.of(tensor).hex())

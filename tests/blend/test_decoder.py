@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import accelerate
 import pytest
 import torch
 import zoo
@@ -106,6 +107,15 @@ def test_a_model_on_the_meta_device_is_refused():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(zoo.build("llama").config).eval()
     with pytest.raises(InputError, match=r"weights of LlamaForCausalLM are offloaded, or not loaded .*meta device"):
+        Decoder(model)
+
+
+def test_a_model_of_which_one_layer_is_offloaded_is_refused_by_its_name():
+    model = zoo.new("llama")
+    accelerate.cpu_offload(model.model.layers[3].mlp, execution_device=torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"LlamaForCausalLM are offloaded.*model\.layers\.3\.mlp.*without 'cpu' or 'disk'"
+    ):
         Decoder(model)
 
 
