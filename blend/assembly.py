@@ -1,8 +1,12 @@
-"""Puts one layer's stored KV in place for a prompt: short chunks at once, with one rotation of all keys."""
+"""Puts stored KV in place for a prompt: short chunks at once, with one rotation of all keys.
+
+On an accelerator the work is bound by the number of kernels, not by bytes: the layers of a group are rotated together
+there, and dequantised together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +14,11 @@ from torch import Tensor
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
 from chunkcache.kv import Layer, Span
-from chunkcache.kv.quantised import GROUP, QuantisedLayer
+from chunkcache.kv.quantised import GROUP, QuantisedLayer, dense, group_of_tokens
 
 LONG = 256  # tokens of a chunk from which on a CPU is no slower with one chunk at a time: its parts stay in the cache
+MOST_LAYERS = 8  # put in place together at most
+GROUP_BYTES = 64 << 20  # of float32 keys of such a group; larger layers keep an accelerator busy one by one
 
 
 class Assembler:
@@ -20,58 +26,101 @@ class Assembler:
 
     Args:
         plan: what is reused where.
+        room: tokens of undefined KV to leave behind the prompt.
 
     Attributes:
         plan: as given.
+        room: as given.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, room: int = 0) -> None:
+        self.plan, self.room = plan, room
         self._moved = any(span.delta for span in plan.reused)
         self._long = sum(map(len, plan.reused)) >= LONG * len(plan.reused)
-        self._angles: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._angles: dict[tuple[int, torch.device], Tensor] = {}
+        self._groups: dict[torch.device, Tensor] = {}
+
+    def layers_at_once(self, like: Tensor) -> int:
+        """Return how many layers of the shape and device of `like` `[1, kv_heads, n, head_dim]` make a group."""
+        if like.device.type == "cpu":
+            return 1
+        nbytes = 4 * like.shape[1] * (len(self.plan) + self.room) * like.shape[3]
+        return min(max(1, GROUP_BYTES // nbytes), MOST_LAYERS)
 
     def assemble(self, layers: Sequence[Layer], rotary: Rotary | None, like: Tensor) -> Tensor:
-        """Return `[2, kv_heads, tokens, head_dim]` with stored KV in place; what no KV are stored of is undefined.
+        """Return `[2, kv_heads, tokens + room, head_dim]` with stored KV in place; the rest is undefined.
 
         Args:
             layers: the layer of each of `plan.reused`, `[2, kv_heads, tokens, head_dim]`, whole.
             rotary: how its keys are rotated; None for not at all.
             like: any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
-        plan, heads, head_dim = self.plan, like.shape[1], like.shape[3]
-        one_by_one = self._long and like.device.type == "cpu"
-        if one_by_one or any(isinstance(layer, QuantisedLayer) for layer in layers):
-            both = like.new_empty(2, heads, len(plan), head_dim)
-            for span, layer in zip(plan.reused, layers, strict=True):
+        on_cpu = like.device.type == "cpu"
+        if on_cpu and (self._long or any(isinstance(layer, QuantisedLayer) for layer in layers)):
+            both = self._empty(like, 2)
+            for span, layer in zip(self.plan.reused, layers, strict=True):
                 place(span, layer, rotary, both[:, :, span.start : span.stop])
             return both
+        return self.assemble_group([layers], rotary, like)[0]
+
+    def assemble_group(
+        self, group: Sequence[Sequence[Layer]], rotary: Rotary | None, like: Tensor
+    ) -> Sequence[Tensor]:
+        """Return what `assemble` does, of several layers that are rotated alike; each is a view of one buffer."""
+        every = self._empty(like, len(group), 2)
+        for layers, both in zip(self._dense(group, like.device), every, strict=True):
+            torch.cat(self._parts(layers, like), dim=2, out=both)
+        end = self.plan.reused[-1].stop if self.plan.reused else 0
+        if rotary is not None and self._moved:
+            rotary.turn(every[:, 0, :, :end], self._angles_of(rotary, like.device))
+        return every.unbind()
+
+    def _parts(self, layers: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+        """Return a layer piece by piece: what stands of each span, and what is undefined between them."""
+        heads, head_dim = like.shape[1], like.shape[3]
         parts, end = [], 0
-        for span, layer in zip(plan.reused, layers, strict=True):
-            assert isinstance(layer, Tensor)
+        for span, layer in zip(self.plan.reused, layers, strict=True):
             stored = layer[:, :, span.offset : span.offset + len(span)]
             parts += [like.new_empty(2, heads, span.start - end, head_dim), stored.to(like, non_blocking=True)]
             end = span.stop
-        both = torch.cat([*parts, like.new_empty(2, heads, len(plan) - end, head_dim)], dim=2)
-        if rotary is not None and self._moved:
-            rotary.turn(both[0, :, :end], *self._angles_of(rotary, like.device))
-        return both
+        return [*parts, like.new_empty(2, heads, len(self.plan) + self.room - end, head_dim)]
 
-    def _angles_of(self, rotary: Rotary, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin `[tokens, rotary_dim / 2]` of how far each token up to the last reused one has moved."""
+    def _empty(self, like: Tensor, *outer: int) -> Tensor:
+        return like.new_empty(*outer, like.shape[1], len(self.plan) + self.room, like.shape[3])
+
+    def _dense(self, group: Sequence[Sequence[Layer]], device: torch.device) -> Iterator[Sequence[Tensor]]:
+        """Yield the layers of a group, those dequantised together that are quantised alike."""
+        quantised = [[layer for layer in layers if isinstance(layer, QuantisedLayer)] for layers in group]
+        lengths = [layer.shape[2] for layer in quantised[0]]
+        alike = all([layer.shape[2] for layer in layers] == lengths for layers in quantised)
+        flat = [layer.to(device, non_blocking=True) for layers in quantised for layer in layers]
+        together: Iterator[Tensor] = iter(())
+        if flat and alike and len({(layer.bits, layer.dtype) for layer in flat}) == 1:
+            merged = QuantisedLayer.merged(flat).dense(self._groups_of(lengths, len(group), device))
+            together = iter(torch.split(merged, lengths * len(group), dim=2))
+        for layers in group:
+            dense_of = (layer if isinstance(layer, Tensor) else next(together, layer) for layer in layers)
+            yield [dense(layer) for layer in dense_of]
+
+    def _groups_of(self, lengths: list[int], layers: int, device: torch.device) -> Tensor:
+        """Return for each token of `layers` layers, chunk by chunk, which of all their key scales is its own."""
+        if device not in self._groups:
+            self._groups[device] = group_of_tokens(lengths * MOST_LAYERS).to(device, non_blocking=True)
+        return self._groups[device][: sum(lengths) * layers]
+
+    def _angles_of(self, rotary: Rotary, device: torch.device) -> Tensor:
+        """Return by what each token up to the last reused one is turned, as `Rotary.turn` takes it."""
         key = id(rotary), device
         if key not in self._angles:
             runs, end = [], 0
             for span in self.plan.reused:
                 runs += [(span.start - end, 0), (len(span), span.delta)]
                 end = span.stop
-            deltas = list(dict.fromkeys(delta for _, delta in runs))
+            order = {delta: index for index, delta in enumerate(dict.fromkeys(delta for _, delta in runs))}
             lengths = torch.tensor([length for length, _ in runs])
-            which = torch.tensor([deltas.index(delta) for _, delta in runs]).repeat_interleave(lengths)
-            which = which.to(device, non_blocking=True)
-            tables = zip(*(rotary.rotation(delta) for delta in deltas), strict=True)
-            cos, sin = (torch.stack(table).to(device).index_select(0, which) for table in tables)
-            self._angles[key] = cos, sin
+            which = torch.tensor([order[delta] for _, delta in runs]).repeat_interleave(lengths)
+            table = rotary.rotations(list(order)).to(device, non_blocking=True)
+            self._angles[key] = table.index_select(0, which.to(device, non_blocking=True))
         return self._angles[key]
 
 

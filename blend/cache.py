@@ -57,16 +57,16 @@ class FusedCache(DynamicCache):
         shift: how rows that are not recomputed are corrected in the prefill; None for not at all.
 
     Attributes:
-        rows: positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU.
         assemble_s: seconds spent waiting for stored KV and re-rotating them (host time).
         wait_s: of this, waiting.
         select_s: seconds spent choosing what is recomputed.
         load_s: seconds that loading them took in its own thread, once it has stopped.
         started: when the request began, in seconds since the epoch.
-        computed_rows: positions `[rows]` that the prefill computed, layer by layer.
+        computed_rows: positions `[rows]` that the prefill computed, layer by layer, on the CPU or the device.
         scouted: token-layers computed while scouting.
         scouting: while True, `update` keeps what it assembles for the prefill that follows.
         carried: where a scout stopped, for the prefill to go on from; None without one.
+        input_ids: the plan's token ids `[1, tokens]` on the model's device, once they are there.
         shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
     """
 
@@ -94,6 +94,7 @@ class FusedCache(DynamicCache):
         self._probing = False
         self.scouting = False
         self.carried: Carried | None = None
+        self.input_ids: Tensor | None = None
         self.shown: Tensor | None = None
         self._shift = shift
         self._shifting: Shifting | None = None
@@ -110,15 +111,37 @@ class FusedCache(DynamicCache):
 
     def go_on_with(self, rows: Tensor) -> None:
         """Set the positions `[rows]` (sorted, on the CPU) that the model computes from here on."""
-        self.rows = rows
+        self._rows: Tensor | None = rows
         self._contiguous = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
         self._rows_on: dict[torch.device, Tensor] = {}
+
+    def narrow(self, keep: Tensor) -> None:
+        """Go on with some of `rows` only: `keep` `[n]`, indices into them; what is on an accelerator stays there."""
+        if keep.device.type == "cpu":
+            self.go_on_with(self.rows[keep])
+            return
+        rows = self.rows_on(keep.device).index_select(0, keep)
+        self._rows, self._rows_on, self._contiguous = None, {keep.device: rows}, False
+
+    @property
+    def rows(self) -> Tensor:
+        """Positions `[rows]` that the model computes at the layer it is in, sorted, on the CPU."""
+        if self._rows is None:
+            self._rows = next(iter(self._rows_on.values())).cpu()
+        return self._rows
 
     def rows_on(self, device: torch.device) -> Tensor:
         """Return `rows` on `device`, copied there once."""
         if device not in self._rows_on:
-            self._rows_on[device] = self.rows.to(device, non_blocking=True)
+            known = next(iter(self._rows_on.values())) if self._rows is None else self._rows
+            self._rows_on[device] = known.to(device, non_blocking=True)
         return self._rows_on[device]
+
+    def ids_on(self, device: torch.device) -> Tensor:
+        """Return the token ids `[1, rows]` of `rows` on `device`; those of the plan are copied there once."""
+        if self.input_ids is None or self.input_ids.shape[1] != len(self.plan):
+            self.input_ids = torch.tensor([self.plan.token_ids]).to(device, non_blocking=True)
+        return self.input_ids.index_select(1, self.rows_on(device))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -138,7 +161,7 @@ class FusedCache(DynamicCache):
             both = both if self.shown is None else both.index_select(2, self.shown.to(both.device))
             return both[:1], both[1:]
         self._assembled.pop(layer_idx)
-        self.computed_rows.append(self.rows)
+        self.computed_rows.append(self.rows_on(both.device) if self._rows is None else self._rows)
         layer: Any = self.layers[layer_idx]
         layer.lazy_initialization(key_states, value_states)
         layer.keys, layer.values = both[:1], both[1:]
@@ -153,18 +176,45 @@ class FusedCache(DynamicCache):
         """
         if layer_idx not in self._assembled:
             started = time.perf_counter()
-            layers = self._stored(layer_idx, like.device)
+            group = self._group(layer_idx, like)
+            stored = [self._stored(index, like) for index in group]
             self.wait_s += time.perf_counter() - started
-            self._assembled[layer_idx] = self._assembler.assemble(layers, self._rotaries[layer_idx], like)
+            rotary = self._rotaries[layer_idx]
+            if len(group) == 1:
+                self._assembled[layer_idx] = self._assembler.assemble(stored[0], rotary, like)
+            else:
+                self._assembled.update(zip(group, self._assembler.assemble_group(stored, rotary, like), strict=True))
             self.assemble_s += time.perf_counter() - started
-        return self._assembled[layer_idx]
+        both = self._assembled[layer_idx]
+        if both.device != like.device:  # a group may reach beyond the last layer of a device
+            both = self._assembled[layer_idx] = both.to(like.device, non_blocking=True)
+        return both
 
-    def _stored(self, layer_idx: int, device: torch.device) -> Sequence[Layer]:
-        """Return layer `layer_idx` of each reused span; from a loader where they are not all on `device`."""
+    def _group(self, first: int, like: Tensor) -> Sequence[int]:
+        """Return `first` and the layers above it that are put in place with it, in the same few kernels.
+
+        They are rotated and shaped alike. Groups grow on the way up, so that the first layers do not wait for many.
+        """
+        most = min(self._assembler.layers_at_once(like), first + 1)
+        shapes = [span.kv.shapes for span in self.plan.reused[:1] if span.kv is not None] if most > 1 else []
+        if not shapes:
+            return [first]
+        group, shape = [first], shapes[0]
+        for index in range(first + 1, min(first + most, len(shape))):
+            alike = self._rotaries[index] is self._rotaries[first] and shape[index] == shape[first]
+            if not alike or index in self._assembled:
+                break
+            group.append(index)
+        return group
+
+    def _stored(self, layer_idx: int, like: Tensor) -> Sequence[Layer]:
+        """Return layer `layer_idx` of each reused span; from a loader where they are not all where `like` is."""
+        device = like.device
         if self._sources is None:
             self._sources = [span.kv.layers for span in self.plan.reused if span.kv is not None]
             if not all(isinstance(layers, tuple) and _all_on(layers, device) for layers in self._sources):
-                self._loader = Loader(self._sources, device, self._depth)
+                depth = max(self._depth, self._assembler.layers_at_once(like))
+                self._loader = Loader(self._sources, device, depth)
         if self._loader is not None:
             return self._loader.take(layer_idx)
         return [layers[layer_idx] for layers in self._sources]

@@ -82,9 +82,10 @@ class CacheBlend(Policy):
         fresh, stored = check.kv()
         part = SCORES[self.score]
         deviation = (fresh[part] - stored[part]).float().square().sum(dim=(0, 1, 3))
-        inexact = check.plan.inexact
-        candidate = torch.isin(check.rows, inexact.to(check.rows.device))
-        deviation = deviation.masked_fill(~candidate, math.inf)
+        rows = check.rows.to(deviation.device, non_blocking=True)  # the layer may be on another device than they are
+        inexact = check.plan.inexact_on(deviation.device)
+        always_computed = torch.ones(len(check.plan), dtype=torch.bool, device=deviation.device)
+        deviation.masked_fill_(always_computed.index_fill_(0, inexact, False).index_select(0, rows), math.inf)
         always = len(check.plan.fresh)
         kept = min(len(check.rows), always + math.ceil(ratio * len(inexact)))
         return deviation.topk(kept).indices.sort().values

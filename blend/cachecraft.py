@@ -129,17 +129,17 @@ class CacheCraft(Policy):
         """Keep the tokens of the chunks in focus, once the focus stands still."""
         step = max(1, check.layers // 8)
         seen = torch.stack(list(check.attention)).cumsum(0)
-        looks = [seen[check.layer - back * step - 1] for back in range(self.stable)]
+        layers = slice(check.layer - (self.stable - 1) * step - 1, check.layer, step)
+        looks = seen[layers].cpu().flip(0)  # one wait for the device: all that follows is decided on the host
         by_chunk = [torch.stack([look[span.start : span.stop].sum() for span in check.plan.chunks]) for look in looks]
         sets = torch.stack([focused(attention, self.focus) for attention in by_chunk])
         if not bool((sets == sets[0]).all()):
             return None
-        dropped = torch.zeros(len(check.plan), dtype=torch.bool, device=check.rows.device)
+        dropped = torch.zeros(len(check.plan), dtype=torch.bool)
         for kept, span in zip(sets[0].tolist(), check.plan.chunks, strict=True):
             dropped[span.start : span.stop] = not kept
-        inexact = check.plan.inexact.to(check.rows.device)
-        candidate = torch.zeros_like(dropped).index_fill_(0, inexact, True)
-        return (~(dropped & candidate)[check.rows]).nonzero()[:, 0]
+        candidate = torch.zeros_like(dropped).index_fill_(0, check.plan.inexact, True)
+        return (~(dropped & candidate)[check.rows_on_host()]).nonzero()[:, 0]
 
 
 ALONE = ContextAttention((), (), intra=1.0, a=0.0, b=1.0, outside=torch.empty(0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkcache.blend.rows import cut_to, with_hidden
+from chunkcache.blend.rows import RowCut, with_hidden
 
 if TYPE_CHECKING:
     from chunkcache.blend.cache import FusedCache
@@ -54,6 +54,7 @@ class CarriedRows:
         device = carried.hidden.device
         self._at_selected = (~kept).nonzero()[:, 0].to(device, non_blocking=True)
         self._at_kept = kept.nonzero()[:, 0].to(device, non_blocking=True)
+        self._cut = RowCut(self._at_selected, cache)
         self._masks: Any = None
 
     def hook(self) -> list[RemovableHandle]:
@@ -74,7 +75,7 @@ class CarriedRows:
             self._cache.go_on_with(self._selected)
             self._masks = self._decoder.masks(self._cache.rows_on(self._at_selected.device), len(self._cache.plan))
         mask = self._decoder.mask(index, self._masks)
-        return args, cut_to(kwargs, self._at_selected, self._cache, mask)
+        return args, self._cut.keywords(kwargs, mask)
 
     def _join(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -117,7 +117,8 @@ class Decoder:
         One mask where all layers see alike, else a dict of one mask per layer type. With `columns` `[columns]` the
         cache gives keys and values of these positions only (sorted, those of `rows` among them).
         """
-        by_type = {kind: self._mask(rows, length, self._windows[i], columns) for i, kind in enumerate(self._types)}
+        windows = dict(zip(self._types, self._windows, strict=True))
+        by_type = {kind: self._mask(rows, length, window, columns) for kind, window in windows.items()}
         return by_type if len(by_type) > 1 else next(iter(by_type.values()))
 
     def mask(self, layer_idx: int, masks: Any) -> Any:

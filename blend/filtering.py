@@ -12,7 +12,7 @@ from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.policy import Check, Policy
-from chunkcache.blend.rows import cut_to, with_hidden
+from chunkcache.blend.rows import RowCut, with_hidden
 
 
 class RowFilter:
@@ -24,7 +24,7 @@ class RowFilter:
         self._cache = cache
         self._checks = frozenset(policy.filter_layers(len(decoder.layers)))
         self._attention: list[Tensor] = []
-        self._kept: Tensor | None = None  # indices into the rows that the model started with
+        self._cut: RowCut | None = None  # of the rows that the model started with
         self._masks: Any = None
 
     def hook(self) -> list[RemovableHandle | Watch]:
@@ -40,26 +40,37 @@ class RowFilter:
         return handles
 
     def _see(self, weights: Tensor, first: int) -> None:
-        self._attention.append(self._policy.pool(weights.float()))
+        pooled = self._policy.pool(weights.float())
+        before = self._attention[0] if self._attention else pooled  # layers may be on several devices
+        self._attention.append(pooled.to(before.device, non_blocking=True))
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._kept is not None:  # the model's own loop still passes what fits the rows it started with
-            kwargs = self._cut(index, kwargs, self._kept)
+        if self._cut is not None:  # the model's own loop still passes what fits the rows it started with
+            kwargs = self._cut.keywords(kwargs, self._mask(index))
         if index in self._checks:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             kv = partial(self._cache.probe, layer, index, args, kwargs)
             rows = self._cache.rows_on(hidden.device)
-            check = Check(self._cache.plan, index, len(self._decoder.layers), rows, self._attention, kv)
+            layers = len(self._decoder.layers)
+            check = Check(self._cache.plan, index, layers, rows, self._attention, kv, lambda: self._cache.rows)
             with self._cache.selecting():
                 keep = self._policy.filter_rows(check)
-            if keep is not None:
-                self._kept = keep if self._kept is None else self._kept[keep]
-                self._cache.go_on_with(self._cache.rows[keep.cpu()])
-                self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
-                args, kwargs = with_hidden(args, self._cut(index, kwargs, keep), lambda h: h.index_select(1, keep))
+            if keep is not None and len(keep) < len(rows):
+                self._cache.narrow(keep)
+                args, kwargs = self._narrowed(index, args, kwargs, keep.to(rows.device, non_blocking=True))
         return args, kwargs
 
-    def _cut(self, index: int, kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-        return cut_to(kwargs, keep, self._cache, self._decoder.mask(index, self._masks))
+    def _narrowed(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of layer `index` for the rows `keep` `[n]`, indices into those up to here."""
+        self._masks = self._decoder.masks(self._cache.rows_on(keep.device), len(self._cache.plan))
+        kwargs = RowCut(keep, self._cache).keywords(kwargs, self._mask(index))
+        before = self._cut
+        self._cut = RowCut(keep if before is None else before.keep.to(keep.device)[keep], self._cache)
+        return with_hidden(args, kwargs, lambda hidden: hidden.index_select(1, keep))
+
+    def _mask(self, index: int) -> Any:
+        return self._decoder.mask(index, self._masks)

@@ -209,8 +209,8 @@ def guard_steps(
         for policy in policies:
             selected = policy.select_by_attention(plan, seen)
             log_probs = _log_probs(decoder, plan, cache, torch.cat((fresh, selected)).sort().values)
-            moved = float((log_probs.exp() * (log_probs - before)).sum())
-            entropy = float(-(log_probs.exp() * log_probs).sum())
+            both = (log_probs.exp() * (log_probs - before)).sum(), -(log_probs.exp() * log_probs).sum()
+            moved, entropy = torch.stack(both).tolist()  # one wait for the device
             yield GuardStep(selected, log_probs, Signals(moved, entropy))
             before = log_probs
     finally:
@@ -227,7 +227,7 @@ def _log_probs(decoder: Decoder, plan: Plan, cache: FusedCache, rows: Tensor) ->
     model: Any = decoder.model
     keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     output = model(
-        input_ids=torch.tensor([plan.token_ids], device=decoder.device).index_select(1, on_device),
+        input_ids=cache.ids_on(decoder.device),
         position_ids=on_device[None],
         attention_mask=decoder.masks(on_device, len(plan)),
         past_key_values=cache,

@@ -75,15 +75,18 @@ class KVShift(Policy):
     def filter_rows(self, check: Check) -> Tensor:
         """Keep the tokens of each chunk whose keys deviate most, and all that are not reused."""
         fresh, stored = check.kv()
-        owner = check.plan.owner.to(check.rows.device)[check.rows]
+        on_host = check.plan.owner[check.rows_on_host()]
+        owner = on_host.to(fresh.device, non_blocking=True)  # where layers are on several devices, not the rows'
         deviation = (fresh[0] - stored[0]).float().square().sum(dim=(0, 2)).masked_fill(owner == 0, 0.0)
         order = deviation.argsort(descending=True, stable=True)
         order = order[owner[order].argsort(stable=True)]  # by chunk, and in each the one that deviates most first
-        counts = torch.bincount(owner)
+        counts = torch.bincount(on_host)
         quota = (self.ratio * counts.double()).ceil().long()
         quota[0] = counts[0]  # what is not reused
-        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[owner[order]]
-        return order[rank < quota[owner[order]]].sort().values
+        of_order = on_host.sort().values  # the owners of `order`
+        rank = torch.arange(len(of_order)) - (counts.cumsum(0) - counts)[of_order]
+        kept = (rank < quota[of_order]).nonzero()[:, 0].to(order.device, non_blocking=True)
+        return order[kept].sort().values
 
 
 def evenly_spaced(tokens: int, count: int) -> Tensor:

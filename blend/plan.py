@@ -75,6 +75,16 @@ class Plan:
         ranges = [torch.arange(span.start, span.stop) for span in self.reused if not span.exact]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
+    def inexact_on(self, device: torch.device) -> Tensor:
+        """Return `inexact` on `device`, copied there once."""
+        if device not in self._inexact_on:
+            self._inexact_on[device] = self.inexact.to(device, non_blocking=True)
+        return self._inexact_on[device]
+
+    @cached_property
+    def _inexact_on(self) -> dict[torch.device, Tensor]:
+        return {}
+
     @cached_property
     def owner(self) -> Tensor:
         """For each position `[tokens]` which reused span that is not exact holds it, counted from 1; 0 for none."""

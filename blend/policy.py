@@ -37,6 +37,7 @@ class Check:
             pooled by the policy's `pool`.
         kv: computes this layer's keys and values of `rows`, and returns them with the reused ones in their
             place, each `[2, kv_heads, rows, head_dim]` (unspecified where nothing is reused).
+        host_rows: returns `rows` on the CPU, mostly without a wait; None for `rows.cpu()`.
     """
 
     plan: Plan
@@ -45,6 +46,11 @@ class Check:
     rows: Tensor
     attention: Sequence[Tensor]
     kv: Callable[[], tuple[Tensor, Tensor]]
+    host_rows: Callable[[], Tensor] | None = None
+
+    def rows_on_host(self) -> Tensor:
+        """Return `rows` on the CPU."""
+        return self.rows.cpu() if self.host_rows is None else self.host_rows()
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,8 @@ class Policy(ABC):
         """Before a check layer, choose which rows go on; this layer and those above recompute only these.
 
         Returns:
-            sorted indices `[n]` into `check.rows`, with all rows that are not in `plan.inexact` among them;
-            None if all go on.
+            sorted indices `[n]` into `check.rows`, with all rows that are not in `plan.inexact` among them, on their
+            device or the CPU; None if all go on.
         """
         raise NotImplementedError(f"{type(self).__name__} has check layers but no filter_rows()")
 
@@ -149,9 +155,9 @@ class Policy(ABC):
 
 def highest(plan: Plan, scores: Tensor, ratio: float) -> Tensor:
     """Return the share `ratio` of `plan.inexact` with the highest `scores` `[tokens]`, as sorted positions `[n]`."""
-    candidates = plan.inexact
+    candidates = plan.inexact_on(scores.device)
     count = math.ceil(ratio * len(candidates))
-    return candidates[scores[candidates.to(scores.device)].topk(count).indices.cpu()].sort().values
+    return candidates[scores[candidates].topk(count).indices].cpu().sort().values
 
 
 def check_share(name: str, value: Share | None, hint: str = "") -> None:

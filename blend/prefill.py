@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,8 +117,13 @@ class SelectivePrefill:
             drop_last: leave the last token's KV out, for a `generate()` that starts with that token.
         """
         self._drop_last = drop_last
+        return self._decoder.prefill(self.input_ids, self.cache)[0]
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """The prompt's ids `[1, tokens]` on the model's device, copied there once."""
         ids = torch.tensor([self.cache.plan.token_ids])
-        return self._decoder.prefill(ids, self.cache)[0]
+        return ids.to(self._decoder.device, non_blocking=True)
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Prefill and decode: the class's own `generate()`, whatever stands in front of it on the model."""
@@ -158,6 +164,7 @@ class SelectivePrefill:
     def _cut(self, input_ids: Tensor) -> dict[str, Any]:
         """Return the input of the forward that computes the selected rows only; hook what filters and records it."""
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
+        self.cache.input_ids = input_ids
         policy, decoder = self._policy, self._decoder
         if self._is_plain(plan):
             self.cache.computed_rows = [plan.fresh] * len(self.cache.layers)
@@ -179,7 +186,7 @@ class SelectivePrefill:
             self._handles += RowFilter(decoder, policy, self.cache).hook()
         on_device = self.cache.rows_on(input_ids.device)
         return {
-            "input_ids": input_ids.index_select(1, on_device),
+            "input_ids": self.cache.ids_on(input_ids.device),
             "position_ids": on_device[None],
             "attention_mask": decoder.masks(on_device, len(plan)),
         }
@@ -266,7 +273,12 @@ def _loaded(span: Span) -> Span:
 
 
 def _extended(plan: Plan, input_ids: Tensor) -> Plan:
-    """Return the plan, with what assisted generation may have put behind the prompt to verify in one forward."""
+    """Return the plan, with what assisted generation may have put behind the prompt to verify in one forward.
+
+    On an accelerator, ids of just the plan's length are taken for its own: to read them would wait for the device.
+    """
+    if input_ids.shape == (1, len(plan)) and input_ids.device.type != "cpu":
+        return plan
     ids = tuple(input_ids[0].tolist())
     if input_ids.shape[0] != 1 or ids[: len(plan)] != plan.token_ids:
         raise PromptError(

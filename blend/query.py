@@ -98,15 +98,19 @@ class Query(Policy):
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first `k` of each chunk."""
-        candidates = plan.inexact.to(attention.device)
+        candidates = plan.inexact_on(attention.device)
         seen, order = attention.mean(0)[candidates].sort(descending=True)
-        count = _auto(seen) if self.ratio == "auto" else math.ceil(self.ratio * len(candidates))
-        selected: Tensor = torch.unique(torch.cat((candidates[order[:count]].cpu(), self.select(plan))))
+        if self.ratio == "auto":
+            low, high = (math.ceil(ratio * len(candidates)) for ratio in AUTO_RATIOS)
+            count = _auto(seen).clamp(low, high)
+            both = torch.cat((count[None], candidates[order[:high]])).cpu()  # one wait for the device
+            highest = both[1 : 1 + int(both[0])]
+        else:
+            highest = candidates[order[: math.ceil(self.ratio * len(candidates))]].cpu()
+        selected: Tensor = torch.unique(torch.cat((highest, self.select(plan))))
         return selected
 
 
-def _auto(seen: Tensor) -> int:
+def _auto(seen: Tensor) -> Tensor:
     """Return how many of the scores `[tokens]`, sorted from the highest, hold `AUTO_MASS` of their sum."""
-    count = int((seen.cumsum(0) < AUTO_MASS * seen.sum()).sum()) + 1
-    low, high = (math.ceil(ratio * len(seen)) for ratio in AUTO_RATIOS)
-    return min(max(count, low), high)
+    return (seen.cumsum(0) < AUTO_MASS * seen.sum()).sum() + 1

@@ -37,8 +37,8 @@ class Recorder:
             onto[span.start : span.stop, index] = 1
         onto[1 : plan.chunks[0].start, -1] = 1  # the prefix, but for the first token: every token looks there
         self._rows = rows
-        self._on_device = rows.to(decoder.device)
-        self._onto = onto.to(decoder.device)
+        self._on_device = rows.to(decoder.device, non_blocking=True)
+        self._onto = onto.to(decoder.device, non_blocking=True)
         self._seen = torch.zeros(len(rows), onto.shape[1], device=decoder.device)
         self._own = torch.zeros(len(rows), device=decoder.device)
         self._layers = len(decoder.layers)
@@ -52,7 +52,8 @@ class Recorder:
     def contexts(self) -> dict[int, ContextAttention]:
         """Return what each recorded chunk looked at, by its start."""
         names = [chunk_name(self._plan.token_ids[span.start : span.stop]) for span in self._plan.chunks]
-        return {span.start: self._context(span, names) for span in self.spans}
+        sums = torch.cat((self._seen, self._own[:, None]), dim=1).cpu() if self.spans else None  # one wait
+        return {} if sums is None else {span.start: self._context(span, names, sums) for span in self.spans}
 
     def _see(self, weights: Tensor, first: int) -> None:
         mean = weights.float().mean(0)
@@ -62,11 +63,11 @@ class Recorder:
         own = mean.gather(1, self._on_device[block].to(mean.device)[:, None])[:, 0]
         self._own[block] += own.to(self._own.device)
 
-    def _context(self, span: Span, names: Sequence[str]) -> ContextAttention:
+    def _context(self, span: Span, names: Sequence[str], sums: Tensor) -> ContextAttention:
         index = self._plan.chunks.index(span)
         inside = (self._rows >= span.start) & (self._rows < span.stop)
-        seen = self._seen.cpu()[inside] / self._layers
-        own = self._own.cpu()[inside] / self._layers
+        seen, own = (sums[inside] / self._layers).tensor_split([-1], dim=1)
+        own = own[:, 0]
         inter = seen[:, :index].sum(0).tolist()
         intra = float((seen[:, index] - own).sum())
         return ContextAttention(

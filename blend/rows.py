@@ -20,20 +20,30 @@ def with_hidden(
     return (change(args[0]), *args[1:]), kwargs
 
 
-def cut_to(kwargs: dict[str, Any], keep: Tensor, cache: FusedCache, mask: Tensor) -> dict[str, Any]:
-    """Return the keywords of a decoder layer for some of the rows that the model was given.
+class RowCut:
+    """Cuts the keywords of decoder layers to some of the rows that the model was given.
 
     Args:
-        kwargs: as the model passes them.
         keep: indices `[n]` of these rows.
         cache: goes on with just these.
-        mask: of this layer for them.
+
+    Attributes:
+        keep: as given.
     """
-    cos, sin = kwargs["position_embeddings"]
-    keep = keep.to(cos.device)
-    return {
-        **kwargs,
-        "position_embeddings": (cos.index_select(1, keep), sin.index_select(1, keep)),
-        "position_ids": cache.rows_on(cos.device)[None],
-        "attention_mask": mask,
-    }
+
+    def __init__(self, keep: Tensor, cache: FusedCache) -> None:
+        self.keep, self._cache = keep, cache
+        self._embeddings: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # of each RoPE
+
+    def keywords(self, kwargs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+        """Return the keywords that the model passes to a layer, for these rows; `mask` is the layer's for them."""
+        cos, sin = kwargs["position_embeddings"]
+        if id(cos) not in self._embeddings:
+            keep = self.keep.to(cos.device, non_blocking=True)
+            self._embeddings[id(cos)] = cos, (cos.index_select(1, keep), sin.index_select(1, keep))
+        return {
+            **kwargs,
+            "position_embeddings": self._embeddings[id(cos)][1],
+            "position_ids": self._cache.rows_on(cos.device)[None],
+            "attention_mask": mask,
+        }

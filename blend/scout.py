@@ -78,7 +78,6 @@ def scout(
     cache.go_on_with(plan.fresh if view is None else view.rows)
     cache.scouting = True
     rows = cache.rows_on(decoder.device)
-    ids = torch.tensor([plan.token_ids], device=decoder.device)
     with ExitStack() as stack:
         stack.callback(setattr, cache, "scouting", False)
         for layer in layers:
@@ -91,13 +90,13 @@ def scout(
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(_Seen))
         decoder.model.base_model(
-            input_ids=ids.index_select(1, rows),
+            input_ids=cache.ids_on(decoder.device),
             position_ids=rows[None],
             attention_mask=decoder.masks(rows, len(plan), None if view is None else view.outside),
             past_key_values=cache,
             use_cache=True,
         )
-    return torch.stack(seen)
+    return torch.stack([each.to(seen[0].device, non_blocking=True) for each in seen])
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,14 @@ class _Blindfold:
         outside: positions `[n]` outside all chunks.
         known: these, and those of reused chunks.
         owner: the plan's `owner` `[tokens]`.
+        owners: how many different ones there are.
     """
 
     rows: Tensor
     outside: Tensor
     known: Tensor
     owner: Tensor
+    owners: int
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> _Blindfold:
@@ -126,7 +127,9 @@ class _Blindfold:
             known[span.start : span.stop] = span.kv is not None
         outside[plan.end :] = known[plan.end :] = True  # the question, where a chunk reaches into it
         rows = plan.fresh[outside[plan.fresh]]
-        return cls(rows, outside.nonzero()[:, 0].to(device), known.nonzero()[:, 0].to(device), plan.owner.to(device))
+        positions = (outside.nonzero()[:, 0], known.nonzero()[:, 0], plan.owner)
+        there = [each.to(device, non_blocking=True) for each in positions]
+        return cls(rows, there[0], there[1], there[2], int(plan.owner.max()) + 1)
 
     @contextmanager
     def worn(self, decoder: Decoder, cache: FusedCache, layers: Sequence[int]) -> Iterator[None]:
@@ -152,6 +155,7 @@ class _Blindfold:
     def within_chunks(self, weights: Tensor) -> Tensor:
         """Return weights `[heads, rows, known]` as `[heads, rows, tokens]` that sum to 1 within each chunk."""
         heads, rows, _ = weights.shape
-        spread = weights.new_zeros(heads, rows, len(self.owner)).index_copy_(2, self.known, weights)
-        sums = weights.new_zeros(heads, rows, int(self.owner.max()) + 1).index_add_(2, self.owner, spread)
-        return spread / sums.clamp(min=torch.finfo(weights.dtype).tiny).index_select(2, self.owner)
+        known, owner = (part.to(weights.device, non_blocking=True) for part in (self.known, self.owner))
+        spread = weights.new_zeros(heads, rows, len(owner)).index_copy_(2, known, weights)
+        sums = weights.new_zeros(heads, rows, self.owners).index_add_(2, owner, spread)
+        return spread / sums.clamp(min=torch.finfo(weights.dtype).tiny).index_select(2, owner)

@@ -50,7 +50,7 @@ def heatmap(
             if llm.resolve_policy(policy).reuses and not llm.resolve_policy(policy).stores_in_context:
                 llm.precompute(case.chunks, policy=policy)
             cache: Any = llm.prefill(case.question, case.chunks, policy=policy).past_key_values
-            counts = torch.bincount(torch.cat(cache.computed_rows), minlength=len(roles))
+            counts = torch.bincount(torch.cat([rows.cpu() for rows in cache.computed_rows]), minlength=len(roles))
             shares = (counts / len(cache.layers)).tolist()
             for index, (token, role, share) in enumerate(zip(prompt.token_ids, roles, shares, strict=True)):
                 text = str(llm.tokenizer.decode([token]))

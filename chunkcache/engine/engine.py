@@ -237,8 +237,8 @@ class Engine:
         if finished:
             output, cache = self._decode_finished(served, request, plan, stats, options)
         else:
-            input_ids = self._input_ids(plan)
             prefill = self._selective(served, request, plan)
+            input_ids = prefill.input_ids
             output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
             cache = prefill.cache
             stats.take(plan, prefill)
@@ -267,7 +267,7 @@ class Engine:
         stats.take(plan, prefill)
         served.tuning.observe(stats)
         self._store(served, request, prefill.computed)
-        return PrefillOutput(logits, prefill.cache, self._input_ids(plan), stats)
+        return PrefillOutput(logits, prefill.cache, prefill.input_ids, stats)
 
     def _decode_finished(
         self, served: Served, request: PreparedRequest, plan: Plan, stats: RequestStats, options: dict[str, Any]
@@ -299,9 +299,6 @@ class Engine:
     def _store(served: Served, request: PreparedRequest, computed: dict[int, ChunkKV]) -> None:
         if computed:
             served.planner.contextual.store(request.prompt, request.policy, computed)
-
-    def _input_ids(self, plan: Plan) -> Tensor:
-        return torch.tensor([plan.token_ids], device=self.decoder.device)
 
 
 def model_inputs(prefilled: PrefillOutput) -> dict[str, Any]:

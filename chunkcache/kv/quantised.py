@@ -6,7 +6,7 @@ channel, and every value vector has a scale of its own. Asymmetric: `x = code * 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -57,6 +57,15 @@ class QuantisedLayer:
             packed = low_half | high_half << 4
         return cls(bits, layer.dtype, packed, key_scale, key_zero, value_scale, value_zero)
 
+    @classmethod
+    def merged(cls, layers: Sequence[QuantisedLayer]) -> QuantisedLayer:
+        """Return several layers of the same bits and dtype side by side, in one copy of each of their tensors.
+
+        Key groups stay as they were: that of a token is told by `group_of_tokens` of the layers' lengths.
+        """
+        parts = (torch.cat(part, dim=-2) for part in zip(*(layer.parts() for layer in layers), strict=True))
+        return cls(layers[0].bits, layers[0].dtype, *parts)
+
     @property
     def shape(self) -> torch.Size:
         """Shape of the layer that this stands for."""
@@ -89,10 +98,17 @@ class QuantisedLayer:
         """Return the values `[kv_heads, tokens, head_dim]`, dequantised to float32."""
         return torch.addcmul(self.value_zero.float(), self._codes(1), self.value_scale.float())
 
-    def dense(self) -> Tensor:
-        """Return the layer `[2, kv_heads, tokens, head_dim]`, dequantised to its dtype."""
+    def dense(self, groups: Tensor | None = None) -> Tensor:
+        """Return the layer `[2, kv_heads, tokens, head_dim]`, dequantised to its dtype.
+
+        Args:
+            groups: which key group each token `[tokens]` belongs to, on the layer's device; None for runs of `GROUP`.
+        """
         tokens = self.shape[2]
-        scale, zero = (p.repeat_interleave(GROUP, 1)[:, :tokens].float() for p in (self.key_scale, self.key_zero))
+        if groups is None:
+            scale, zero = (p.repeat_interleave(GROUP, 1)[:, :tokens].float() for p in (self.key_scale, self.key_zero))
+        else:
+            scale, zero = (part.float().index_select(1, groups) for part in (self.key_scale, self.key_zero))
         return torch.stack((self.keys() * scale + zero, self.values())).to(self.dtype)
 
     def _codes(self, which: int) -> Tensor:
@@ -100,6 +116,15 @@ class QuantisedLayer:
         if self.bits == 4:
             codes = torch.cat((codes & 15, codes >> 4), dim=-1)
         return codes.float()
+
+
+def group_of_tokens(lengths: Sequence[int]) -> Tensor:
+    """Return which of all key groups each token `[tokens]` has, of layers of these lengths side by side."""
+    groups, before = [], 0
+    for length in lengths:
+        groups.append(torch.arange(length) // GROUP + before)
+        before += -(-length // GROUP)
+    return torch.cat(groups)
 
 
 def dense(layer: Tensor | QuantisedLayer) -> Tensor:

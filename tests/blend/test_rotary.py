@@ -161,3 +161,23 @@ def nothing(q, k, cos, sin, unsqueeze_dim=1):
 def test_pairs_of_an_unknown_kind_are_refused(apply):
     with pytest.raises(UnsupportedModelError, match=r"Angles pairs the key dimensions in an unknown way"):
         Rotary(Angles(), apply, 16, "full_attention")
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "llama-dynamic-ntk", "gemma3", "phi3-longrope", "cohere"])
+def test_the_angles_of_several_deltas_are_those_of_each(name):
+    for rotary in rotaries(name):
+        deltas = [3, -7, 0, 3, 100]
+        for delta, row in zip(deltas, rotary.rotations(deltas), strict=True):
+            cos, sin = rotary.rotation(delta)
+            alone = rotary._angles([delta])[0]
+            assert torch.equal(row, alone)
+            assert torch.equal(row[: rotary.rotary_dim][rotary._second], cos)
+            assert torch.equal(row[rotary.rotary_dim :], sin)
+
+
+def test_angles_are_remembered_up_to_a_number_of_them(monkeypatch):
+    monkeypatch.setattr("chunkcache.blend.rotary.MOST_KNOWN", 4)
+    rotary = llama_rotary()
+    first = rotary.rotations(range(10)).clone()
+    assert torch.equal(rotary.rotations(range(5, 15))[:5], first[5:])
+    assert len(rotary._known) <= 15
