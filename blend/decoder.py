@@ -18,18 +18,20 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from chunkcache.blend.attention import NAME as ROWS_ATTENTION
 from chunkcache.blend.attention import additive_mask, register, rows_attention, visible_intervals
 from chunkcache.blend.rotary import Rotary
-from chunkcache.blend.shadow import shadow_of
+from chunkcache.blend.shadow import shadow_of, uncompiled
 from chunkcache.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+ROWLESS = ("flash_attention_2", "flash_attention_3", "flex_attention")  # the model's, which take no scattered rows
 
 
 class Decoder:
     """A decoder-only model with rotary positions, seen from outside.
 
     Attributes:
-        model: the Hugging Face model; never modified.
+        model: the Hugging Face model, never modified; of a compiled one a shadow that is not compiled.
         config: its text config.
         layers: the decoder layers, in order.
         attentions: the attention module of each.
@@ -44,8 +46,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel) -> None:
         register(ROWS_ATTENTION, rows_attention, sdpa_masks=True)
-        self.model = model
-        self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+        self.model: PreTrainedModel = uncompiled(model)
+        self.config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
         self._refuse_unsupported()
         self.layers = self._find_layers()
         self.attentions = [module for layer in self.layers if (module := self._attention_of(layer)) is not None]
@@ -61,15 +63,25 @@ class Decoder:
         """Return this decoder over a shadow of the model, free to be hooked.
 
         Args:
-            attention: its attention implementation; by default the model's, where SDPA takes scattered rows.
+            attention: its attention implementation; by default eager attention if that is the model's, or else one
+                that takes scattered rows.
         """
-        if attention is None and self.config._attn_implementation == "sdpa":
+        if attention is None and self.config._attn_implementation != "eager":
             attention = ROWS_ATTENTION
         twin = copy.copy(self)
         twin.model = shadow_of(self.model, self._names, attention)
         twin.layers = [twin.model.get_submodule(name) for name in self._names[0::2]]
         twin.attentions = [twin.model.get_submodule(name) for name in self._names[1::2]]
         return twin
+
+    def attend_as_model(self) -> None:
+        """Let a shadow attend as its model does from here on, where that is neither SDPA nor eager attention.
+
+        Decoding then stays the model's own. SDPA's `rows_attention` hands on what is not a prefill of rows.
+        """
+        if self.config._attn_implementation in ROWLESS:
+            config: Any = self.attentions[0].config
+            config._attn_implementation = self.config._attn_implementation
 
     def adopt(self, other: Decoder) -> None:
         """Take over what the self-check found of the same model."""
@@ -148,29 +160,21 @@ class Decoder:
         if self.model.training:
             raise InputError(f"{name} is in training mode, where dropout changes the KV: call model.eval() first")
         attention = self.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        if attention not in ("sdpa", "eager", *ROWLESS):
             raise UnsupportedModelError(
-                f"{name} uses attn_implementation={attention!r}, which takes no mask for scattered rows; "
+                f"{name} uses attn_implementation={attention!r}, which is not known here; "
                 "load it with attn_implementation='sdpa' (or 'eager')"
             )
 
     def _refuse_hidden(self, name: str) -> None:
-        """Refuse a model whose weights or whose forward cannot be reached."""
+        """Refuse a model whose weights cannot be reached."""
         modules = [(path or "the model", module) for path, module in self.model.named_modules()]
-        for path, module in modules:
-            compiled = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-            if compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-                name = type(module._modules.get("_orig_mod", self.model)).__name__
-                raise UnsupportedModelError(
-                    f"{name} is compiled ({path}, by torch.compile): its forward cannot be cut to the rows that are "
-                    "computed; wrap the model without compiling it"
-                )
         for path, module in modules:
             away = any(p.is_meta for p in (*module._parameters.values(), *module._buffers.values()) if p is not None)
             if away or getattr(vars(module).get("_hf_hook"), "offload", False):
                 raise InputError(
                     f"the weights of {name} are offloaded, or not loaded ({path} is on the meta device): load all of "
-                    "it to one device, without 'cpu' or 'disk' in its device_map"
+                    "it to accelerators, or all to the CPU, without 'cpu' or 'disk' beside one in its device_map"
                 )
 
     def _find_layers(self) -> Sequence[nn.Module]:

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from chunkcache.blend.attention import register
 from chunkcache.blend.cache import layer_kv
 from chunkcache.blend.decoder import Decoder
-from chunkcache.blend.selfcheck import HALF_TOLERANCE, TOLERANCE
+from chunkcache.blend.selfcheck import DELTA, judge, own_prefill, relative_error, tolerance_of
 from chunkcache.errors import InputError
 
 if TYPE_CHECKING:
@@ -233,7 +233,8 @@ def can_share(decoder: Decoder) -> bool:
     shared, tails = ids[:12], (ids[12:15], ids[15:])
     name = type(decoder.model).__name__
     try:
-        alone = [decoder.prefill(torch.tensor([[*shared, *tail]]), DynamicCache())[0] for tail in tails]
+        alone = [own_prefill(decoder, torch.tensor([[*shared, *tail]]))[0] for tail in tails]
+        elsewhere = [own_prefill(decoder, torch.tensor([[*shared, *tail]]), DELTA)[0] for tail in tails]
         own = DynamicCache()
         decoder.prefill(torch.tensor([shared]), own)
         kv = [(keys[0], values[0]) for keys, values in (layer_kv(own, index) for index in range(len(own.layers)))]
@@ -249,10 +250,14 @@ def can_share(decoder: Decoder) -> bool:
     except Exception as error:  # noqa: BLE001 - whatever a family trips over, its sequences can be decoded one by one
         logger.info("%s cannot decode sequences together (%s: %s)", name, type(error).__name__, error)
         return False
-    wanted = torch.stack(alone).float()
-    off = float((logits.float() - wanted).norm() / wanted.norm())
-    logger.info("%s decodes sequences together with a relative error of %.2g", name, off)
-    return off < TOLERANCE.get(decoder.dtype, HALF_TOLERANCE)
+    wanted = torch.stack(alone)
+    noise = relative_error(torch.stack(elsewhere), wanted)  # the position changes nothing but how is rounded
+    judged = judge(relative_error(logits, wanted), noise, tolerance_of(decoder))
+    logger.info(
+        "%s decodes sequences together with a relative error of %.2g, under %.2g: %s",
+        name, judged.error, judged.limit, judged.passed,
+    )  # fmt: skip
+    return judged.passed
 
 
 def _shared_attention(  # noqa: PLR0913 - the signature of transformers' attention functions

@@ -76,7 +76,7 @@ class KVShift(Policy):
         """Keep the tokens of each chunk whose keys deviate most, and all that are not reused."""
         fresh, stored = check.kv()
         on_host = check.plan.owner[check.rows_on_host()]
-        owner = on_host.to(check.rows.device, non_blocking=True)
+        owner = on_host.to(fresh.device, non_blocking=True)  # where layers are on several devices, not the rows'
         deviation = (fresh[0] - stored[0]).float().square().sum(dim=(0, 2)).masked_fill(owner == 0, 0.0)
         order = deviation.argsort(descending=True, stable=True)
         order = order[owner[order].argsort(stable=True)]  # by chunk, and in each the one that deviates most first

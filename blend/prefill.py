@@ -1,8 +1,9 @@
 """Selective prefill: the first forward of a fused cache computes only the rows a policy selects.
 
-It runs on a shadow of the model. The first forward that is handed the fused cache has its input cut to those
-rows, with their positions and a mask to match. For a policy with filter layers, the rows are cut again at these
-layers. Every later forward passes through untouched: the shadow then is the model.
+It runs on a shadow of the model. The first forward that is handed the fused cache has its input cut to those rows,
+with their positions and a mask to match. For a policy with filter layers, the rows are cut again at these layers.
+Where nothing is reused, the first forward is the model's own. Every later forward passes through untouched: the
+shadow then is the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
@@ -176,6 +178,11 @@ class SelectivePrefill:
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         self.cache.input_ids = input_ids
         policy, decoder = self._policy, self._decoder
+        if self._is_plain(plan):
+            self.cache.computed_rows = [plan.fresh] * len(self.cache.layers)
+            self.cache.prefilled = True
+            decoder.attend_as_model()
+            return {"input_ids": input_ids, "attention_mask": None}
         rows = self._select(decoder, plan, self._prompt_tokens, self.cache, policy)
         self.cache.go_on_with(rows)
         recording = False
@@ -195,6 +202,15 @@ class SelectivePrefill:
             "position_ids": on_device[None],
             "attention_mask": decoder.masks(on_device, len(plan)),
         }
+
+    def _is_plain(self, plan: Plan) -> bool:
+        """Return whether the model's own forward over an ordinary cache will do.
+
+        That is where nothing is reused, and nothing is wanted that a sliding window would have forgotten.
+        """
+        forgets = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
+        whole = self._keep is not None or self._drop_last or not self._trim
+        return not (plan.reused or self.lost or self._record or (forgets and whole))
 
     def _without_lost(self) -> Plan:
         """Return the plan without the KV that cannot be had; those of other spans are all loaded now."""
@@ -222,6 +238,7 @@ class SelectivePrefill:
         """Make the cache an ordinary one, and keep copies of the chunks that are wanted."""
         cache = self.cache
         cache.prefilled = True
+        self._decoder.attend_as_model()
         if self._keep is not None:
             contexts = {} if self._recorder is None else self._recorder.contexts()
             kept = [span for span in cache.plan.chunks if self._keep(span)]

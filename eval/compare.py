@@ -1,8 +1,8 @@
 """Policies and peers side by side on the same prompts: time to first token, fidelity and answers.
 
-The clock runs from the texts in hand to the first token id on the host; a peer's from the token ids in hand. Full
-prefill, every policy and every peer see each prompt in turn, in an order drawn anew for each prompt, so that a drift
-of the machine hits all alike. `eval.summary` says what the rows come to.
+The clock runs from the texts in hand to the first token id on the host; that of a peer, and of the model alone, from
+the token ids in hand. Full prefill, every policy, the model alone and every peer see each prompt in turn, in an order
+drawn anew for each prompt, so that a drift of the machine hits all alike. `eval.summary` says what the rows come to.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkcache.eval.answers import holds_gold, rouge_l
-from chunkcache.eval.contenders import Contender, FindNearest, PeerContender, Reference, policy_contenders
+from chunkcache.eval.contenders import (
+    Contender,
+    FindNearest,
+    PeerContender,
+    PlainContender,
+    Reference,
+    policy_contenders,
+)
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, greedy_answer
 from chunkcache.eval.machine import SEED, ran_on
 from chunkcache.eval.overlap import repeated_share
-from chunkcache.eval.results import FULL, Results
+from chunkcache.eval.results import FULL, PLAIN, Results
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
 from chunkcache.store.url import redacted
@@ -41,7 +48,7 @@ class Row:
     Attributes:
         prompt: its number.
         round: from 0 on.
-        policy: its name, or `peer:` and the peer's.
+        policy: its name, `plain` for the model alone, or `peer:` and the peer's.
         chunks: in the prompt.
         tokens: of the prompt.
         ttft_s: time to first token; None for a peer that failed.
@@ -97,7 +104,7 @@ class Comparison:
     """How prompts are run.
 
     Attributes:
-        policies: policy strings; full prefill always runs and need not be named.
+        policies: policy strings, and `plain` for the model alone; full prefill always runs and need not be named.
         store: the store for the chunk KV, or its URL; large enough for the chunks of one prompt.
         cold: empty the stores before each request, so that it computes the KV of its chunks itself; otherwise they
             are precomputed before its clock starts.
@@ -150,8 +157,10 @@ def compare(
     torch.manual_seed(SEED)
     names = list(dict.fromkeys([FULL, *comparison.policies]))
     ours = policy_contenders(
-        model, tokenizer, names, comparison.store, comparison.cold, comparison.answer_tokens, comparison.nearest
-    )
+        model, tokenizer, [name for name in names if name != PLAIN], comparison.store, comparison.cold,
+        comparison.answer_tokens, comparison.nearest,
+    )  # fmt: skip
+    alone = [PlainContender(ours[0].llm, comparison.answer_tokens)] if PLAIN in names else []
     settings = {
         **(about or {}),
         "policies": names,
@@ -173,11 +182,11 @@ def compare(
         measured: dict[int, set[tuple[str, int]]] = {}
         for known in results.rows:
             measured.setdefault(known["prompt"], set()).add((known["policy"], known["round"]))
-        _warm_up([*ours, *theirs], cases[0])
+        _warm_up([*ours, *alone, *theirs], cases[0])
         try:
             for index, case in enumerate(cases):
                 with_peers = comparison.peer_prompts is None or index < comparison.peer_prompts
-                contenders = [*ours, *(theirs if with_peers else ())]
+                contenders = [*ours, *alone, *(theirs if with_peers else ())]
                 wanted = {(each.name, turn) for each in contenders for turn in range(comparison.rounds)}
                 if not wanted <= measured.get(index, set()):
                     for row in _rows(ours[0].llm, contenders, index, case, comparison):

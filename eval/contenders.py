@@ -1,4 +1,7 @@
-"""What takes part in a comparison: a policy of ours, or a peer. Each is timed and judged on one prompt at a time."""
+"""What takes part in a comparison: a policy of ours, the model alone, or a peer.
+
+Each is timed and judged on one prompt at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
+import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Policy, layer_kv, parse_policy
+from chunkcache.engine.engine import PrefillOutput
+from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PeerError, PolicyError
 from chunkcache.eval.answers import exact_match, f1, holds_gold, rouge_l
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import first_kl, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.measure import finite
 from chunkcache.eval.memory import PeakMemory
-from chunkcache.eval.results import FULL, PEER
+from chunkcache.eval.results import FULL, PEER, PLAIN
 from chunkcache.library.neighbours import Neighbours
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
@@ -141,17 +147,49 @@ class PolicyContender:
 
     def judge(self, case: Case, shot: Shot, reference: Reference) -> dict[str, Any]:
         """Return the fields of a row on fidelity and answers; uses the shot up."""
-        ids, start = reference.ids, shot.outcome
-        log_probs = reference.log_probs if self.name == FULL else forced_answer(self.llm, start, ids)
-        fidelity = measure_fidelity(reference.log_probs, log_probs)
-        if fidelity.agreement < 1:
-            if any(start.past_key_values.is_sliding):  # what slid out of the window is gone
-                start = self.llm.prefill(case.question, case.chunks, policy=self.policy)
-            elif len(ids) > 1:
-                start.past_key_values.crop(1 - len(ids))
-            ids = greedy_answer(self.llm, start, self._answer_tokens)[0]
-        measured = {name: finite(value) for name, value in asdict(fidelity).items()}
-        return {**measured, **_answered(self.llm.tokenizer, case, ids, reference)}
+        start = shot.outcome
+        again = partial(self.llm.prefill, case.question, case.chunks, policy=self.policy)
+        known = reference.log_probs if self.name == FULL else forced_answer(self.llm, start, reference.ids)
+        return _judged(self.llm, case, start, known, reference, again, self._answer_tokens)
+
+
+class PlainContender:
+    """The model alone: one call of it on the token ids, over a cache of transformers' own.
+
+    Nothing of ours is on its clock, which runs from the token ids in hand, as a peer's.
+    """
+
+    name = PLAIN
+
+    def __init__(self, llm: CachedLLM, answer_tokens: int) -> None:
+        self._llm = llm
+        self._answer_tokens = answer_tokens
+
+    def prepare(self, case: Case, again: bool) -> None:
+        """There is nothing to compute before the prompt is known."""
+
+    @torch.no_grad()
+    def time(self, case: Case) -> Shot:
+        """Prefill, on the clock."""
+        ids = self._llm.prompts.build(case.question, case.chunks).token_ids
+        model: Any = self._llm.model
+        keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        with PeakMemory(model.device) as peak:
+            started = time.perf_counter()
+            input_ids, cache = torch.tensor([ids], device=model.device), DynamicCache()
+            logits = model(input_ids, past_key_values=cache, **keep).logits[0, -1]
+            int(logits.argmax())  # the first token id, on the host
+            ttft_s = time.perf_counter() - started
+        ratio = None if peak.nbytes is None else peak.nbytes / kv_bytes(cache)
+        start = PrefillOutput(logits, cache, input_ids, RequestStats(PLAIN, tokens=len(ids)))
+        return Shot({"tokens": len(ids), "ttft_s": ttft_s, "peak_ratio": ratio}, start)
+
+    def judge(self, case: Case, shot: Shot, reference: Reference) -> dict[str, Any]:
+        """Return the fields of a row on fidelity and answers; uses the shot up."""
+        known = forced_answer(self._llm, shot.outcome, reference.ids)
+        return _judged(
+            self._llm, case, shot.outcome, known, reference, lambda: self.time(case).outcome, self._answer_tokens
+        )
 
 
 class PeerContender:
@@ -257,6 +295,39 @@ def policy_contenders(
 def kv_bytes(cache: Cache) -> int:
     """Return the size of all keys and values in `cache`."""
     return sum(part.nbytes for index in range(len(cache.layers)) for part in layer_kv(cache, index))
+
+
+def _judged(
+    llm: CachedLLM,
+    case: Case,
+    start: PrefillOutput,
+    log_probs: Tensor,
+    reference: Reference,
+    again: Callable[[], PrefillOutput],
+    answer_tokens: int,
+) -> dict[str, Any]:
+    """Return the fields of a row on fidelity and answers.
+
+    Args:
+        llm: the wrapped model.
+        case: the prompt.
+        start: its prefill, used up along full prefill's answer.
+        log_probs: what it gave on the way, `[tokens, vocab]`.
+        reference: full prefill's answer.
+        again: prefills once more, where the cache cannot be cut.
+        answer_tokens: the most that is answered.
+    """
+    ids = reference.ids
+    fidelity = measure_fidelity(reference.log_probs, log_probs)
+    if fidelity.agreement < 1:
+        cache: Any = start.past_key_values
+        if any(cache.is_sliding):  # what slid out of the window is gone
+            start = again()
+        elif len(ids) > 1:
+            cache.crop(1 - len(ids))
+        ids = greedy_answer(llm, start, answer_tokens)[0]
+    measured = {name: finite(value) for name, value in asdict(fidelity).items()}
+    return {**measured, **_answered(llm.tokenizer, case, ids, reference)}
 
 
 def _answered(

@@ -22,6 +22,7 @@ from chunkcache.errors import ResultsError
 FORMAT = 1
 SUFFIX = ".jsonl"
 FULL = "full"  # the policy that all are compared with
+PLAIN = "plain"  # where policies are named: the model alone, with nothing of ours, which `full` must be as fast as
 PEER = "peer:"  # what a peer's name has before it where policies are named
 Row = dict[str, Any]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.llm import real_model
 
 import chunkcache
+from chunkcache.blend import Decoder, self_check
+from chunkcache.blend.hydragen import can_share
 
 pytestmark = pytest.mark.model
 
@@ -34,3 +37,12 @@ def test_a_prompt_without_a_template_is_plain_text_behind_the_first_token(llm: c
     text = llm.tokenizer.decode(llm.prompts.build(QUESTION, CHUNKS).token_ids)
     assert text.startswith(llm.tokenizer.bos_token)
     assert text.endswith(f"Question: {QUESTION}\nAnswer:")
+
+
+def test_it_passes_in_bfloat16_whose_rounding_is_more_than_the_tolerance() -> None:
+    model, _ = real_model(NAME, dtype="bfloat16")
+    decoder = Decoder(model)
+    result = self_check(decoder)
+    assert result.rotation.error > result.tolerance
+    assert can_share(decoder)
+    assert model.dtype == torch.bfloat16

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from chunkcache.blend.shadow import unwrapped
 from chunkcache.errors import InputError, UnsupportedModelError
 
 
@@ -27,7 +28,7 @@ class Adapters:
     """
 
     def __init__(self, model: Any) -> None:
-        self._outer = model
+        self._outer = model = unwrapped(model)
         if type(model).__module__.startswith("peft."):
             for name, config in model.peft_config.items():
                 if getattr(config, "is_prompt_learning", False):

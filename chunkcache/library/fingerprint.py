@@ -2,7 +2,8 @@
 
 It covers all that decides keys and values: every byte of every weight, of quantised ones with their scales; rotary
 frequencies as they are in memory; the config; what the modules are, and their plain attributes, among them which
-adapter is active and how it is scaled; forward hooks; and the tokenizer. Two copies of one checkpoint agree in it.
+adapter is active and how it is scaled; forward hooks; and the tokenizer. Two copies of one checkpoint agree in it,
+and so do a model and what torch.compile makes of it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from chunkcache.blend.shadow import uncompiled
 from chunkcache.errors import TokenizerMismatchError, UnsupportedModelError
 from chunkcache.library.sentinel import plain_attributes
 from chunkcache.library.tensors import TensorDigests, model_tensors
@@ -46,6 +49,7 @@ def fingerprint(
         UnsupportedModelError: a weight has no memory that can be read.
     """
     digests = digests or TensorDigests()
+    model = uncompiled(model)
     sha = hashlib.sha256()
 
     def add(*values: Any) -> None:
@@ -61,8 +65,8 @@ def fingerprint(
     for name, tensor in model_tensors(model):
         if tensor.device.type == "meta":
             raise UnsupportedModelError(
-                f"the weight {name} is offloaded or not loaded (it is on the meta device): load the whole model to "
-                "one device, without device_map entries 'cpu' or 'disk' beside an accelerator"
+                f"the weight {name} is offloaded or not loaded (it is on the meta device): load the whole model "
+                "to accelerators, or to the CPU, without device_map entries 'cpu' or 'disk' beside an accelerator"
             )
         tensors.append(tensor)
         add(name, list(tensor.shape), str(tensor.dtype), digests.of(tensor).hex())
@@ -105,7 +109,8 @@ def _ordered(value: Any) -> Any:
 def _foreign(module: nn.Module) -> Iterator[Callable[..., Any]]:
     """Yield what other people put round a module's forward, but for libraries that change no output by it."""
     forward = vars(module).get("forward")
-    own = [] if forward is None or hasattr(module, "_hf_hook") else [forward]
+    bound = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    own = [] if forward is None or bound or hasattr(module, "_hf_hook") else [forward]
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *own):
         function = hook.func if isinstance(hook, functools.partial) else hook
         if not (getattr(function, "__module__", None) or "").startswith(_HARMLESS):

@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from chunkcache.blend.shadow import unwrapped
 from chunkcache.library.tensors import model_tensors, raw_bytes
 
 AUDIT_BYTES = 1 << 20  # of weights that a look compares whole
@@ -90,7 +91,7 @@ class Sentinel:
 
     def _take(self) -> None:
         """Note the model as it is."""
-        modules = list(self._model.modules())
+        modules = [module for module in self._model.modules() if unwrapped(module) is module]
         self._vars = [vars(module) for module in modules]
         self._sizes = self._count()
         self._parts: list[Any] = [getattr(module, name) for module in modules for name in _MARK]
@@ -141,9 +142,11 @@ class Sentinel:
         whole = [id(tensor) in self._tables for tensor in mapped]
         self._samples = [raw if w else raw[len(raw) // 2 :][:_SAMPLE] for raw, w in zip(here, whole, strict=True)]
         self._bytes = b"".join(self._samples)
-        elsewhere = [tensor for tensor in self._tensors if tensor.device.type != "cpu" and tensor.numel()]
-        self._far = [_middle(tensor, id(tensor) in self._tables) for tensor in elsewhere]
-        self._far_bytes = torch.cat(self._far) if self._far else None
+        self._far: dict[torch.device, list[Tensor]] = {}
+        for tensor in self._tensors:
+            if tensor.device.type != "cpu" and tensor.numel():
+                self._far.setdefault(tensor.device, []).append(_middle(tensor, id(tensor) in self._tables))
+        self._far_bytes = [torch.cat(parts) for parts in self._far.values()]
         self._blocks = [raw[at : at + _BLOCK] for raw in here for at in range(0, len(raw), _BLOCK)]
         self._digests: list[int | None] = [None] * len(self._blocks)
         total = sum(map(len, here))
@@ -154,7 +157,8 @@ class Sentinel:
     def _same_samples(self) -> bool:
         if b"".join(self._samples) != self._bytes:
             return False
-        return self._far_bytes is None or torch.equal(torch.cat(self._far), self._far_bytes)
+        found = map(torch.cat, self._far.values())
+        return all(map(torch.equal, found, self._far_bytes))
 
     def _audit(self) -> bool:
         """Compare the next blocks with what they were, where they have been seen; return whether they agree."""

@@ -20,6 +20,7 @@ pre-tokenizer, by `chunkcache.models.gguf`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import threading
@@ -37,6 +38,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -76,7 +78,8 @@ def load_model(
     """Load the causal language model and the tokenizer called `name`, in eval mode.
 
     `device` is one of `available_devices()`, the first of them by default. `dtype` is one of `DTYPES`; `auto`
-    keeps the checkpoint's own type, which for a GGUF file is float32. `on_status` is called with one line
+    keeps the checkpoint's own type, which for a GGUF file is float32. A checkpoint that bitsandbytes or the like has
+    quantised is loaded as it is. `on_status` is called with one line
     before each step that can take seconds.
 
     Raises `ModelNotFoundError` when nothing can be loaded under `name`, or a GGUF file names a pre-tokenizer that is
@@ -96,8 +99,11 @@ def load_model(
     with _ONE_AT_A_TIME, _quiet():
         source = _locate(name, report)
         report(f"loading {name} on {device}")
-        model, tokenizer = _from_pretrained(name, source, dtype=dtype)
-    return model.to(device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` without its types
+        placed = _placed(name, source, device)
+        model, tokenizer = _from_pretrained(name, source, dtype=dtype, **placed)
+    if not placed:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
+    return model, tokenizer
 
 
 def available_devices() -> list[str]:
@@ -112,6 +118,19 @@ def _check_device(device: str | None) -> str:
     if device not in devices:
         raise InputError(f"No device {device!r} on this machine: choose one of {', '.join(devices)}.")
     return device
+
+
+def _placed(name: str, source: str, device: str) -> dict[str, Any]:
+    """What tells `from_pretrained` where the weights go; nothing where the model is moved there afterwards.
+
+    A quantised model is made on its device and cannot be moved. Others go straight to an accelerator, without all of
+    their weights in memory first, where the package for that is installed.
+    """
+    with _failure_named("model", name, source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    quantised = getattr(config, "quantization_config", None) is not None
+    straight = device != "cpu" and importlib.util.find_spec("accelerate") is not None
+    return {"device_map": {"": device}} if quantised or straight else {}
 
 
 def _locate(name: str, report: Callable[[str], None]) -> str:

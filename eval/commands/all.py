@@ -31,9 +31,10 @@ from chunkcache.eval.commands.requests import (
     bench_quality,
     bench_ttft,
 )  # fmt: skip
+from chunkcache.eval.results import PLAIN
 
 LENGTHS = (1000, 2000, 3000, 4000, 6000, 7900)  # tokens of chunks
-GROWING = ("full", "cacheblend:ratio=0.15", "query")  # policies whose growth with the context is measured
+GROWING = (PLAIN, "full", "cacheblend:ratio=0.15", "query")  # policies whose growth with the context is measured
 BUDGETS = (1.25, 0.3)  # memory for chunk KV under load, as shares of all chunks'; the first holds the lead-in's, too
 VALIDATED = 0.6  # load at which the requests are also sent on the wall clock
 
@@ -67,7 +68,8 @@ def bench_all(options: AllOptions) -> None:
         for chunks in options.counts:
             bench_quality.run(
                 QualityOptions(
-                    data=(source,), counts=(chunks,), prompts=options.prompts, policies=policies, fill=True,
+                    data=(source,), counts=(chunks,), prompts=options.prompts, policies=(PLAIN, *policies),
+                    fill=True,
                     peers=options.peers, model=model, output=output,
                 )
             )  # fmt: skip

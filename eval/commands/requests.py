@@ -29,7 +29,7 @@ from chunkcache.eval.commands.options import (
 )  # fmt: skip
 from chunkcache.eval.commands.show import show_json, show_overview, show_report
 from chunkcache.eval.fidelity import ANSWER_TOKENS
-from chunkcache.eval.results import FULL
+from chunkcache.eval.results import FULL, PLAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +42,7 @@ SET_UP = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 STORES = ("memory://?max_bytes=4GiB",)
 COMPARED = ("full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.15", "cachecraft", "query")
+TIMED = (PLAIN, *COMPARED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class RequestOptions:
     questions: Annotated[Path | None, option(type=FILE, help="JSON Lines with question and answers: DATA is then a "
                                              "corpus that is searched for the chunks.")] = None  # fmt: skip
     fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
-    policies: Policies = COMPARED
+    policies: Policies = TIMED
     against: Against = FULL
     peers: PeerOptions = PeerOptions()
     chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
@@ -124,7 +125,7 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), a
     from chunkcache.eval.neighbours import ChunkPool
     from chunkcache.eval.report import build_report
 
-    check_policies(options.policies)
+    check_policies(name for name in options.policies if name != PLAIN)
     if options.against not in (FULL, *options.policies):
         raise PolicyError(f"--against {options.against} is not measured; pass --policy {options.against}, too")
     sources = _sources(options)

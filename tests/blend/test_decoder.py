@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import weakref
 
+import accelerate
 import pytest
 import torch
 import zoo
 from support import blend as h
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from chunkcache.blend import Decoder, self_check
+from chunkcache.blend import Decoder, Full, Link, Plan, SelectivePrefill, self_check
 from chunkcache.blend.attention import NAME
+from chunkcache.blend.decoder import ROWLESS
 from chunkcache.errors import InputError, UnsupportedModelError
 
 
@@ -107,11 +110,51 @@ def test_a_model_on_the_meta_device_is_refused():
         Decoder(model)
 
 
-def test_another_attention_implementation_is_refused_with_the_way_out():
+def test_a_model_of_which_one_layer_is_offloaded_is_refused_by_its_name():
     model = zoo.new("llama")
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(UnsupportedModelError, match=r"'flex_attention'.*attn_implementation='sdpa' \(or 'eager'\)"):
+    accelerate.cpu_offload(model.model.layers[3].mlp, execution_device=torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"LlamaForCausalLM are offloaded.*model\.layers\.3\.mlp.*without 'cpu' or 'disk'"
+    ):
         Decoder(model)
+
+
+def test_an_unknown_attention_implementation_is_refused_with_the_way_out():
+    model = zoo.new("llama")
+    model.config._attn_implementation = "sage"
+    with pytest.raises(UnsupportedModelError, match=r"'sage'.*attn_implementation='sdpa' \(or 'eager'\)"):
+        Decoder(model)
+
+
+@pytest.mark.parametrize("name", ROWLESS)
+def test_a_kernel_without_scattered_rows_runs_where_the_model_itself_would(name, monkeypatch):
+    """The kernels are not here: SDPA stands in for them, and says when it is called."""
+    calls = []
+
+    def stand_in(module, query, key, value, attention_mask, **options):
+        calls.append(query.shape[2])
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, stand_in)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, lambda *_, **__: None)
+    model = zoo.new("llama")
+    wanted = h.own_prefill(model, ids := h.random_ids())[0][-1]
+    stored = h.chunk_plan(model, ids)
+    model.config._attn_implementation = name
+    decoder = Decoder(model)
+    assert self_check(decoder).passed
+    calls.clear()
+    prefill = SelectivePrefill(decoder, stored, Link(k=100))
+    torch.testing.assert_close(prefill.run(), wanted, atol=1e-4, rtol=0)
+    assert calls == []
+    token = torch.tensor([[5]])
+    after = prefill.model(token, past_key_values=prefill.cache).logits[0, -1]
+    assert calls == [1] * zoo.LAYERS
+    torch.testing.assert_close(after, h.own_prefill(model, (*ids, 5))[0][-1], atol=1e-4, rtol=0)
+    calls.clear()
+    SelectivePrefill(decoder, Plan(ids), Full()).run()
+    assert calls == [len(ids)] * zoo.LAYERS
+    assert model.config._attn_implementation == name
 
 
 @pytest.mark.parametrize(("name", "attention"), zoo.SERVED, ids=lambda value: value)

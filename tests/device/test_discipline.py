@@ -138,7 +138,6 @@ def test_a_loader_that_does_not_keep_the_streams_apart_is_caught(broken, monkeyp
     assert ("no event between" if broken == "wait_event" else "no record_stream") in found
 
 
-@pytest.mark.xfail(strict=True, reason="library/sentinel.py puts bytes of both devices into one tensor")
 @pytest.mark.parametrize("policy", ["cacheblend:ratio=0.2,gradual=0.3,0.1", "cachecraft", "query:ratio=0.1"])
 def test_layers_on_two_devices(policy):
     from accelerate import dispatch_model

@@ -11,6 +11,7 @@ import torch
 import zoo
 from support.changing import OPTIONS, error_of, fill_lora, tokenizer, warm
 from support.llm import QUESTION, TEXTS, VOCAB
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import chunkcache
 from chunkcache.errors import InputError, SelfCheckError, UnsupportedModelError
@@ -243,3 +244,17 @@ def test_bitsandbytes_is_exact_against_itself_or_refused(kind):
     with contextlib.suppress(AttributeError):
         model.model.layers[0].mlp.up_proj.weight.quant_state.absmax.mul_(2)
         assert llm.refresh() != before
+
+
+def test_a_quantised_checkpoint_is_loaded_by_its_name(tmp_path):
+    """Its model cannot be moved to a device: it is made there."""
+    pytest.importorskip("bitsandbytes")
+    zoo.new("llama", vocab_size=VOCAB).save_pretrained(tmp_path / "whole")
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}
+    )
+    for part in (quantised, tokenizer()):
+        part.save_pretrained(tmp_path / "quantised")
+    model, own_tokenizer = chunkcache.load_model(str(tmp_path / "quantised"), device="cpu")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    assert chunkcache.wrap(model, own_tokenizer).self_check.passed

@@ -12,7 +12,7 @@ from support.llm import QUESTION, TEXTS, VOCAB
 from support.llm import own_model as tiny
 
 import chunkcache
-from chunkcache.errors import InputError, UnsupportedModelError
+from chunkcache.errors import InputError
 from chunkcache.store import open_store
 
 
@@ -148,7 +148,6 @@ def test_deletion_reaches_what_the_model_was():
 @pytest.mark.parametrize(
     ("break_it", "kind", "says"),
     [
-        (lambda model: model.compile(backend="eager"), UnsupportedModelError, "compiled"),
         (lambda model: model.train(), InputError, r"call model\.eval\(\) first"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from support.llm import QUESTION, TEXTS, chat_tokenizer, plain, prompt_ids, tiny_model, wrapped
+from transformers import DynamicCache
 
 import chunkcache
 from chunkcache.errors import PeerError, PolicyError, ResultsError
@@ -18,7 +21,7 @@ from chunkcache.eval.memory import PeakMemory
 from chunkcache.store import MemoryStore
 
 CASES = [Case(QUESTION, TEXTS, ("1931",)), Case("Who wrote down the weather?", TEXTS[::-1])]
-POLICIES = ("full", "prefix", "reuse", "cacheblend:ratio=1", "query")
+POLICIES = ("full", "plain", "prefix", "reuse", "cacheblend:ratio=1", "query")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_every_policy_has_a_row_for_every_prompt(results):
 
 def test_exact_policies_agree_with_full_prefill_and_reuse_does_not(results):
     for row in results.rows:
-        if row["policy"].startswith(("full", "prefix", "cacheblend")):
+        if row["policy"].startswith(("full", "plain", "prefix", "cacheblend")):
             assert row["agreement"] == 1
             assert row["same_answer"]
             assert abs(row["kl_first"]) < 1e-4
@@ -46,6 +49,9 @@ def test_exact_policies_agree_with_full_prefill_and_reuse_does_not(results):
 
 def test_stages_add_up_to_the_time_to_first_token(results):
     for row in results.rows:
+        if row["policy"] == "plain":
+            assert row["stages"] is None
+            continue
         assert sum(row["stages"].values()) == pytest.approx(row["ttft_s"])
         assert all(seconds >= 0 for seconds in row["stages"].values())
         assert row["stages"]["recompute"] > 0
@@ -61,6 +67,27 @@ def test_warm_requests_hit_and_cold_ones_compute_within_the_clock(results):
             assert (row["hits"], row["misses"]) == (0, len(TEXTS))
             assert row["stages"]["compute"] > 0
             assert row["answer"] is None
+
+
+def test_the_model_alone_is_called_once_with_the_ids_and_a_cache_of_its_own(monkeypatch):
+    """It has what a user without chunkcache has: no shadow, no mask, no position."""
+    calls = []
+    model = zoo.new("llama", vocab_size=512, max_position_embeddings=4096)
+    forward = type(model).forward
+
+    @functools.wraps(forward)  # its signature says what it takes
+    def noted(self, *args, **kwargs):
+        if self is model and args:
+            calls.append((args, kwargs))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    made = compare(model, chat_tokenizer(), CASES[:1], Comparison(["plain"], answers=False))
+    (_, _), ((ids,), options) = calls  # the first is to warm up
+    assert options.keys() == {"past_key_values", "logits_to_keep"}
+    assert type(options["past_key_values"]) is DynamicCache
+    assert {row["tokens"] for row in made.rows} == {ids.shape[1]}
+    assert made.settings["options"].keys() == {"full"}
 
 
 def test_answers_are_scored_where_there_are_accepted_ones(results):

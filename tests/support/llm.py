@@ -54,13 +54,13 @@ def wrapped(model: PreTrainedModel | None = None, **options: Any) -> chunkcache.
     return chunkcache.wrap(model or tiny_model(), chat_tokenizer(), **options)
 
 
-def real_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def real_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the real small model of an alias; skip the test where its package is not installed."""
     try:
         ALIASES[name].path()
     except chunkcache.ModelNotFoundError as error:
         pytest.skip(str(error))
-    return chunkcache.load_model(name, device="cpu", dtype="float32")
+    return chunkcache.load_model(name, device="cpu", dtype=dtype)
 
 
 def saved_model(folder: Path) -> str:

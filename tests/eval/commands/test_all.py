@@ -40,7 +40,7 @@ def test_everything_is_measured_into_one_folder(data, tmp_path, monkeypatch):
     assert ran.exception is None, ran.output
     results = read_folder(out)
     assert results.keys() == {"quality-first-2", "quality-last-2", "ttft-first-lengths", "load-last-2-warm"}
-    assert results["quality-first-2"].settings["policies"] == ["full", "reuse"]
+    assert results["quality-first-2"].settings["policies"] == ["full", "plain", "reuse"]
     assert results["quality-first-2"].settings["fill"]
     assert results["ttft-first-lengths"].settings["tokens"] == [40, 60]
     assert results["load-last-2-warm"].settings["requests"] == 2
