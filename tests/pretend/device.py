@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretend.attention import fused
 from pretend.memory import Memory
 from pretend.patches import Patches
 from pretend.seen import CAT_BATCH, FREE, KERNELS, SYNCING
@@ -145,11 +146,4 @@ class PretendDevice(Memory):
 def _run(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "histc" and not args[0].is_floating_point():  # CUDA counts integers, too
         return func(args[0].float(), *args[1:]).to(args[0].dtype)
-    if name == "_scaled_dot_product_efficient_attention":  # a kernel of CUDA only
-        query, key, value, bias = args[:4]
-        if not query.shape[1] == key.shape[1] == value.shape[1]:
-            raise RuntimeError("the efficient kernel takes as many heads of keys and values as of queries")
-        scale = kwargs.get("scale")
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scale)
-        return out, query.new_empty(0), torch.empty(0), torch.empty(0)
-    return func(*args, **kwargs)
+    return fused(func)(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
+from pretend.attention import PATCHED
 from pretend.streams import DEFAULT, Event, Stream, current_stream, stream_context
 from pretend.tensor import PretendTensor, unwrap
 
@@ -53,6 +54,8 @@ class Patches:
         functional = torch.nn.functional
         attend = self._attention(functional.scaled_dot_product_attention)
         self._set(functional, "scaled_dot_product_attention", attend)
+        for owner, name, value in PATCHED:
+            self._set(owner, name, value)
         kind = self._device.kind
         self._set(torch, "Event", Event)
         self._set(torch.accelerator, "is_available", lambda *_: True)
@@ -116,12 +119,13 @@ class Patches:
         def attend(
             query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
-            causal = isinstance(attn_mask, CausalBias)  # stands for no tensor
-            run, mask = (CausalBias._dispatch, None) if causal else (own, attn_mask)
+            if isinstance(attn_mask, CausalBias):  # stands for no tensor, and calls a kernel by name
+                return CausalBias._dispatch(query, key, value, attn_mask, *args, **kwargs)
+            mask = attn_mask
             given = [tensor for tensor in (query, key, value, mask) if tensor is not None]
             ours = [tensor for tensor in given if isinstance(tensor, PretendTensor)]
             if not ours:
-                return run(query, key, value, attn_mask, *args, **kwargs)
+                return own(query, key, value, mask, *args, **kwargs)
             if len(ours) != len(given) or len({tensor.index_ for tensor in ours}) > 1:
                 device.mixed("scaled_dot_product_attention", " and ".join(sorted({str(t.device) for t in given})))
             for tensor in ours:
@@ -130,7 +134,7 @@ class Patches:
                 raise RuntimeError(
                     f"Expected attn_mask dtype to be bool or float or to match query dtype, but got {mask.dtype}"
                 )
-            out = PretendTensor(run(*map(unwrap, (query, key, value, attn_mask)), *args, **kwargs), ours[0].index_)
+            out = PretendTensor(own(*map(unwrap, (query, key, value, mask)), *args, **kwargs), ours[0].index_)
             device.launched("sdpa" if mask is None else "sdpa with a mask", 1 if mask is None else 3)  # bias, pad
             out.allocation.written()
             return out

@@ -20,6 +20,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | No
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *_: Any, scale: float | None = None) -> Tensor:
+    if not query.shape[1] == key.shape[1] == value.shape[1]:
+        raise RuntimeError("the efficient kernel takes as many heads of keys and values as of queries")
     if mask.dtype != query.dtype or any(stride % 8 for stride in mask.stride()[:-1]):
         raise RuntimeError("the mask is of another dtype than the query, or its rows are not aligned")
     return attend(query, key, value, mask, scale=scale)
