@@ -6,7 +6,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 STAMP  := .venv/.installed
 
-.PHONY: help demo docs report test test-lmcache test-adapters lint check clean
+.PHONY: help demo docs report test test-lmcache test-adapters gpu-check lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -28,6 +28,9 @@ test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in
 
 test-adapters: .venv/adapters/.installed    ## run the tests that need peft, torchao and bitsandbytes, likewise
 	@.venv/adapters/bin/python -m pytest tests/engine/test_adapters.py tests/engine/test_mutations.py
+
+gpu-check:    ## check and measure on a GPU, in at most 8 minutes; GPU_OPTIONS=--smoke for toy sizes on the CPU
+	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m chunkcache.eval.gpu $(GPU_OPTIONS)
 
 lint: $(STAMP)    ## ruff and mypy
 	@$(BIN)/ruff check .
