@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
+from chunkcache.blend.triton import serve
 from chunkcache.kv import Layer, Span
 from chunkcache.kv.quantised import GROUP, QuantisedLayer
+
+if TYPE_CHECKING:
+    from chunkcache.blend.triton.assembly import Placer
 
 LONG = 256  # tokens of a chunk from which on a CPU is no slower with one chunk at a time: its parts stay in the cache
 
@@ -40,6 +46,10 @@ class Assembler:
             like: any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
         plan, heads, head_dim = self.plan, like.shape[1], like.shape[3]
+        if serve(like.device):
+            both = like.new_empty(2, heads, len(plan), head_dim)
+            self._placer.place(layers, rotary, both)
+            return both
         one_by_one = self._long and like.device.type == "cpu"
         if one_by_one or any(isinstance(layer, QuantisedLayer) for layer in layers):
             both = like.new_empty(2, heads, len(plan), head_dim)
@@ -56,6 +66,12 @@ class Assembler:
         if rotary is not None and self._moved:
             rotary.turn(both[0, :, :end], *self._angles_of(rotary, like.device))
         return both
+
+    @cached_property
+    def _placer(self) -> Placer:
+        from chunkcache.blend.triton.assembly import Placer
+
+        return Placer(self.plan.reused)
 
     def _angles_of(self, rotary: Rotary, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos and sin `[tokens, rotary_dim / 2]` of how far each token up to the last reused one has moved."""

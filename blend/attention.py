@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from chunkcache.blend.triton import serve
 from chunkcache.errors import UnsupportedModelError
 
 NAME = "chunkcache_rows"
@@ -79,7 +80,11 @@ def rows_attention(
     parts = []
     if unseen:
         rows, intervals = query[:, :, :unseen], attention_mask[:, :, :unseen]
-        if query.device.type == "cpu":
+        if serve(query.device):
+            from chunkcache.blend.triton.attention import attend
+
+            parts.append(attend(rows, key, value, intervals, scaling))
+        elif query.device.type == "cpu":
             parts.append(_in_blocks(rows, key, value, intervals, scaling))
         else:
             mask = dense_mask(intervals, key.shape[2])

@@ -45,6 +45,11 @@ class Rotary:
         self._first, self._second, self.rotary_dim = self._find_pairs()
         self.rotation = lru_cache(maxsize=1024)(self._rotation)
 
+    @property
+    def pairs(self) -> tuple[slice, slice]:
+        """The first and the second dimension of each pair that is turned."""
+        return self._first, self._second
+
     def shift(self, keys: Tensor, delta: int, out: Tensor) -> None:
         """Write `keys` `[..., head_dim]`, rotated by `delta` positions, into `out` of that shape."""
         if delta == 0:
