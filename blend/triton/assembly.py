@@ -167,7 +167,7 @@ class Placer:
 
 
 def _on(layer: Layer, device: torch.device) -> Layer:
-    """Return a layer on the device as the kernel reads it: contiguous, or if it is dense in its last dimension at least."""
+    """Return a layer on the device as the kernel reads it: contiguous, a dense one at least in its last dimension."""
     layer = layer.to(device, non_blocking=True)
     if isinstance(layer, Tensor):
         return layer if layer.stride(3) == 1 else layer.contiguous()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import chunkcache
 from chunkcache.blend import POLICIES
+from chunkcache.blend.triton import VARIABLE
 from chunkcache.eval.gpu.check import Check, described, relative_error
 from chunkcache.eval.gpu.made import VOCAB, load_zoo, make_model, make_texts
 
@@ -42,11 +45,11 @@ def exactness(check: Check) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        _compare(check, "toy Llama", toy, EVERY_POLICY)
+        compare(check, "toy Llama", toy, EVERY_POLICY)
         _ways(check)
         for store in STORES:
             if check.has(5, f"exactness of {store}"):
-                _compare(check, "toy Llama", toy, FEW_POLICIES, store)
+                compare(check, "toy Llama", toy, FEW_POLICIES, store)
         _families(check)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -75,7 +78,28 @@ def outcomes(check: Check, model: Any, policies: Sequence[str], store: str) -> d
     return found
 
 
-def _compare(check: Check, name: str, build: Build, policies: Sequence[str], store: str = "memory://") -> None:
+@contextmanager
+def using(kernels: str) -> Iterator[None]:
+    """Ask for these kernels in the block, `torch` or `triton`."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = kernels
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def compare(
+    check: Check,
+    name: str,
+    build: Build,
+    policies: Sequence[str],
+    store: str = "memory://",
+    kernels: str = "torch",
+) -> None:
+    """Compare logits and answers under some policies, with KV in a store, with those of torch on the CPU."""
     quantised = "codec=" in store
     limit = QUANTISED_LIMIT if quantised else LIMIT
     with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +109,10 @@ def _compare(check: Check, name: str, build: Build, policies: Sequence[str], sto
             ours = "device://?device=cpu" if ours == "device://" else ours
         reference = "memory://" + (store[store.index("?") :] if quantised else "")
         try:
-            wanted = outcomes(check, build(), policies, reference)
-            got = outcomes(check, build().to(check.device), policies, ours)
+            with using("torch"):
+                wanted = outcomes(check, build(), policies, reference)
+            with using(kernels):
+                got = outcomes(check, build().to(check.device), policies, ours)
         except Exception as error:  # noqa: BLE001 - the next comparison may run
             check.report.add_wrong(f"{name} over {store}: {described(error)}")
             return
@@ -111,7 +137,7 @@ def _families(check: Check) -> None:
             continue
         if name == "phi3-longrope" or not check.has(3, f"exactness of {label}"):  # that one takes short prompts only
             continue
-        _compare(check, label, _of_family(zoo, name, attention), FEW_POLICIES)
+        compare(check, label, _of_family(zoo, name, attention), FEW_POLICIES)
 
 
 def _of_family(zoo: Any, name: str, attention: str) -> Build:

@@ -23,6 +23,7 @@ from chunkcache.eval.gpu.memory import memory
 from chunkcache.eval.gpu.sanitizer import sanitizer
 from chunkcache.eval.gpu.selfcheck import selfcheck
 from chunkcache.eval.gpu.tiers import tiers
+from chunkcache.eval.gpu.triton_kernels import triton
 from chunkcache.eval.gpu.ttft import ttft
 
 
@@ -41,14 +42,15 @@ class Section:
 
 SECTIONS = {
     "environment": Section(environment, 10),
-    "exactness": Section(exactness, 90),
+    "exactness": Section(exactness, 80),
     "selfcheck": Section(selfcheck, 30),
-    "ttft": Section(ttft, 110),
+    "ttft": Section(ttft, 100),
     "launches": Section(launches, 45),
     "tiers": Section(tiers, 50),
     "decode": Section(decode, 25),
     "memory": Section(memory, 25),
     "kernels": Section(kernels, 25),
+    "triton": Section(triton, 30),
     "sanitizer": Section(sanitizer, 40),
 }
 LAST = 5.0  # seconds without which no section is begun
