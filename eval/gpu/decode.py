@@ -46,8 +46,8 @@ def _ways(check: Check, llm: Any, texts: list[str], ids: torch.Tensor) -> dict[s
         return list(llm.stream(question, texts, max_new_tokens=tokens, **options))
 
     def handed_over(tokens: int) -> object:
-        inputs = llm.prepare_inputs(question, texts, cache="static")
-        return llm.model.generate(**inputs, max_new_tokens=tokens, disable_compile=True, **options)
+        inputs = llm.prepare_inputs(question, texts, cache="static", max_new_tokens=tokens)
+        return llm.model.generate(**inputs, disable_compile=True, **options)
 
     ways: dict[str, Callable[[int], object]] = {
         "plain": plain,

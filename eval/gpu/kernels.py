@@ -102,7 +102,8 @@ def _assembly(check: Check, count: int, rotary: Rotary, kv_heads: int, head_dim:
 
     def at_once() -> None:
         both = torch.cat(stored, dim=2)
-        rotary.turn(both[0], cos, sin)
+        first, second = both[0].float().chunk(2, dim=-1)
+        both[0].copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
     for name, work in {"one by one": one_by_one, "at once": at_once}.items():
         check.report.row(ASSEMBLY, chunks=count, tokens=count * tokens, way=name, ms=check.each_milliseconds(work))
