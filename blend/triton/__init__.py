@@ -16,6 +16,7 @@ from chunkcache.errors import InputError
 VARIABLE = "CHUNKCACHE_KERNELS"
 CHOICES = ("torch", "triton")
 DEVICES = ("cuda", "xpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 
 
 def check_kernels() -> str:
@@ -36,6 +37,4 @@ def check_kernels() -> str:
 
 def serve(device: torch.device) -> bool:
     """Return whether the kernels are asked for and run on `device`; in Triton's interpreter they do on the CPU."""
-    if os.environ.get(VARIABLE) != "triton":
-        return False
-    return device.type in DEVICES or os.environ.get("TRITON_INTERPRET") == "1"
+    return (INTERPRETED or device.type in DEVICES) and os.environ.get(VARIABLE) == "triton"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +13,7 @@ from chunkcache.blend import Decoder
 from chunkcache.blend.assembly import place
 from chunkcache.blend.attention import dense_mask, visible_intervals
 from chunkcache.blend.rotary import Rotary
+from chunkcache.blend.triton import INTERPRETED
 from chunkcache.eval.gpu.check import Check, relative_error
 from chunkcache.eval.gpu.exactness import FEW_POLICIES, compare, toy, using
 from chunkcache.eval.gpu.kernels import SHARE
@@ -30,7 +30,7 @@ STORES = ("memory://", "memory://?codec=int8", "memory://?codec=int4")
 def triton(check: Check) -> None:
     """Compare the kernels with torch, by themselves and in requests, and time both."""
     missing = find_spec("triton") is None
-    if missing or not (check.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if missing or not (check.cuda or INTERPRETED):
         check.report.row(TABLE, what="not installed" if missing else "runs on a GPU, or with TRITON_INTERPRET=1")
         return
     config: Any = check.model().config

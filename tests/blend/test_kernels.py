@@ -64,10 +64,10 @@ def test_kernels_without_triton_are_refused_at_wrap(monkeypatch: pytest.MonkeyPa
 
 def test_kernels_run_on_accelerators_and_in_the_interpreter_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHUNKCACHE_KERNELS", "triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("chunkcache.blend.triton.INTERPRETED", False)
     assert serve(torch.device("cuda:1"))
     assert not serve(torch.device("cpu"))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("chunkcache.blend.triton.INTERPRETED", True)
     assert serve(torch.device("cpu"))
 
 
