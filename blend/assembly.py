@@ -7,14 +7,20 @@ there, and dequantised together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.rotary import Rotary
+from chunkcache.blend.triton import serve
 from chunkcache.kv import Layer, Span
 from chunkcache.kv.quantised import GROUP, QuantisedLayer, dense, group_of_tokens
+
+if TYPE_CHECKING:
+    from chunkcache.blend.triton.assembly import Placer
 
 LONG = 256  # tokens of a chunk from which on a CPU is no slower with one chunk at a time: its parts stay in the cache
 MOST_LAYERS = 8  # put in place together at most
@@ -55,8 +61,8 @@ class Assembler:
             rotary: how its keys are rotated; None for not at all.
             like: any tensor `[1, kv_heads, n, head_dim]` of the dtype and device wanted.
         """
-        on_cpu = like.device.type == "cpu"
-        if on_cpu and (self._long or any(isinstance(layer, QuantisedLayer) for layer in layers)):
+        by_torch = like.device.type == "cpu" and not serve(like.device)
+        if by_torch and (self._long or any(isinstance(layer, QuantisedLayer) for layer in layers)):
             both = self._empty(like, 2)
             for span, layer in zip(self.plan.reused, layers, strict=True):
                 place(span, layer, rotary, both[:, :, span.start : span.stop])
@@ -68,6 +74,10 @@ class Assembler:
     ) -> Sequence[Tensor]:
         """Return what `assemble` does, of several layers that are rotated alike; each is a view of one buffer."""
         every = self._empty(like, len(group), 2)
+        if serve(like.device):
+            for layers, both in zip(group, every, strict=True):
+                self._placer.place(layers, rotary, both)
+            return every.unbind()
         for layers, both in zip(self._dense(group, like.device), every, strict=True):
             torch.cat(self._parts(layers, like), dim=2, out=both)
         end = self.plan.reused[-1].stop if self.plan.reused else 0
@@ -107,6 +117,12 @@ class Assembler:
         if device not in self._groups:
             self._groups[device] = group_of_tokens(lengths * MOST_LAYERS).to(device, non_blocking=True)
         return self._groups[device][: sum(lengths) * layers]
+
+    @cached_property
+    def _placer(self) -> Placer:
+        from chunkcache.blend.triton.assembly import Placer
+
+        return Placer(self.plan.reused)
 
     def _angles_of(self, rotary: Rotary, device: torch.device) -> Tensor:
         """Return by what each token up to the last reused one is turned, as `Rotary.turn` takes it."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from chunkcache.blend.triton import serve
 from chunkcache.errors import UnsupportedModelError
 
 NAME = "chunkcache_rows"
@@ -116,7 +117,7 @@ def rows_attention(
     parts = []
     if unseen:
         rows = query[:, :, :unseen]
-        if query.device.type == "cpu":
+        if query.device.type == "cpu" and not serve(query.device):
             parts.append(_in_blocks(rows, key, value, attention_mask[:, :, :unseen], scaling))
         else:
             parts.append(_on_accelerator(rows, key, value, attention_mask, scaling))
@@ -157,6 +158,10 @@ def _on_accelerator(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor
     rows = query.shape[2]
     sight = _sight_of(intervals)
     end = sight.end(rows)
+    if end is None and serve(query.device):
+        from chunkcache.blend.triton.attention import attend
+
+        return attend(query, key, value, intervals[:, :, :rows], scaling)
     if end is None:
         mask = sight.bias(intervals, key.shape[2], query.dtype)[:, :, :rows]
         return _ungrouped(query, key, value, partial(_masked, mask=mask, scaling=scaling))

@@ -50,6 +50,11 @@ class Rotary:
         self._known: dict[int, Tensor] = {}
         self.rotation = lru_cache(maxsize=1024)(self._rotation)
 
+    @property
+    def pairs(self) -> tuple[slice, slice]:
+        """The first and the second dimension of each pair that is turned."""
+        return self._first, self._second
+
     @torch.no_grad()
     def rotations(self, deltas: Sequence[int]) -> Tensor:
         """Return the angles of several deltas for `turn`, `[deltas, rotary_dim * 3 / 2]` float32, on the CPU.

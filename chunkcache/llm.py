@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.blend import Policy, parse_policy
+from chunkcache.blend.triton import check_kernels
 from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment, AttachMethods
 from chunkcache.engine.chunks import ChunkMethods
@@ -64,7 +65,8 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
         UnsupportedModelError: the model cannot be served right, or fails its self-check.
         TokenizerMismatchError: the tokenizer is not the model's.
         PromptError: an option is none of the chat template's, or there are several templates and none is chosen.
-        PolicyError, StoreURLError, InputError: policy or store are not known, or `pad` is no time.
+        PolicyError, StoreURLError, InputError: policy or store are not known, `pad` is no time, or the environment
+            variable CHUNKCACHE_KERNELS asks for kernels that are not there.
         CalibrationError: the policy needs a calibration, and there is none or it is damaged.
     """
 
@@ -85,6 +87,7 @@ class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):
     ) -> None:
         tenant = renamed_options(renamed, {"salt": "tenant"}, "wrap").get("tenant", tenant)
         chosen, pad = parse_policy(policy), check_pad(pad)
+        check_kernels()
         self.prompts = PromptBuilder(tokenizer, instruction, lead_in, template_options)
         store = store if store is not None else os.environ.get("CHUNKCACHE_STORE")
         store = store if store is not None else default_store({weight.device for weight in model.parameters()})
