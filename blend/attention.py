@@ -95,8 +95,7 @@ def rows_attention(
     Args:
         query: `[1, heads, rows, head_dim]`, rows sorted by position.
         key: `[1, kv_heads, length, head_dim]`; `value` alike.
-        attention_mask: int64 `[1, 1, rows, 2]` from `visible_intervals`. Anything else is another call's own
-            mask (of a decoding step, say) and goes to transformers' SDPA untouched.
+        attention_mask: int64 `[1, 1, rows, 2]` from `visible_intervals`. Anything else is another call's own mask.
 
     Returns:
         `[1, rows, heads, head_dim]` and None: weights are materialised only for a `Watch`, and only its rows'.
@@ -158,20 +157,18 @@ def _on_accelerator(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor
     rows = query.shape[2]
     sight = _sight_of(intervals)
     end = sight.end(rows)
-    if end is None and serve(query.device):
+    if end is not None:
+        key, value = key[:, :, :end], value[:, :, :end]
+        if (output := _flash(query, key, value, scaling)) is not None:
+            return output
+        if rows == end or query.device.type in LOWER_RIGHT:
+            return _ungrouped(query, key, value, partial(_causal, scaling=scaling))
+    elif serve(query.device):
         from chunkcache.blend.triton.attention import attend
 
         return attend(query, key, value, intervals[:, :, :rows], scaling)
-    if end is None:
-        mask = sight.bias(intervals, key.shape[2], query.dtype)[:, :, :rows]
-        return _ungrouped(query, key, value, partial(_masked, mask=mask, scaling=scaling))
-    key, value = key[:, :, :end], value[:, :, :end]
-    if (output := _flash(query, key, value, scaling)) is not None:
-        return output
-    if rows != end and query.device.type not in LOWER_RIGHT:
-        mask = sight.bias(intervals, end, query.dtype)[:, :, :rows]
-        return _ungrouped(query, key, value, partial(_masked, mask=mask, scaling=scaling))
-    return _ungrouped(query, key, value, partial(_causal, scaling=scaling))
+    mask = sight.bias(intervals, key.shape[2], query.dtype)[:, :, :rows]
+    return _ungrouped(query, key, value, partial(_masked, mask=mask, scaling=scaling))
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor | None:
