@@ -276,14 +276,14 @@ def _hidden(intervals: Tensor, rows: slice, length: int) -> Tensor:
 def _weighted(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend with the weights materialised: for few rows only."""
+    """Attend with the weights materialised, in float32: for few rows only."""
     batch, heads, rows, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
     scores = torch.matmul(grouped * (scaling or head_dim**-0.5), key.transpose(-1, -2))
     scores = scores.view(batch, heads, rows, length)
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    output = torch.matmul(weights.view(batch, kv_heads, -1, length), value)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    output = torch.matmul(weights.to(value.dtype).view(batch, kv_heads, -1, length), value)
     return output.view(batch, heads, rows, -1).transpose(1, 2), weights
 
 

@@ -325,8 +325,7 @@ class FusedCache(DynamicCache):
 
     def _scatter(self, both: Tensor, key: Tensor, value: Tensor) -> None:
         if self._contiguous:
-            target = both[:, :, int(self.rows[0]) : int(self.rows[-1]) + 1]
-            target[0], target[1] = key[0], value[0]
+            torch.cat((key, value), out=both[:, :, int(self.rows[0]) : int(self.rows[-1]) + 1])
         else:
             rows = self.rows_on(both.device)
             both[0].index_copy_(1, rows, key[0])

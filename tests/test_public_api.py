@@ -33,6 +33,7 @@ PUBLIC = {
     "PrecomputeResult",
     "PrefillOutput",
     "PromptError",
+    "QueueFullError",
     "Request",
     "RequestStats",
     "ResultsError",

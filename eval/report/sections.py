@@ -20,6 +20,7 @@ TITLES = {
     "store": "Stores",
     "selection": "Selections",
     "packing": "Packing",
+    "serve": "The server",
     "retrieval": "Retrieval",
     "chain": "LangChain",
     "order": "Order of chunks",

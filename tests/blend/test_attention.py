@@ -218,10 +218,10 @@ def test_a_watch_on_eager_attention_sees_no_more_rows():
     assert seen == [(4, LOOK_ROWS, 310)]
 
 
-def test_a_watch_sees_weights_in_bfloat16_too():
+def test_a_watch_sees_the_weights_of_bfloat16_before_they_are_rounded():
     rows = list(range(20))
     query, key, value = tensors(20, 20, dtype=torch.bfloat16)
     output, weights, _ = watched(4, None, query, key, value, rows)
-    assert output.dtype == weights.dtype == torch.bfloat16
+    assert (output.dtype, weights.dtype) == (torch.bfloat16, torch.float32)
     expected = by_hand(query, key, value, rows, None, 0.4)
     torch.testing.assert_close(output.double(), expected, atol=0.03, rtol=0)

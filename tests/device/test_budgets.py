@@ -1,7 +1,7 @@
 """What a request costs on an accelerator, counted: kernel launches, and waits of the host for the device.
 
 Both are what a GPU is slow by with prompts of this size. Neither may depend on how many chunks there are, nor may
-anything be waited for inside a layer.
+anything be waited for inside a layer. The last wait of each is for the logits, without which there is no first token.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from support.device import cost, texts, wrapped
 from support.llm import QUESTION
 
 BUDGETS = {  # launches beside the model's layers, launches a layer (a scout passes two thirds of them first), waits
-    "full": (30, 52, 1),
-    "prefix": (30, 52, 1),
-    "reuse": (50, 52, 1),
-    "link:k=8": (50, 52, 1),
-    "cacheblend:ratio=0.15": (110, 52, 1),
-    "cacheblend:ratio=0.2,gradual=0.3,0.1": (160, 52, 1),
-    "kvshift": (120, 72, 2),
-    "prophetkv": (60, 110, 2),
-    "fusionrag": (90, 102, 2),
-    "query:ratio=0.05": (60, 86, 2),
-    "cachecraft": (120, 66, 7),  # one wait for each of its six looks at the focus
+    "full": (30, 40, 2),
+    "prefix": (30, 42, 2),
+    "reuse": (50, 42, 2),
+    "link:k=8": (50, 42, 2),
+    "cacheblend:ratio=0.15": (110, 42, 2),
+    "cacheblend:ratio=0.2,gradual=0.3,0.1": (160, 42, 2),
+    "kvshift": (120, 62, 3),
+    "prophetkv": (60, 92, 3),
+    "fusionrag": (90, 92, 3),
+    "query:ratio=0.05": (60, 74, 3),
+    "cachecraft": (120, 58, 8),  # one wait for each of its six looks at the focus
 }
 DEQUANTISED = (40, 6)  # launches that int8 adds: in all, and in a layer
 
@@ -66,14 +66,14 @@ def test_waits_do_not_grow_with_the_layers():
 
 
 @pytest.mark.parametrize(
-    ("store", "counts", "limit"), [("device://", (5, 17), 2760), ("memory://?codec=int8", (17,), 2960)]
+    ("store", "counts", "limit"), [("device://", (5, 17), 2300), ("memory://?codec=int8", (17,), 2500)]
 )
 def test_query_on_a_model_of_32_layers(store, counts, limit):
     """The plain model takes 1,301 launches, and the scout another 813."""
     found = costs(store, 32, counts, ["query:ratio=0.05"])
     for seen in found.values():
         assert seen.launches <= limit, seen.table()
-        assert seen.syncs <= 2, seen.table()
+        assert seen.syncs <= 3, seen.table()
 
 
 def test_ids_and_rotations_are_copied_to_the_device_once():

@@ -76,7 +76,6 @@ def test_families_give_what_they_give_on_the_cpu(family, attention):
     agrees(FAMILIES[family, attention], "memory://", family=family, attention=attention)
 
 
-@pytest.mark.xfail(strict=True, reason="the loader calls torch.cuda whatever the device is")
 def test_apples_device_gives_what_the_cpu_gives():
     agrees("query:ratio=0.05", "memory://?codec=int8", kind="mps")
 
@@ -112,7 +111,6 @@ def test_a_batch_an_attached_model_a_stream_and_a_conversation():
         assert not device.total.violations, device.total.violations
 
 
-@pytest.mark.xfail(strict=True, reason="the loader copies to the CPU without waiting")
 def test_a_model_on_the_cpu_over_a_device_tier():
     with PretendDevice() as device:
         llm = wrapped("cpu", "device://")

@@ -119,9 +119,9 @@ class Patches:
         def attend(
             query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
-            if isinstance(attn_mask, CausalBias):  # stands for no tensor, and calls a kernel by name
-                return CausalBias._dispatch(query, key, value, attn_mask, *args, **kwargs)
-            mask = attn_mask
+            if isinstance(attn_mask, CausalBias) and isinstance(query, PretendTensor):
+                return CausalBias._dispatch(query, key, value, attn_mask, *args, **kwargs)  # calls kernels by name
+            mask = attn_mask._materialize(query.device) if isinstance(attn_mask, CausalBias) else attn_mask
             given = [tensor for tensor in (query, key, value, mask) if tensor is not None]
             ours = [tensor for tensor in given if isinstance(tensor, PretendTensor)]
             if not ours:
