@@ -202,7 +202,7 @@ def _with_sinks(whole: Tensor, sinks: Tensor | None) -> Tensor:
 
 def over_shared(decoder: Decoder, cache: SharedCache) -> Any:
     """Return a shadow of the model whose attention is over `cache`, to be passed to it as `past_key_values`."""
-    register(NAME, _shared_attention)
+    register(NAME, shared_attention)
     twin = decoder.shadow(NAME)
     for index, module in enumerate(twin.attentions):
         vars(module)["chunkcache_shared"] = partial(cache.attend, index)
@@ -260,7 +260,7 @@ def can_share(decoder: Decoder) -> bool:
     return judged.passed
 
 
-def _shared_attention(  # noqa: PLR0913 - the signature of transformers' attention functions
+def shared_attention(  # noqa: PLR0913 - the signature of transformers' attention functions
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -272,6 +272,7 @@ def _shared_attention(  # noqa: PLR0913 - the signature of transformers' attenti
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    """Attend by what stands in the module under `chunkcache_shared`: `SharedCache.attend`, say."""
     attend: Any = vars(module)["chunkcache_shared"]
     output: Tensor = attend(query, (key, value), scaling, softcap, s_aux)
     return output, None

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from chunkcache.blend.attention import register
 from chunkcache.blend.decoder import Decoder
-from chunkcache.blend.hydragen import merge_sinks, partial_attention
-
-NAME = "chunkcache_ragged"
+from chunkcache.blend.hydragen import KV, NAME, merge_sinks, partial_attention, shared_attention
 
 
 class RaggedDecoder:
@@ -30,13 +28,13 @@ class RaggedDecoder:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        register(NAME, _ragged_attention)
+        register(NAME, shared_attention)
         twin = decoder.shadow(NAME)
         self._device = decoder.device
         self._model: Any = twin.model
         self._caches = _Caches([decoder.window(layer) for layer in range(len(decoder.layers))])
         for index, module in enumerate(twin.attentions):
-            vars(module)["chunkcache_ragged"] = partial(self._caches.attend, index)
+            vars(module)["chunkcache_shared"] = partial(self._caches.attend, index)
 
     @torch.no_grad()
     def step(self, token_ids: Sequence[int], caches: Sequence[Cache]) -> Tensor:
@@ -85,9 +83,18 @@ class _Caches(DynamicCache):
         return key_states, value_states
 
     def attend(
-        self, layer_idx: int, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
+        self,
+        layer_idx: int,
+        query: Tensor,
+        fresh: KV,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attend from a token `[sequences, heads, 1, head_dim]` of each; return `[sequences, 1, heads, head_dim]`."""
+        """Attend from a token `[sequences, heads, 1, head_dim]` of each; return `[sequences, 1, heads, head_dim]`.
+
+        `fresh` are the KV of these tokens, which `update` has appended.
+        """
         first = -(self._windows[layer_idx] or 0)
         rows = []
         for row, (keys, values) in enumerate(self._seen):
@@ -101,20 +108,3 @@ class _Caches(DynamicCache):
                 rows.append(merge_sinks(part, sinks).reshape(asked.shape).to(query.dtype))
         self._seen = []
         return torch.cat(rows).transpose(1, 2)
-
-
-def _ragged_attention(  # noqa: PLR0913 - the signature of transformers' attention functions
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    attend: Any = vars(module)["chunkcache_ragged"]
-    output: Tensor = attend(query, scaling, softcap, s_aux)
-    return output, None

@@ -7,23 +7,11 @@ import json
 import httpx
 import openai
 import pytest
-from support.llm import QUESTION, TEXTS, tiny_model, wrapped
-from support.server import MODEL, served
+from support.llm import QUESTION, TEXTS
+from support.server import MODEL
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, "temperature": 0}
 DOCUMENTS = [{"title": "", "text": text} for text in TEXTS]
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served(wrapped(tiny_model())) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import json
 
-import openai
 import pytest
 from langchain_openai import ChatOpenAI
 from llama_index.llms.openai_like import OpenAILike
-from support.llm import QUESTION, TEXTS, tiny_model, wrapped
-from support.server import MODEL, served
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served(wrapped(tiny_model())) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
-        yield client
+from support.llm import QUESTION, TEXTS
+from support.server import MODEL
 
 
 @pytest.fixture(scope="module")
