@@ -63,7 +63,7 @@ class Server:
             answers = Answers(
                 self.service.scheduler,
                 choices,
-                asked.stops(),
+                self.service.stops(asked),
                 tenant.name,
                 self.options.timeout_s,
                 self.metrics.watch,

@@ -12,10 +12,11 @@ from functools import cached_property, partial
 from typing import Any
 
 from chunkcache.engine.engine import PreparedRequest
-from chunkcache.engine.generation import end_ids
+from chunkcache.engine.generation import end_ids, needs_finished_cache, setting
 from chunkcache.engine.guided import Guides
 from chunkcache.engine.sampling import Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
+from chunkcache.errors import InputError
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt, PromptChunk
 from chunkcache.serve.errors import HTTPError
@@ -55,9 +56,16 @@ class Service:
         llm: as given.
         name: as given.
         scheduler: answers.
+
+    Raises:
+        InputError: the model's generation config asks for beam search.
     """
 
     def __init__(self, llm: CachedLLM, name: str, limits: Limits | None = None) -> None:
+        if needs_finished_cache(llm.model, {}):
+            raise InputError(
+                "the model's generation config asks for beam search, which is not served: set its num_beams to 1"
+            )
         self.llm, self.name = llm, name
         self.scheduler = Scheduler(llm.engine, limits)
         self._created = int(time.time())
@@ -139,6 +147,11 @@ class Service:
             "owned_by": "chunkcache",
             "max_model_len": self.llm.max_tokens,
         }
+
+    def stops(self, asked: Sampling) -> list[str]:
+        """Return the strings that end an answer: those of the request, and of the model's generation config."""
+        own = setting(self.llm.model, {}, "stop_strings") or ()
+        return [*asked.stops(), *([own] if isinstance(own, str) else own)]
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token."""

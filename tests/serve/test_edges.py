@@ -8,11 +8,13 @@ import time
 
 import httpx
 import pytest
-from support.llm import QUESTION, TEXTS
+from support.llm import QUESTION, TEXTS, own_model, wrapped
 from support.server import MODEL, served
 
 from chunkcache.engine.scheduler import Limits
+from chunkcache.errors import InputError
 from chunkcache.serve.openai import data
+from chunkcache.serve.service import Service
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, "temperature": 0}
 HALF = "half a pair: \ud83d"  # a text that JSON can carry and UTF-8 cannot
@@ -164,3 +166,34 @@ def test_an_answer_that_the_server_cuts_short_does_not_look_whole(stream):
         assert response.status_code == 503
         error = response.json()["error"]
     assert error["code"] == "server_is_shutting_down"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"forced_eos_token_id": 2},
+        {"stop_strings": ["e"]},
+        {"eos_token_id": [2, 7, 40, 41]},
+        {"repetition_penalty": 1.4, "do_sample": True, "top_p": 0.5},
+    ],
+)
+def test_the_models_generation_config_counts_as_in_generate(config):
+    llm = wrapped(own_model())
+    vars(llm.model.generation_config).update(config)
+    with served(llm) as running:
+        for documents in ([], list(TEXTS)):
+            wanted = llm.generate(QUESTION, documents, max_new_tokens=24, do_sample=False)
+            body = {**ASK, "max_tokens": 24, "documents": documents}
+            if not documents:  # `generate` frames a question over no chunks, too
+                wanted = llm.chat(ASK["messages"], max_new_tokens=24, do_sample=False)
+            answer = post(running, body).json()
+            assert answer["usage"]["completion_tokens"] == len(wanted.token_ids)
+            text = answer["choices"][0]["message"]["content"].strip()
+            assert wanted.text.startswith(text) if "stop_strings" in config else text == wanted.text
+
+
+def test_a_generation_config_with_beams_is_not_served():
+    llm = wrapped(own_model())
+    llm.model.generation_config.num_beams = 3
+    with pytest.raises(InputError, match="num_beams"):
+        Service(llm, MODEL)
