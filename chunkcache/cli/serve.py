@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -86,5 +87,5 @@ def serve(options: ServeCommand) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.run(
             app, host=options.host, port=options.port, log_level="warning",
-            timeout_graceful_shutdown=int(options.drain) or None,
+            timeout_graceful_shutdown=math.ceil(options.drain),
         )  # fmt: skip

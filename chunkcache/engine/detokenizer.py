@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
@@ -41,18 +41,20 @@ class Detokenizer:
         """Return what was held back: no more tokens come."""
         if self.stopped:
             return ""
-        tail = self._held + self._decoded(whole=True)
+        piece, tail = self._give(self._decoded(whole=True)), self._held
         self._held = ""
         self.text += tail
-        return tail
+        return piece + tail
 
     def _decoded(self, whole: bool = False) -> str:
         """Return the text of the ids that were not read; decoded behind those before, since spaces depend on them."""
         before = self._text(self._ids[self._start : self._read])
         text = self._text(self._ids[self._start :])
-        if text.endswith(_UNFINISHED) and not whole:  # bytes of a character whose others are still to come
+        if text.endswith(UNFINISHED) and not whole:  # bytes of a character whose others are still to come
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        if len(text) > len(before):  # else the context would be special tokens, which have no text
+            self._start = self._read
+        self._read = len(self._ids)
         return text[len(before) :]
 
     def _text(self, ids: list[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -44,6 +44,18 @@ class FairQueue(Generic[T]):
         if items:
             self._tenants[tenant] = items
         return item
+
+    def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
+        """Take the items that are unwanted, wherever they stand."""
+        removed: list[T] = []
+        for tenant, items in list(self._tenants.items()):
+            gone = [item for item in items if unwanted(item)]
+            if gone:
+                removed += gone
+                self._tenants[tenant] = deque(item for item in items if item not in gone)
+                if not self._tenants[tenant]:
+                    del self._tenants[tenant]
+        return removed
 
     def drain(self) -> Iterator[T]:
         """Take all items."""

@@ -60,6 +60,8 @@ class Sampler:
         given: GenerationConfig | None = options.pop("generation_config", None)
         try:
             config, rest = model._prepare_generation_config(given, **options)
+            if config.max_new_tokens is not None:
+                config.max_length = len(prompt) + config.max_new_tokens  # as `generate()` does; processors read it
             model._prepare_special_tokens(config, True, device=model.device, batch_size=1)
             self._processors = model._get_logits_processor(config, len(prompt), device=model.device)
         except (ValueError, TypeError) as error:

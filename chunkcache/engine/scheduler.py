@@ -12,53 +12,19 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
-
-from transformers.cache_utils import Cache
+from dataclasses import dataclass
 
 from chunkcache.blend.ragged import RaggedDecoder
 from chunkcache.engine.engine import Engine, PreparedRequest
 from chunkcache.engine.fair import FairQueue
 from chunkcache.engine.generation import new_tokens
 from chunkcache.engine.sampling import Sampled, Sampler
-from chunkcache.engine.served import Served
-from chunkcache.engine.stats import RequestStats
+from chunkcache.engine.ticket import Deliver, Failed, Finished, Ticket
 from chunkcache.errors import ContextLengthError, InputError, QueueFullError
 
 logger = logging.getLogger("chunkcache")
-
-Reason = Literal["stop", "length", "cancelled", "deadline"]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The end of an answer.
-
-    Attributes:
-        reason: why it ended.
-        stats: what the request did; None where it was not prefilled.
-    """
-
-    reason: Reason
-    stats: RequestStats | None
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A request that went wrong.
-
-    Attributes:
-        error: what went wrong.
-    """
-
-    error: BaseException
-
-
-Event = Sampled | Finished | Failed
-Deliver = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -79,43 +45,6 @@ class Limits:
     def __post_init__(self) -> None:
         if self.running < 1 or self.waiting < 1:
             raise InputError(f"running={self.running}, waiting={self.waiting}: give 1 or more of each")
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request that was taken on; `cancel` may be called from any thread."""
-
-    engine: Engine
-    request: PreparedRequest
-    sampler: Sampler
-    deliver: Deliver
-    tokens: int
-    kv_bytes: int
-    deadline: float | None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    served: Served | None = None
-    cache: Cache | None = None
-    stats: RequestStats | None = None
-    last: int = -1
-    produced: int = 0
-
-    def cancel(self) -> None:
-        """End it after the step it is in; nothing more is delivered but its end."""
-        self.cancelled.set()
-
-    @property
-    def fingerprint(self) -> str:
-        """Which model it was prefilled with; those of one model decode together, whosever they are."""
-        return "" if self.served is None else self.served.library.fingerprint
-
-    @property
-    def over(self) -> Reason | None:
-        """Why it must end now, if it must."""
-        if self.cancelled.is_set():
-            return "cancelled"
-        if self.deadline is not None and time.perf_counter() > self.deadline:
-            return "deadline"
-        return None
 
 
 class Scheduler:
@@ -190,6 +119,7 @@ class Scheduler:
             )
         deadline = None if timeout is None else request.started + timeout
         ticket = Ticket(engine or self._engine, request, sampler, deliver, room, needed, deadline)
+        self._sweep()
         with self._changed:
             if self._draining or len(self._waiting) >= self.limits.waiting:
                 raise QueueFullError(len(self._waiting), self._draining)
@@ -214,7 +144,7 @@ class Scheduler:
         for thread in self._threads:
             thread.join()
         for ticket in (*self._running, *self._waiting.drain()):
-            ticket.deliver(Finished("cancelled", ticket.stats))
+            ticket.tell(Finished("cancelled", ticket.stats))
         self._running = []
 
     # --- prefill
@@ -243,6 +173,13 @@ class Scheduler:
             self._prefilling = self._waiting.get()
             return self._prefilling
 
+    def _sweep(self) -> None:
+        """End those that wait in vain: their client went away, or their time is over."""
+        with self._changed:
+            gone = self._waiting.remove(lambda ticket: ticket.over is not None)
+        for ticket in gone:
+            self._ended(ticket)
+
     def _fits(self, ticket: Ticket) -> bool:
         if len(self._running) >= self.limits.running:
             return False
@@ -267,6 +204,7 @@ class Scheduler:
                 running = list(self._running)
                 if self._closed:
                     return
+            self._sweep()
             left = [ticket for ticket in running if self._ended(ticket)]
             running = [ticket for ticket in running if ticket not in left]
             for model in {ticket.fingerprint for ticket in running}:
@@ -287,7 +225,7 @@ class Scheduler:
         except BaseException as error:
             logger.exception("a decoding step of %d sequences failed", len(tickets))
             for ticket in tickets:
-                ticket.deliver(Failed(error))
+                ticket.tell(Failed(error))
             return tickets
         self.steps += 1
         over: list[Ticket] = []
@@ -311,7 +249,7 @@ class Scheduler:
     def _take(ticket: Ticket, sampled: Sampled) -> None:
         ticket.last = sampled.token_id
         ticket.produced += 1
-        ticket.deliver(sampled)
+        ticket.tell(sampled)
 
     @staticmethod
     def _ended(ticket: Ticket) -> bool:
@@ -322,8 +260,7 @@ class Scheduler:
         elif reason is None and ticket.produced >= ticket.tokens:
             reason = "length"
         if reason is not None:
-            ticket.deliver(Finished(reason, ticket.stats))
-            ticket.cache = None  # its KV go now
+            ticket.tell(Finished(reason, ticket.stats))
         return reason is not None
 
 
@@ -333,7 +270,7 @@ def _outcome(ticket: Ticket, over: list[Ticket] | None = None) -> Iterator[None]
     try:
         yield
     except Exception as error:  # noqa: BLE001 - likewise
-        ticket.deliver(Failed(error))
+        ticket.tell(Failed(error))
         if over is not None:
             over.append(ticket)
 

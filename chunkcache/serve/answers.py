@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from chunkcache.engine.detokenizer import Detokenizer
 from chunkcache.engine.sampling import Sampled
-from chunkcache.engine.scheduler import Event, Failed, Finished, Scheduler, Ticket
+from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
+from chunkcache.engine.ticket import Event, Failed, Finished, Ticket
+from chunkcache.errors import QueueFullError
 from chunkcache.serve.service import Choice
 
 
@@ -37,7 +40,7 @@ class Answers:
     """The answers to one request, to be iterated over once; leaving the loop early ends them.
 
     Attributes:
-        stats: what was done for each answer.
+        stats: what was done for each answer, by its index.
         prompt_tokens: tokens of all prompts, each counted once.
         completion_tokens: tokens of all answers so far.
     """
@@ -48,7 +51,7 @@ class Answers:
     tenant: str = ""
     timeout: float | None = None
     watch: Callable[[], Callable[[Event], None]] | None = None
-    stats: list[RequestStats] = field(default_factory=list)
+    stats: dict[int, RequestStats] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -65,7 +68,8 @@ class Answers:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, event: Event) -> None:
-            loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
         try:
             for index, choice in enumerate(self.choices):
@@ -89,58 +93,76 @@ class Answers:
         """Yield pieces as they come.
 
         Raises:
-            Exception: what went wrong with one of the answers.
+            Exception: what went wrong with one of the answers, or that the server ends before they do.
         """
         texts = [Detokenizer(choice.llm.tokenizer, self.stop) for choice in self.choices]
         pending: list[list[Sampled]] = [[] for _ in self.choices]
-        watches = [self.watch() for _ in self.choices] if self.watch is not None else []
+        watches = [_unseen if self.watch is None else self.watch() for _ in self.choices]
         going = set(range(len(self.choices)))
         try:
             while going:
                 index, event = await self._queue.get()
                 if index not in going:
                     continue
-                if watches:
-                    watches[index](event)
-                if isinstance(event, Failed):
-                    raise event.error
-                text, finish = "", None
-                if isinstance(event, Finished):
-                    if event.stats is not None:
-                        self.stats.append(event.stats)
-                    text, finish = texts[index].finish(), event.reason
-                else:
-                    self.completion_tokens += 1
+                watches[index](event)
+                if isinstance(event, Sampled):
                     pending[index].append(event)
-                    text = texts[index].push(event.token_id)
-                    if texts[index].stopped:
-                        finish = "stop"
-                        self._tickets[index].cancel()
-                        self.stats += [stats] if (stats := self._tickets[index].stats) else []
+                text, finish = self._read(index, event, texts[index])
                 if finish is not None:
                     going.discard(index)
+                    if isinstance(event, Sampled):  # by a stop string, before the scheduler knows of it
+                        watches[index](Finished("stop", self.stats.get(index)))
                 if text or finish:
                     yield Piece(index, text, tuple(pending[index]), finish)
                     pending[index] = []
         finally:
             self.cancel()
 
+    def _read(self, index: int, event: Event, text: Detokenizer) -> tuple[str, str | None]:
+        """Return what an event adds to the text of an answer, and why that is over now, if it is."""
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished):
+            if event.reason == "cancelled":
+                raise QueueFullError(0, draining=True)
+            self._note(index, event.stats)
+            piece = text.finish()
+            return piece, "stop" if text.stopped else event.reason
+        self.completion_tokens += 1
+        piece = text.push(event.token_id)
+        if not text.stopped:
+            return piece, None
+        self._note(index, self._tickets[index].stats)
+        self._tickets[index].cancel()
+        return piece, "stop"
+
+    def _note(self, index: int, stats: RequestStats | None) -> None:
+        if stats is not None:
+            self.stats[index] = stats
+
     def usage(self) -> dict[str, Any]:
         """Return OpenAI's `usage`, with what was reused."""
-        first = self.stats[:1]
-        cached = sum(_not_computed(stats) for stats in self.stats)
+        each = [self.stats[index] for index in sorted(self.stats)]
+        cached: dict[int, int] = {}  # of each prompt: what no answer to it computed
+        for index, stats in self.stats.items():
+            prompt = id(self.choices[index].request)
+            cached[prompt] = min(_not_computed(stats), cached.get(prompt, stats.tokens))
         details: dict[str, Any] = {
-            "cached_tokens": min(cached, self.prompt_tokens),
-            "cache_write_tokens": sum(stats.computed_tokens for stats in self.stats),
+            "cached_tokens": sum(cached.values()),
+            "cache_write_tokens": sum(stats.computed_tokens for stats in each),
         }
-        if first:
-            details["chunkcache"] = [_told(stats) for stats in self.stats]
+        if each:
+            details["chunkcache"] = [_told(stats) for stats in each]
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": details,
         }
+
+
+def _unseen(event: Event) -> None:
+    """Take no note of an event."""
 
 
 def _not_computed(stats: RequestStats) -> int:

@@ -63,7 +63,7 @@ class Server:
             answers = Answers(
                 self.service.scheduler,
                 choices,
-                asked.stops(),
+                self.service.stops(asked),
                 tenant.name,
                 self.options.timeout_s,
                 self.metrics.watch,
@@ -170,13 +170,17 @@ async def measured(tenant: Who, server: AServer) -> Response:
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return _server(request).told(HTTPError(400, f"the body is no JSON, from character {first['loc'][-1]} on"))
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return _server(request).told(HTTPError(400, message, param=where or None))
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
-    return _server(request).told(HTTPError(error.status_code, str(error.detail)))
+    answer = _server(request).told(HTTPError(error.status_code, str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
@@ -208,6 +212,9 @@ async def _or_gone(request: Request, answer: Awaitable[T]) -> T:
     try:
         return await task
     except asyncio.CancelledError:
+        if not watcher.done():  # it is the server that ends
+            task.cancel()
+            raise
         raise HTTPError(499, "the client went away") from None
     finally:
         watcher.cancel()

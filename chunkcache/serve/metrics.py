@@ -8,8 +8,9 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from chunkcache.engine.sampling import Sampled
-from chunkcache.engine.scheduler import Event, Failed, Finished, Scheduler
+from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
+from chunkcache.engine.ticket import Event, Failed, Finished
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+from chunkcache.engine.detokenizer import UNFINISHED
 from chunkcache.engine.sampling import Sampled
 from chunkcache.serve.answers import Answers, Piece
 from chunkcache.serve.errors import HTTPError
@@ -76,14 +77,14 @@ class _Pieces(Form):
         """Yield the server-sent events of a stream: pieces, usage where it is asked for, and `[DONE]`."""
         try:
             for part in self.opening(len(answers.choices)):
-                yield _event(part)
+                yield data(part)
             async for piece in answers:
                 for part in self.parts(piece):
-                    yield _event(part)
+                    yield data(part)
             if include_usage:
-                yield _event(self.closing(answers.usage()))
+                yield data(self.closing(answers.usage()))
         except Exception as error:  # noqa: BLE001 - the stream has begun, so it is told in it
-            yield _event(HTTPError.of(error).body())
+            yield data(HTTPError.of(error).body())
         yield b"data: [DONE]\n\n"
 
 
@@ -141,7 +142,8 @@ class Chat(_Pieces):
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._shape.decode(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        whole = UNFINISHED not in text  # else it has some of the bytes of a character
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
 
 class Completion(_Pieces):
@@ -205,5 +207,6 @@ async def gathered(form: Form, answers: Answers) -> dict[str, Any]:
     return {**form.whole(texts, tokens, ends), "usage": form.usage(answers.usage())}
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+def data(body: dict[str, Any]) -> bytes:
+    """Return the data of a server-sent event: in ASCII, since some clients end a line at U+2028 or U+0085, too."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()

@@ -1,21 +1,39 @@
 """What clients send: OpenAI's requests, with what is added to them here. Unknown fields are refused, not ignored.
 
 Fields that OpenAI's API has and that say nothing about the answer (`user`, `metadata`, ...) are taken and not used.
+A field that is null is as if it were not there.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise ValueError("a number or a text in it cannot be written as JSON") from None
+    return value
+
 
 Text = Annotated[str, StringConstraints(max_length=2**20)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: each for name, each in given.items() if each is not None} if isinstance(given, dict) else given
 
 
 class TextPart(_Strict):
@@ -51,9 +69,9 @@ class Document(_Strict):
     """A passage: as vLLM and chat templates write it (`title`, `text`), or Cohere (`id`, `data`)."""
 
     id: str | None = None
-    title: str | None = None
+    title: Text | None = None
     text: Text | None = None
-    data: str | dict[str, str] | None = None
+    data: Text | dict[str, Text] | None = None
 
     def passage(self) -> str:
         """Return its text as it stands in the prompt."""
@@ -73,7 +91,7 @@ class JSONSchema(_Strict):
     """A schema that an answer follows, and what clients call it."""
 
     name: str
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: Json = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -106,10 +124,10 @@ class Sampling(_Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=16)
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None = None
@@ -151,7 +169,7 @@ class ChatRequest(Sampling):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Json | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -170,9 +188,15 @@ class TextFormat(_Strict):
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Json | None = Field(None, alias="schema")
     description: str | None = None
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("schema stands with the type json_schema, and only there")
+        return self
 
 
 class TextOptions(_Strict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from itertools import count
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from chunkcache.engine.sampling import Sampled
 from chunkcache.serve.answers import Answers, Piece
 from chunkcache.serve.errors import HTTPError
-from chunkcache.serve.openai import Form, Shape
+from chunkcache.serve.openai import Form, Shape, data
 
 
 class Response(Form):
@@ -87,4 +86,4 @@ class Response(Form):
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         body = {"type": kind, "sequence_number": next(self._numbers), **fields}
-        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+        return f"event: {kind}\n".encode() + data(body)

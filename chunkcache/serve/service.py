@@ -12,10 +12,11 @@ from functools import cached_property, partial
 from typing import Any
 
 from chunkcache.engine.engine import PreparedRequest
-from chunkcache.engine.generation import end_ids
+from chunkcache.engine.generation import end_ids, needs_finished_cache, setting
 from chunkcache.engine.guided import Guides
 from chunkcache.engine.sampling import Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
+from chunkcache.errors import InputError
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt, PromptChunk
 from chunkcache.serve.errors import HTTPError
@@ -23,6 +24,9 @@ from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequ
 from chunkcache.serve.tenants import Tenant
 
 VIEWS = 256  # tenants and salts whose known texts are kept; those of others are found by their documents only
+
+
+_GREEDY = 1e-5  # temperatures below it, by which logits would overflow
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,16 @@ class Service:
         llm: as given.
         name: as given.
         scheduler: answers.
+
+    Raises:
+        InputError: the model's generation config asks for beam search.
     """
 
     def __init__(self, llm: CachedLLM, name: str, limits: Limits | None = None) -> None:
+        if needs_finished_cache(llm.model, {}):
+            raise InputError(
+                "the model's generation config asks for beam search, which is not served: set its num_beams to 1"
+            )
         self.llm, self.name = llm, name
         self.scheduler = Scheduler(llm.engine, limits)
         self._created = int(time.time())
@@ -63,8 +74,7 @@ class Service:
 
     @cached_property
     def _guides(self) -> Guides:
-        model: Any = self.llm.model
-        return Guides(self.llm.tokenizer, int(model.config.get_text_config().vocab_size), end_ids(model, {}))
+        return Guides(self.llm.tokenizer, _vocab_size(self.llm), end_ids(self.llm.model, {}))
 
     def view(self, tenant: Tenant, salts: Sequence[str | None] = ()) -> CachedLLM:
         """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`)."""
@@ -90,6 +100,9 @@ class Service:
         self._check(asked)
         if asked.tools:
             raise HTTPError(400, "tools are not served here; leave them out", "unsupported_parameter", "tools")
+        if "{" in str((asked.chat_template_kwargs or {}).get("chat_template")):  # it may loop for hours
+            message = "chat_template names a template of the tokenizer's; one of your own is not taken"
+            raise HTTPError(400, message, param="chat_template_kwargs")
         messages = _messages(asked.messages, [_passage(each) for each in asked.documents or ()])
         llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
         build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
@@ -135,6 +148,11 @@ class Service:
             "max_model_len": self.llm.max_tokens,
         }
 
+    def stops(self, asked: Sampling) -> list[str]:
+        """Return the strings that end an answer: those of the request, and of the model's generation config."""
+        own = setting(self.llm.model, {}, "stop_strings") or ()
+        return [*asked.stops(), *([own] if isinstance(own, str) else own)]
+
     def token_text(self, token_id: int) -> str:
         """Return the text of one token."""
         return str(self.llm.tokenizer.decode([token_id]))
@@ -159,7 +177,14 @@ class Service:
         builds: Sequence[Callable[[], Prompt]],
         schema: Mapping[str, Any] | None = None,
     ) -> list[Choice]:
+        most = self.scheduler.limits.waiting
+        if len(builds) * asked.n > most:
+            message = f"{len(builds)} prompts and n={asked.n} are too many answers; ask for {most} or fewer at once"
+            raise HTTPError(400, message, param="n" if len(builds) == 1 else "prompt")
         options = _options(asked)
+        size = _vocab_size(llm)
+        if any(int(name) >= size for name in asked.logit_bias or ()):
+            raise HTTPError(400, f"logit_bias: the model has {size} token ids", param="logit_bias")
         policy = "full" if asked.reuse == "off" else None
         if asked.reuse == "exact":
             options["reuse"] = "exact"
@@ -179,7 +204,7 @@ def _options(asked: Sampling) -> dict[str, Any]:
     """Return the keywords of `generate()` that a request stands for."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     options = {name: value for name in names if (value := getattr(asked, name)) is not None}
-    if options.get("temperature") == 0:
+    if options.get("temperature", 1.0) < _GREEDY:
         options = {name: options[name] for name in options if name == "repetition_penalty"}
         options["do_sample"] = False
     elif options.keys() - {"repetition_penalty"}:
@@ -219,11 +244,15 @@ def _messages(messages: Sequence[Message], passages: Sequence[str]) -> list[dict
     return turns
 
 
+def _vocab_size(llm: CachedLLM) -> int:
+    return int(llm.model.config.get_text_config().vocab_size)
+
+
 def _raw(llm: CachedLLM, prompt: Any) -> Callable[[], Prompt]:
     """Return what builds a prompt that is text, or token ids, as it is."""
     if isinstance(prompt, str):
         return lambda: llm.raw_prompt(prompt)
-    size = int(llm.model.config.get_text_config().vocab_size)
+    size = _vocab_size(llm)
     wrong = next((each for each in prompt if not 0 <= each < size), None)
     if wrong is not None:
         raise HTTPError(400, f"{wrong} is no token id: the model has {size}", param="prompt")

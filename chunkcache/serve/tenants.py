@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import sys
 import threading
 from collections import Counter
@@ -59,7 +60,7 @@ class Tenants:
         """
         if len(key) < 16:
             raise InputError(f"the API key has {len(key)} characters: give 16 or more")
-        return cls({digest(key): Tenant()})
+        return cls({digest(key.strip()): Tenant()})
 
     @classmethod
     def read(cls, path: Path) -> Tenants:
@@ -77,7 +78,9 @@ class Tenants:
                 'with sha256 = "..." and tenant = "..."'
             ) from None
         for name, tenant in keys.items():
-            wrong = len(name) != 64 or not isinstance(tenant.name, str) or not tenant.name
+            wrong = (
+                not re.fullmatch("[0-9a-fA-F]{64}", str(name)) or not isinstance(tenant.name, str) or not tenant.name
+            )
             if wrong or not (tenant.requests is None or (isinstance(tenant.requests, int) and tenant.requests > 0)):
                 raise InputError(
                     f"{path}: each key needs a sha256 of 64 hexadecimal digits, a tenant, and requests of 1 or more"

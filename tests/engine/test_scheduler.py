@@ -11,7 +11,8 @@ from support.llm import QUESTION, TEXTS, own_model, tiny_model, wrapped
 from chunkcache.engine.detokenizer import Detokenizer
 from chunkcache.engine.fair import FairQueue
 from chunkcache.engine.sampling import Sampled, Sampler
-from chunkcache.engine.scheduler import Failed, Finished, Limits, Scheduler
+from chunkcache.engine.scheduler import Limits, Scheduler
+from chunkcache.engine.ticket import Failed, Finished
 from chunkcache.errors import ContextLengthError, InputError, QueueFullError
 
 QUESTIONS = (QUESTION, "Who wrote the weather down?", "When does the ferry sail?", "What is yesterday's?")
@@ -116,6 +117,30 @@ def test_too_many_are_refused(llm):
         Asked(llm, scheduler, QUESTION, TEXTS)
 
 
+def test_those_that_wait_in_vain_give_up_their_place(llm):
+    scheduler = Scheduler(llm.engine, Limits(running=1, waiting=1))
+    running = Asked(llm, scheduler, QUESTION, TEXTS, max_new_tokens=360, min_new_tokens=350)
+    running.events.get(timeout=60)
+    gone = Asked(llm, scheduler, QUESTION, TEXTS)
+    gone.ticket.cancel()
+    late = Asked(llm, scheduler, QUESTION, TEXTS, timeout=0.0)  # takes its place
+    assert gone.wait()[1] == Finished("cancelled", None)
+    assert late.wait()[1] == Finished("deadline", None)
+    assert scheduler.load == (1, 0)  # the first runs on
+    scheduler.close()
+
+
+def test_one_who_cannot_be_told_holds_up_nobody(llm, scheduler):
+    def broken(event):
+        raise RuntimeError("the loop is closed")
+
+    for tokens in (1, 20):
+        request = llm.engine.prepare(lambda: llm.prompts.build(QUESTION, TEXTS), None, tokens, {})
+        scheduler.submit(request, Sampler(llm.model, request.options, request.prompt.token_ids), broken)
+    asked = [Asked(llm, scheduler, *REQUESTS[0]) for _ in range(2)]
+    assert [each.wait()[0] for each in asked] == [llm.generate(*REQUESTS[0], max_new_tokens=10).token_ids] * 2
+
+
 def test_those_that_run_may_end_when_it_closes(llm):
     scheduler = Scheduler(llm.engine)
     asked = [Asked(llm, scheduler, *request) for request in REQUESTS[:3]]
@@ -181,8 +206,11 @@ def test_tenants_take_turns():
         queue.put(tenant, item)
     assert queue.first() == 1
     assert len(queue) == 6
+    assert queue.remove(lambda item: item > 6) == []
     assert [queue.get() for _ in range(4)] == [1, 4, 5, 2]
-    assert list(queue.drain()) == [6, 3]
+    queue.put("d", 7)
+    assert queue.remove(lambda item: item in (6, 7)) == [6, 7]
+    assert list(queue.drain()) == [3]
     with pytest.raises(IndexError):
         queue.get()
 
@@ -205,3 +233,25 @@ def test_text_comes_in_pieces_and_ends_before_a_stop_string(text, stop):
     ends = [at for each in stop if (at := whole.find(each)) >= 0]
     assert "".join(pieces) == detokenizer.text == (whole[: min(ends)] if ends else whole)
     assert detokenizer.stopped == bool(ends)
+
+
+def test_a_stop_string_is_found_behind_an_unfinished_character():
+    detokenizer = Detokenizer(Written({1: "so", 2: "STOP\N{REPLACEMENT CHARACTER}"}), ("STOP",))
+    assert [detokenizer.push(1), detokenizer.push(2)] == ["so", ""]
+    assert detokenizer.finish() == ""
+    assert detokenizer.stopped
+
+
+def test_spaces_behind_a_special_token_are_kept():
+    detokenizer = Detokenizer(Written({1: "\u2581The", 2: "", 3: "\u2581ferry"}))
+    assert "".join(map(detokenizer.push, (1, 2, 3))) == "The ferry"
+
+
+class Written:
+    """Decodes as SentencePiece does: without the space that stands first."""
+
+    def __init__(self, texts):
+        self._texts = texts
+
+    def decode(self, ids, **options):
+        return "".join(self._texts[each] for each in ids).replace("\u2581", " ").removeprefix(" ")

@@ -181,6 +181,8 @@ def test_a_file_of_keys(tmp_path):
         "",
         "key = 1",
         '[[key]]\nsha256 = "00"\ntenant = "one"',
+        '[[key]]\nsha256 = 5\ntenant = "one"',
+        f'[[key]]\nsha256 = "{"x" * 64}"\ntenant = "one"',
         f'[[key]]\nsha256 = "{"0" * 64}"\ntenant = ""',
     ):
         path.write_text(wrong)
@@ -188,6 +190,7 @@ def test_a_file_of_keys(tmp_path):
             Tenants.read(path)
     with pytest.raises(InputError, match="16 or more"):
         Tenants.of_key("short")
+    assert Tenants.of_key(f"{ONE}\n").find(f"Bearer {ONE}") == Tenant()  # as files of secrets end
     assert not Tenants()
     assert Tenants().find(None) == Tenant()
 
