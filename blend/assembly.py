@@ -32,15 +32,13 @@ class Assembler:
 
     Args:
         plan: what is reused where.
-        room: tokens of undefined KV to leave behind the prompt.
 
     Attributes:
         plan: as given.
-        room: as given.
     """
 
-    def __init__(self, plan: Plan, room: int = 0) -> None:
-        self.plan, self.room = plan, room
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self._moved = any(span.delta for span in plan.reused)
         self._long = sum(map(len, plan.reused)) >= LONG * len(plan.reused)
         self._angles: dict[tuple[int, torch.device], Tensor] = {}
@@ -50,11 +48,11 @@ class Assembler:
         """Return how many layers of the shape and device of `like` `[1, kv_heads, n, head_dim]` make a group."""
         if like.device.type == "cpu":
             return 1
-        nbytes = 4 * like.shape[1] * (len(self.plan) + self.room) * like.shape[3]
+        nbytes = 4 * like.shape[1] * len(self.plan) * like.shape[3]
         return min(max(1, GROUP_BYTES // nbytes), MOST_LAYERS)
 
     def assemble(self, layers: Sequence[Layer], rotary: Rotary | None, like: Tensor) -> Tensor:
-        """Return `[2, kv_heads, tokens + room, head_dim]` with stored KV in place; the rest is undefined.
+        """Return `[2, kv_heads, tokens, head_dim]` with stored KV in place; the rest is undefined.
 
         Args:
             layers: the layer of each of `plan.reused`, `[2, kv_heads, tokens, head_dim]`, whole.
@@ -93,10 +91,10 @@ class Assembler:
             stored = layer[:, :, span.offset : span.offset + len(span)]
             parts += [like.new_empty(2, heads, span.start - end, head_dim), stored.to(like, non_blocking=True)]
             end = span.stop
-        return [*parts, like.new_empty(2, heads, len(self.plan) + self.room - end, head_dim)]
+        return [*parts, like.new_empty(2, heads, len(self.plan) - end, head_dim)]
 
     def _empty(self, like: Tensor, *outer: int) -> Tensor:
-        return like.new_empty(*outer, like.shape[1], len(self.plan) + self.room, like.shape[3])
+        return like.new_empty(*outer, like.shape[1], len(self.plan), like.shape[3])
 
     def _dense(self, group: Sequence[Sequence[Layer]], device: torch.device) -> Iterator[Sequence[Tensor]]:
         """Yield the layers of a group, those dequantised together that are quantised alike."""

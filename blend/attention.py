@@ -103,7 +103,7 @@ def rows_attention(
     extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if attention_mask is None or attention_mask.dtype != torch.int64:
         if attention_mask is None and query.shape[2] == 1 and not extras:  # a decoding step: one more key each time
-            output = _flash(query, key, value, scaling)
+            output = flash(query, key, value, scaling)
             if output is not None:
                 return output, None
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -159,7 +159,7 @@ def _on_accelerator(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor
     end = sight.end(rows)
     if end is not None:
         key, value = key[:, :, :end], value[:, :, :end]
-        if (output := _flash(query, key, value, scaling)) is not None:
+        if (output := flash(query, key, value, scaling)) is not None:
             return output
         if rows == end or query.device.type in LOWER_RIGHT:
             return _ungrouped(query, key, value, partial(_causal, scaling=scaling))
@@ -171,11 +171,16 @@ def _on_accelerator(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor
     return _ungrouped(query, key, value, partial(_masked, mask=mask, scaling=scaling))
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor | None:
+def flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor | None:
     """Attend from the last rows by the flash kernel of CUDA, grouped heads as they are; None where it cannot.
 
     Called by its name: SDPA may prefer cuDNN, which builds a plan for each new number of rows or keys, and takes this
     kernel for as many rows as keys only.
+
+    Args:
+        query: `[sequences, heads, rows, head_dim]`.
+        key: `[sequences, kv_heads, length, head_dim]`; `value` alike.
+        scaling: of the scores; None for `head_dim ** -0.5`.
 
     Returns:
         `[sequences, rows, heads, head_dim]`.

@@ -26,6 +26,7 @@ from chunkcache.blend.rotary import Rotary
 from chunkcache.blend.shift import Shift, Shifting
 from chunkcache.kv import ChunkKV, ContextAttention, Layer, Origin, Span
 from chunkcache.kv.clock import StageClock
+from chunkcache.kv.transfer import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,7 +39,7 @@ def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:
 
 
 def _all_on(layers: Sequence[Layer], device: torch.device) -> bool:
-    return all((layer if isinstance(layer, Tensor) else layer.codes).device == device for layer in layers)
+    return all(place_of(layer) == device for layer in layers)
 
 
 class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error

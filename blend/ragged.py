@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from chunkcache.blend.attention import register
+from chunkcache.blend.attention import flash, register
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.hydragen import KV, NAME, merge_sinks, partial_attention, shared_attention
 
@@ -100,11 +100,14 @@ class _Caches(DynamicCache):
         for row, (keys, values) in enumerate(self._seen):
             asked, keys, values = query[row : row + 1], keys[:, :, first:], values[:, :, first:]
             if softcap is None and sinks is None:
-                grouped = query.shape[1] != keys.shape[1]
-                rows.append(F.scaled_dot_product_attention(asked, keys, values, scale=scaling, enable_gqa=grouped))
+                if (output := flash(asked, keys, values, scaling)) is None:
+                    grouped = query.shape[1] != keys.shape[1]
+                    output = F.scaled_dot_product_attention(asked, keys, values, scale=scaling, enable_gqa=grouped)
+                    output = output.transpose(1, 2)
+                rows.append(output)
             else:
                 stacked = (asked * (scaling or query.shape[3] ** -0.5)).reshape(1, keys.shape[1], -1, query.shape[3])
                 part = partial_attention(stacked, keys, values, None, softcap)
-                rows.append(merge_sinks(part, sinks).reshape(asked.shape).to(query.dtype))
+                rows.append(merge_sinks(part, sinks).reshape(asked.shape).to(query.dtype).transpose(1, 2))
         self._seen = []
-        return torch.cat(rows).transpose(1, 2)
+        return torch.cat(rows)

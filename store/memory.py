@@ -72,9 +72,8 @@ class MemoryStore(BudgetedTier):
             self._copies.put(self._bring_home, wait=False)  # if there is no place, one is waiting already
 
     def flush(self) -> None:
-        if self._put_off:
-            self._copies.flush()
-            self._bring_home()
+        self._copies.flush()
+        self._bring_home()
 
     def close(self) -> None:
         with self._lock:
@@ -150,10 +149,13 @@ class MemoryStore(BudgetedTier):
                     if kept.nbytes != entry.nbytes:
                         self._ledger.add(replace(entry, nbytes=kept.nbytes))
 
-    def _pinned(self, kv: ChunkKV) -> ChunkKV:
+    def _coded(self, kv: ChunkKV) -> ChunkKV:
+        """Return KV of a device as they are to be kept, and when they are made."""
         coded = self._codec(join(kv))
-        if coded is not kv:
-            coded = replace(coded, ready=made(coded.layers))
+        return coded if coded is kv else replace(coded, ready=made(coded.layers))
+
+    def _pinned(self, kv: ChunkKV) -> ChunkKV:
+        coded = self._coded(kv)
         if self._arena is None:
             self._arena = Arena(self.budget.max_bytes or max(devices.free_ram() // 2, 1))
         pinned = pin(coded, self._arena.take)
@@ -190,9 +192,7 @@ class DeviceStore(MemoryStore):
             raise StoreURLError("this machine has no accelerator for device://; leave the device tier out")
 
     def _placed(self, kv: ChunkKV) -> ChunkKV:
-        coded = self._codec(join(kv))
-        if coded is not kv:
-            coded = replace(coded, ready=made(coded.layers))
+        coded = self._coded(kv)
         there = isinstance(coded.layers, tuple) and all(self._is_there(place_of(layer)) for layer in coded.layers)
         return coded if there else to_device(coded, lambda _: self._device)
 

@@ -160,8 +160,9 @@ class Placer:
         """Return cos and sin `[deltas, rotary_dim / 2]`, float32."""
         key = id(rotary), device
         if key not in self._angles:
-            tables = zip(*(rotary.rotation(delta) for delta in self._deltas), strict=True)
-            cos, sin = (torch.stack(table).to(device, torch.float32) for table in tables)
+            angles = rotary.rotations(self._deltas)
+            cos, sin = angles[:, : rotary.rotary_dim][:, rotary.pairs[0]], angles[:, rotary.rotary_dim :]
+            cos, sin = (part.contiguous().to(device, non_blocking=True) for part in (cos, sin))
             self._angles[key] = cos, sin
         return self._angles[key]
 

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chunkcache.blend.triton import INTERPRETED
+
 LEAST_DIM = 16  # of a matrix product in Triton
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # the interpreter multiplies no bfloat16
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scaling
         output.stride(1), output.stride(2),
         rows, head_dim**-0.5 if scaling is None else scaling,
         heads_each, head_dim, value_dim,
-        packed, columns, padded, _padded(value_dim), INTERPRETED,
+        packed, columns, padded, _padded(value_dim), INTERPRETED,  # the interpreter multiplies no bfloat16
     )  # fmt: skip
     return output
 

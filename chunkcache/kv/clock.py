@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkcache.kv.device import timed_event
+
 Mark = Any  # a time of the host in seconds, or an event
 
 
@@ -36,7 +38,7 @@ class StageClock:
 
     def mark(self) -> Mark:
         """Return this moment; on an accelerator, when the work that was asked for by now is done."""
-        return time.perf_counter() if self._on_host else _event(self._device)
+        return time.perf_counter() if self._on_host else timed_event(self._device)
 
     def between(self, start: Mark, end: Mark) -> float:
         """Return the seconds from one mark to a later one; waits where the work in between is not done."""
@@ -80,15 +82,4 @@ class StageClock:
 def wait_for(tensor: Tensor) -> None:
     """Wait until a tensor's values are there."""
     if tensor.device.type != "cpu":
-        _event(tensor.device).synchronize()
-
-
-def _event(device: torch.device) -> Any:
-    """Return an event behind what was asked of the device's current stream by now."""
-    module = torch.get_device_module(device)
-    event = module.Event(enable_timing=True)
-    if hasattr(module, "current_stream"):
-        event.record(module.current_stream(device))
-    else:  # MPS has one stream
-        event.record()
-    return event
+        timed_event(tensor.device).synchronize()

@@ -1,7 +1,8 @@
 """All calls that only an accelerator has: is one there, streams and events, page-locked memory, and how much is free.
 
-Streams, events and page-locked memory are used on CUDA (ROCm included) alone. On MPS, XPU and the CPU tensors are
-copied by `Tensor.to`, and there is nothing to wait for. It ran on a pretend device only; it is untested on a GPU.
+Streams, their events and page-locked memory are used on CUDA (ROCm included) alone. On MPS, XPU and the CPU tensors
+are copied by `Tensor.to`, and there is nothing to wait for. Events that time stages are used on every accelerator. It
+ran on a pretend device only; it is untested on a GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-# --- streams and events; of a device that has streams
+# --- streams and events; but for `timed_event`, of a device that has streams
 
 
 def current_stream(device: torch.device) -> Any:
@@ -102,6 +103,17 @@ def keep_for(stream: Any, tensors: Iterable[Tensor]) -> None:
     """Keep the memory of tensors from being given out again before a stream, which is not their own, has used it."""
     for tensor in tensors:
         tensor.record_stream(stream)
+
+
+def timed_event(device: torch.device) -> Any:
+    """Return an event with a time, behind what was asked of the current stream by now; of any accelerator."""
+    module = torch.get_device_module(device)
+    event = module.Event(enable_timing=True)
+    if hasattr(module, "current_stream"):
+        event.record(module.current_stream(device))
+    else:  # MPS has one stream
+        event.record()
+    return event
 
 
 def order_copies(device: torch.device) -> None:

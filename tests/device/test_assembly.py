@@ -36,7 +36,7 @@ def assembled(plan, rotary, device):
     heads, dim = plan.reused[0].kv.layers[0].shape[1::2]
     like = torch.empty(1, heads, 1, dim, dtype=torch.bfloat16, device=device)
     on_device = [[each.kv.layers[index].to(device) for each in plan.reused] for index in range(LAYERS)]
-    assembler = Assembler(plan, room=3)
+    assembler = Assembler(plan)
     size = assembler.layers_at_once(like)
     groups = [on_device[first : first + size] for first in range(0, LAYERS, size)]
     return [both.cpu() for group in groups for both in assembler.assemble_group(group, rotary, like)]
@@ -51,7 +51,7 @@ def test_a_group_is_bit_for_bit_what_chunks_are_one_by_one(name, bits):
         got = assembled(plan, rotary, "cuda:0")
         assert not device.total.violations
     for index, both in enumerate(got):
-        assert both.shape[2] == len(IDS) + 3
+        assert both.shape[2] == len(IDS)
         for each in plan.reused:
             here = both[:, :, each.start : each.stop]
             place(each, each.kv.layers[index], rotary, expected := torch.empty_like(here))

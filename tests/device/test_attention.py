@@ -10,10 +10,12 @@ import zoo
 from pretend import PretendDevice
 from support.llm import QUESTION, TEXTS, own_model, wrapped
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from chunkcache.blend import Decoder
 from chunkcache.blend.attention import Watch, contiguous_from, rows_attention, upper, visible_intervals
 from chunkcache.blend.hydragen import SharedCache
+from chunkcache.blend.ragged import RaggedDecoder
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 60
 MASK_OPS = ("le", "ge", "bitwise_and", "bitwise_not", "masked_fill_", "tril", "arange", "where", "ones", "zeros")
@@ -126,6 +128,23 @@ def test_a_decoding_step_names_its_kernel_too():
             output, _ = rows_attention(Attention(), *parts, None, scaling=0.4)
         assert seen.ops == Counter({"_scaled_dot_product_flash_attention": 1})
         close(output.cpu(), expected)
+
+
+def test_sequences_of_several_lengths_name_their_kernel_too():
+    model = own_model("llama", dtype=torch.bfloat16)
+    ids = [torch.arange(3, 3 + length)[None] for length in (5, 9)]
+    wanted = [model(each).logits[0, -1] for each in ids]
+    with PretendDevice() as device:
+        decoder = Decoder(model.to("cuda:0"))
+        caches = [DynamicCache(config=decoder.config) for _ in ids]
+        for each, cache in zip(ids, caches, strict=True):
+            decoder.prefill(each[:, :-1], cache)
+        ragged = RaggedDecoder(decoder)
+        with device.watch() as seen:
+            logits = ragged.step([int(each[0, -1]) for each in ids], caches)
+        assert seen.ops["_scaled_dot_product_flash_attention"] == len(ids) * len(decoder.layers)
+        assert not device.total.violations
+        torch.testing.assert_close(logits.cpu(), torch.stack(wanted), atol=0.5, rtol=0)
 
 
 def test_what_is_known_of_rows_is_forgotten_where_they_move():

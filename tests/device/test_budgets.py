@@ -46,7 +46,7 @@ def costs(store, layers, counts, policies=tuple(BUDGETS)):
     ],
 )
 def test_launches_and_waits_stay_in_their_budgets_and_do_not_grow_with_the_chunks(store, policies, more):
-    layers = 8
+    layers = 6
     found = costs(store, layers, (2, 7), policies)
     for policy in policies:
         constant, each, waits = BUDGETS[policy]
@@ -66,7 +66,7 @@ def test_waits_do_not_grow_with_the_layers():
 
 
 @pytest.mark.parametrize(
-    ("store", "counts", "limit"), [("device://", (5, 17), 2300), ("memory://?codec=int8", (17,), 2500)]
+    ("store", "counts", "limit"), [("device://", (17,), 2300), ("memory://?codec=int8", (17,), 2500)]
 )
 def test_query_on_a_model_of_32_layers(store, counts, limit):
     """The plain model takes 1,301 launches, and the scout another 813."""

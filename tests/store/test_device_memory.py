@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -199,6 +200,24 @@ def test_an_entry_that_was_removed_or_replaced_meanwhile_is_not_brought_home(dev
     assert seen.copies == {"D2H async": 4}
     assert same(store.get(key(2), None), plain_kv(tokens=5))
     assert store.stats().nbytes == plain_kv(tokens=5).nbytes
+
+
+def test_flush_waits_for_a_copy_that_is_on_its_way(device, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow_pin(*args):
+        started.set()
+        go_on.wait(5)
+        return transfer.pin(*args)
+
+    monkeypatch.setattr(memory, "pin", slow_pin)
+    store = memory_store()
+    store.put(key(1), kv_there())
+    store.catch_up()
+    assert started.wait(5)
+    threading.Timer(0.05, go_on.set).start()
+    store.flush()
+    assert isinstance(store._held[key(1)][0].layers, transfer.PinnedLayers)
 
 
 def test_much_that_is_put_off_is_not_put_off_for_longer(device, monkeypatch):
