@@ -46,10 +46,7 @@ def visible_intervals(rows: Tensor, window: int | None, columns: Tensor | None =
 
 
 def contiguous_from(rows: Tensor, first: int) -> Tensor:
-    """Note on `rows` `[rows]`, which may be on any device, that they are `first`, `first + 1` and so on; return it.
-
-    So nobody has to ask the device.
-    """
+    """Note on `rows` `[rows]`, on any device, that they are `first`, `first + 1` and so on; return it."""
     vars(rows)["chunkcache_first"] = first
     return rows
 
@@ -340,12 +337,8 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 def register(name: str, attend: Callable[..., tuple[Tensor, Tensor | None]], sdpa_masks: bool = False) -> None:
     """Make an attention function known to transformers under `name`.
 
-    Called when there is a model, since transformers' modelling code takes seconds to import.
-
-    Args:
-        name: what is set as `attn_implementation`.
-        attend: the function.
-        sdpa_masks: whether transformers makes it the masks that it makes for SDPA.
+    Called when there is a model, since transformers' modelling code takes seconds to import. With `sdpa_masks`
+    transformers makes it the masks that it makes for SDPA.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
