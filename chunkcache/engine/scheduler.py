@@ -217,7 +217,7 @@ class Scheduler:
     def _step(self, tickets: list[Ticket]) -> list[Ticket]:
         """Decode a token of each, all of one model; return those that are over."""
         try:
-            with self._engine.served.session():
+            with self._engine.served.held():
                 logits = self._decoder(tickets[0]).step(
                     [ticket.last for ticket in tickets],
                     [ticket.cache for ticket in tickets if ticket.cache is not None],

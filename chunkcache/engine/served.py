@@ -134,8 +134,14 @@ class ServedModel:
         Raises:
             InputError: there is no such adapter.
         """
-        with self._adapters.using(adapter), torch.autocast(self.model.device.type, enabled=False):
+        with self.held(adapter):
             yield self.current()
+
+    @contextmanager
+    def held(self, adapter: str | None = None) -> Iterator[None]:
+        """Do what `session` does without looking at the model: for the steps of an answer that has begun."""
+        with self._adapters.using(adapter), torch.autocast(self.model.device.type, enabled=False):
+            yield
 
     def current(self) -> Served:
         """Look at the model; return what belongs to it as it is now.
