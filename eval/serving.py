@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,9 +24,11 @@ from typing import Any
 import httpx
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.eval.results import Results
+from chunkcache.eval.data import Case
+from chunkcache.llm import CachedLLM
 
 BENCH = "serve"
+FUSED, OFF = "fused", "off"
 START_S = 300.0
 
 
@@ -69,13 +71,11 @@ def server(model: str, *options: str) -> Iterator[str]:
     Raises:
         ChunkCacheError: it does not come up.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", port, "--name", "model", *options]
+    port = free_port()
+    command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "model", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
-        while not _is_up(url):
+        while not is_up(url):
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
                 raise ChunkCacheError(f"the server did not come up: {process.communicate()[1].strip()[-400:]}")
@@ -147,49 +147,101 @@ def _has_text(event: dict[str, Any]) -> bool:
     return any(choice["delta"].get("content") for choice in event.get("choices", ()))
 
 
-def _is_up(url: str) -> bool:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def is_up(url: str) -> bool:
+    """Return whether a server answers."""
     try:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:
         return False
 
 
-def summary(results: Results) -> dict[str, Any]:
-    """Return tables of what was measured, and the figures that they show."""
-    rows = results.rows
-    by = {
-        part: [row for row in rows if row["part"] == part] for part in ("overhead", "throughput", "decode", "stall")
-    }
-    tables, found = [], {}
-    if by["overhead"]:
-        extra = [1000 * (row["served_s"] - row["alone_s"]) for row in by["overhead"]]
-        found["overhead_ms"] = statistics.median(extra)
-        tables.append({
-            "title": "One client, against the wrapper alone", "columns": ["requests", "HTTP and scheduling, ms"],
-            "rows": [[len(extra), found["overhead_ms"]]],
-        })  # fmt: skip
-    if by["throughput"]:
-        rates = {row["reuse"]: row for row in by["throughput"]}
-        found["requests_per_s"] = {name: row["requests"] / row["wall_s"] for name, row in rates.items()}
-        tables.append({
-            "title": "Clients at once", "columns": ["reuse", "clients", "requests/s", "TTFT p50, s", "TTFT p90, s"],
-            "rows": [
-                [name, row["clients"], found["requests_per_s"][name], row["ttft_p50_s"], row["ttft_p90_s"]]
-                for name, row in rates.items()
-            ],
-        })  # fmt: skip
-    if by["decode"]:
-        speeds = {row["clients"]: row["tokens"] / row["wall_s"] for row in by["decode"]}
-        found["tokens_per_s"] = speeds
-        tables.append({
-            "title": "Decoding", "columns": ["clients", "tokens/s"], "rows": [[n, v] for n, v in speeds.items()],
-        })  # fmt: skip
-    if by["stall"]:
-        steps = [row["longest_gap_s"] / row["median_gap_s"] for row in by["stall"]]
-        found["stall_steps"] = max(steps)
-        tables.append({
-            "title": "Longest gap of a running answer while another prompt is prefilled",
-            "columns": ["prompts", "longest, in decoding steps", "median step, ms"],
-            "rows": [[len(steps), max(steps), 1000 * statistics.median(row["median_gap_s"] for row in by["stall"])]],
-        })  # fmt: skip
-    return {**found, "tables": tables}
+class ServeBench:
+    """The parts of the measurement, one after the other, on a server that is up.
+
+    Args:
+        llm: the wrapper alone, over the same model and policy.
+        url: the server's.
+        clients: ask it.
+        cases: the prompts.
+        most: clients at once.
+        tokens: length of every answer.
+
+    Attributes:
+        steps: how many rows there will be.
+    """
+
+    def __init__(
+        self, llm: CachedLLM, url: str, clients: Clients, cases: Sequence[Case], most: int, tokens: int
+    ) -> None:
+        self._llm, self._url, self._clients, self._cases = llm, url, clients, cases
+        self._most, self._tokens = most, tokens
+        self.steps = len(cases) + 2 + 2 + len(cases)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield what was measured."""
+        with httpx.Client(timeout=None) as client:
+            for case in self._cases:  # chunks that are asked for are there
+                client.post(f"{self._url}/v1/chunks", json={"texts": case.chunks}).raise_for_status()
+                self._llm.precompute(case.chunks)
+            yield from self._overhead(client)
+            yield from self._throughput()
+            yield from self._decoding()
+            yield from self._stalls(client)
+
+    def _ask(self, case: Case, reuse: str = FUSED, tokens: int | None = None) -> Ask:
+        return Ask(case.question, tuple(case.chunks), reuse, tokens or self._tokens)
+
+    def _overhead(self, client: Any) -> Iterator[dict[str, Any]]:
+        for number, case in enumerate(self._cases):
+            shot = send(client, self._url, self._ask(case))
+            started = time.perf_counter()
+            self._llm.generate(case.question, case.chunks, max_new_tokens=self._tokens, do_sample=False)
+            alone_s = time.perf_counter() - started
+            yield {"part": "overhead", "prompt": number, "served_s": shot.whole_s, "alone_s": alone_s}
+
+    def _throughput(self) -> Iterator[dict[str, Any]]:
+        for reuse in (OFF, FUSED):
+            clients = self._most
+            asked = [[self._ask(case, reuse) for case in self._cases[n::clients]] for n in range(clients)]
+            shots, wall_s = self._clients.ask(self._url, [each for each in asked if each])
+            ttft = sorted(shot.ttft_s for each in shots for shot in each)
+            yield {
+                "part": "throughput", "reuse": reuse, "clients": len(shots), "requests": len(ttft), "wall_s": wall_s,
+                "ttft_p50_s": statistics.median(ttft), "ttft_p90_s": ttft[int(0.9 * (len(ttft) - 1))],
+            }  # fmt: skip
+
+    def _decoding(self) -> Iterator[dict[str, Any]]:
+        tokens = 4 * self._tokens
+        for clients in (1, self._most):
+            shots, _ = self._clients.ask(
+                self._url, [[self._ask(self._cases[0], tokens=tokens)] for _ in range(clients)]
+            )
+            flat = [shot for each in shots for shot in each]
+            decoding = max(shot.whole_s - shot.ttft_s for shot in flat)
+            yield {
+                "part": "decode", "clients": clients, "wall_s": decoding,
+                "tokens": sum(len(shot.gaps_s) for shot in flat),
+            }  # fmt: skip
+
+    def _stalls(self, client: Any) -> Iterator[dict[str, Any]]:
+        for number, case in enumerate(self._cases):
+            with ThreadPoolExecutor(1) as beside:
+                decoding = beside.submit(self._decode_beside)
+                time.sleep(1.0)  # it decodes
+                send(client, self._url, self._ask(case, OFF, tokens=2))
+                gaps = sorted(decoding.result().gaps_s)
+            yield {
+                "part": "stall", "prompt": number, "median_gap_s": statistics.median(gaps), "longest_gap_s": gaps[-1],
+            }  # fmt: skip
+
+    def _decode_beside(self) -> Shot:
+        with httpx.Client(timeout=None) as client:
+            return send(client, self._url, self._ask(self._cases[0], tokens=4 * self._tokens))

@@ -178,11 +178,15 @@ class Engine:
             request: the prompt and its policy.
             drop_last: leave the last token's KV out of the cache, for a `generate()` that starts with that token.
         """
+        return self.prefilled(request, drop_last)[0]
+
+    def prefilled(self, request: PreparedRequest, drop_last: bool = False) -> tuple[PrefillOutput, Served]:
+        """Prefill as `prefill` does; return what belongs to the model that it was done with, too."""
         with self.served.session(request.adapter) as served:
             plan, stats = self._plan(served, request)
             output = self._prefill(served, request, plan, stats, drop_last)
         hold_back(request.started, self.pad)
-        return output
+        return output, served
 
     def generate(self, request: PreparedRequest) -> Generation:
         """Prefill a prompt and decode with the model's own `generate()`."""

@@ -188,9 +188,8 @@ class Scheduler:
 
     def _start(self, ticket: Ticket) -> None:
         """Prefill a prompt and choose its first token."""
-        served = ticket.engine.served.current()
-        output = ticket.engine.prefill(ticket.request)
-        ticket.served, ticket.cache, ticket.stats = served, output.past_key_values, output.stats
+        output, ticket.served = ticket.engine.prefilled(ticket.request)
+        ticket.cache, ticket.stats = output.past_key_values, output.stats
         sampled = ticket.sampler.choose(output.logits)
         output.stats.ttft_s = time.perf_counter() - ticket.request.started
         self._take(ticket, sampled)

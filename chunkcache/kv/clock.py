@@ -1,7 +1,7 @@
 """Times the stages of a request where their work is done: on the host, or in the queue of an accelerator.
 
 The host runs ahead of an accelerator, and its own clock says there how long it took to ask for the work. So what is
-noted on an accelerator is an event in its queue, some 2 microseconds each, and events become seconds when somebody
+noted on an accelerator is an event in its queue, and events become seconds when somebody
 asks for them: best after the first token was waited for, when all of them are past. Untested on a GPU.
 """
 

@@ -36,6 +36,32 @@ class _Strict(BaseModel):
         return {name: each for name, each in given.items() if each is not None} if isinstance(given, dict) else given
 
 
+class _Salted(_Strict):
+    """What divides a tenant's chunks."""
+
+    cache_salt: Salt | None = None
+    prompt_cache_key: Salt | None = None
+
+    def salts(self) -> list[str]:
+        """Return the salts that are given."""
+        return [salt for salt in (self.cache_salt, self.prompt_cache_key) if salt is not None]
+
+
+class _Asked(_Salted):
+    """What all requests for an answer have."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool = False
+    reuse: Literal["exact", "fused", "off"] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+
+
 class TextPart(_Strict):
     """A part of a message. One with `prompt_cache_breakpoint` is a chunk, whose KV are reused wherever it stands."""
 
@@ -115,13 +141,10 @@ class ResponseFormat(_Strict):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class Sampling(_Strict):
+class Sampling(_Asked):
     """How an answer is chosen, and over which KV."""
 
-    model: str
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
@@ -131,16 +154,7 @@ class Sampling(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=16)
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
-    reuse: Literal["exact", "fused", "off"] | None = None
-    cache_salt: Salt | None = None
-    prompt_cache_key: Salt | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
 
@@ -206,26 +220,14 @@ class TextOptions(_Strict):
     verbosity: str | None = None
 
 
-class ResponseRequest(_Strict):
+class ResponseRequest(_Asked):
     """POST /v1/responses, for text. Nothing is kept here: what went before stands in `input`."""
 
-    model: str
     input: Text | list[ResponseMessage] = Field(min_length=1)
     instructions: Text | None = None
     documents: list[Text | Document] | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions | None = None
-    stream: bool = False
-    reuse: Literal["exact", "fused", "off"] | None = None
-    cache_salt: Salt | None = None
-    prompt_cache_key: Salt | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
     truncation: Literal["disabled"] | None = None
 
     def as_chat(self) -> ChatRequest:
@@ -239,19 +241,7 @@ class ResponseRequest(_Strict):
             given = self.text.format
             schema = {"name": given.name or "answer", "schema": given.schema_} if given.schema_ is not None else None
             how = ResponseFormat.model_validate({"type": given.type, "json_schema": schema})
-        asked = {
-            name: getattr(self, name)
-            for name in (
-                "model",
-                "documents",
-                "temperature",
-                "top_p",
-                "stream",
-                "reuse",
-                "cache_salt",
-                "prompt_cache_key",
-            )
-        }
+        asked = {name: getattr(self, name) for name in ("documents", *_Asked.model_fields)}
         return ChatRequest.model_validate(
             {**asked, "messages": messages, "max_tokens": self.max_output_tokens, "response_format": how}
         )
@@ -271,12 +261,10 @@ class CompletionRequest(Sampling):
         return self.logprobs
 
 
-class ChunksRequest(_Strict):
+class ChunksRequest(_Salted):
     """POST /v1/chunks: texts whose KV are computed ahead."""
 
     texts: list[Text] = Field(min_length=1, max_length=4096)
     documents: list[str] | None = None
     system: Text | None = None
     lead: Literal["packaged", "neighbours"] = "packaged"
-    cache_salt: Salt | None = None
-    prompt_cache_key: Salt | None = None

@@ -24,8 +24,6 @@ from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequ
 from chunkcache.serve.tenants import Tenant
 
 VIEWS = 256  # tenants and salts whose known texts are kept; those of others are found by their documents only
-
-
 _GREEDY = 1e-5  # temperatures below it, by which logits would overflow
 
 
@@ -76,12 +74,11 @@ class Service:
     def _guides(self) -> Guides:
         return Guides(self.llm.tokenizer, _vocab_size(self.llm), end_ids(self.llm.model, {}))
 
-    def view(self, tenant: Tenant, salts: Sequence[str | None] = ()) -> CachedLLM:
+    def view(self, tenant: Tenant, salts: Sequence[str] = ()) -> CachedLLM:
         """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`)."""
-        given = [salt for salt in salts if salt is not None]
-        if not tenant.name and not given:
+        if not tenant.name and not salts:
             return self.llm
-        parts = [tenant.name, *(hashlib.sha256(salt.encode()).hexdigest() for salt in given)]
+        parts = [tenant.name, *(hashlib.sha256(salt.encode()).hexdigest() for salt in salts)]
         key = "/".join(parts)
         with self._lock:
             if key not in self._views:
@@ -104,7 +101,7 @@ class Service:
             message = "chat_template names a template of the tokenizer's; one of your own is not taken"
             raise HTTPError(400, message, param="chat_template_kwargs")
         messages = _messages(asked.messages, [_passage(each) for each in asked.documents or ()])
-        llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
+        llm = self.view(tenant, asked.salts())
         build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
         schema = None if asked.response_format is None else asked.response_format.to_follow()
         return self._choices(llm, asked, [build], schema)
@@ -119,7 +116,7 @@ class Service:
         for name in ("echo", "best_of", "suffix"):
             if getattr(asked, name) not in (None, False, 1, asked.n if name == "best_of" else None):
                 raise HTTPError(400, f"{name} is not served here; leave it out", "unsupported_parameter", name)
-        llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
+        llm = self.view(tenant, asked.salts())
         prompt = asked.prompt
         prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str) else [prompt]
         if prompts == [[]]:
@@ -132,7 +129,7 @@ class Service:
         Raises:
             InputError: a text is empty, or does not fit the model.
         """
-        llm = self.view(tenant, (asked.cache_salt, asked.prompt_cache_key))
+        llm = self.view(tenant, asked.salts())
         if asked.documents is not None and len(asked.documents) != len(asked.texts):
             raise HTTPError(400, "documents names one document for each text", param="documents")
         computed = llm.precompute(asked.texts, documents=asked.documents, system=asked.system, lead=asked.lead)

@@ -11,15 +11,14 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err, out, progress, table
 from chunkcache.errors import DocumentError
-from chunkcache.eval.commands.inputs import read_cases
+from chunkcache.eval.commands.inputs import cut_with_all
 from chunkcache.eval.commands.options import (
     AsJson,
-    CaseOptions,
+    FilledCaseOptions,
     ModelOptions,
     argument,
     check_policies,
     command,
-    count,
     option,
 )  # fmt: skip
 from chunkcache.eval.commands.show import show_json
@@ -30,15 +29,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(CaseOptions):
+class CalibrateOptions(FilledCaseOptions):
     """A calibration, on packaged documents or on prompts of one data set, too."""
 
     data: Annotated[Path | None, argument()] = None
     target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
     guarded: Annotated[str, option(help="Query policy whose guard is fitted; query@neighbours for chunks that are "
                                    "computed behind their nearest of DATA.")] = "query"  # fmt: skip
-    fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
-    chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
     only: Annotated[str | None, option(type=click.Choice(["lead", "guard", "cachecraft"]), help="Look for one of "
                                        "these; the others are left as they were.")] = None  # fmt: skip
     model: ModelOptions
@@ -55,7 +52,7 @@ def calibrate(options: CalibrateOptions) -> None:
     from chunkcache.engine.calibration import load_calibration
     from chunkcache.eval.calibrate import PARTS
     from chunkcache.eval.calibrate import calibrate as run
-    from chunkcache.eval.data import Case, DataSet, cut
+    from chunkcache.eval.data import DataSet
 
     check_policies((options.target, options.guarded))
     parts = PARTS if options.only is None else (options.only,)
@@ -66,12 +63,9 @@ def calibrate(options: CalibrateOptions) -> None:
     source = None if options.data is None or parts == ("lead",) else DataSet.read(options.data)
     cases = [] if source is None else _cases(options, source)
     model, tokenizer = options.model.load()
-    whole = Case("", () if source is None else source.chunks())
-    *cases, everything = cut([*cases, whole], options.chunk_tokens, tokenizer)
+    cases, pool = ([], None) if source is None else cut_with_all(source, cases, options.chunk_tokens, tokenizer)
     with progress("calibrating") as on_step:
-        fitted = run(
-            model, tokenizer, cases, options.target, options.guarded, parts, on_step, list(everything.chunks)
-        )
+        fitted = run(model, tokenizer, cases, options.target, options.guarded, parts, on_step, pool)
     earlier = options.out if options.out and options.out.exists() else None
     fitted = fitted.over(load_calibration(fitted.fingerprint, earlier))
     path = fitted.save(options.out)
@@ -83,7 +77,7 @@ def calibrate(options: CalibrateOptions) -> None:
 
 
 def _cases(options: CalibrateOptions, source: DataSet) -> list[Case]:
-    cases = read_cases(source, options.chunks, options.prompts, options.skip, options.fill)
+    cases = options.read(source)
     if len(cases) < 10:
         raise DocumentError(f"{len(cases)} prompts are too few for a calibration; pass --prompts 10 or more")
     return cases

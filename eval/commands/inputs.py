@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from chunkcache.cli.console import err
 from chunkcache.errors import DocumentError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from chunkcache.eval import Case
     from chunkcache.eval.data import DataSet
     from chunkcache.retriever import Retriever
@@ -35,6 +37,16 @@ def read_cases(
     if len(cases) < prompts and not quiet:
         err.print(f"[yellow]only {len(cases)} prompts of {escape(str(source.path))} can be used, not {prompts}[/]")
     return cases
+
+
+def cut_with_all(
+    source: DataSet, cases: Sequence[Case], chunk_tokens: int | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Case], list[str]]:
+    """Return cases, and all chunks of their data set, with chunks cut to so many tokens; None leaves them whole."""
+    from chunkcache.eval.data import Case, cut
+
+    *shortened, everything = cut([*cases, Case("", source.chunks())], chunk_tokens, tokenizer)
+    return shortened, list(everything.chunks)
 
 
 def about(data: Path) -> dict[str, Any]:

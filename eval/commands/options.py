@@ -12,12 +12,14 @@ from chunkcache.eval.commands.inputs import read_cases
 
 if TYPE_CHECKING:
     from chunkcache.eval import Case
+    from chunkcache.eval.data import DataSet
 
 __all__ = [
     "FOLDER",
     "Against",
     "AsJson",
     "CaseOptions",
+    "FilledCaseOptions",
     "ModelOptions",
     "OutputOptions",
     "Policies",
@@ -55,9 +57,21 @@ class CaseOptions:
     prompts: Annotated[int, count("Prompts to run.")] = 20
     skip: Annotated[int, count("Prompts to leave out first.", least=0)] = 0
 
-    def read(self, data: Path) -> list[Case]:
+    def read(self, data: Path | DataSet) -> list[Case]:
         """Read them."""
         return read_cases(data, self.chunks, self.prompts, self.skip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledCaseOptions(CaseOptions):
+    """Which prompts of a data set are used, and how their chunks are made alike."""
+
+    fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
+    chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
+
+    def read(self, data: Path | DataSet) -> list[Case]:
+        """Read them, with their chunks not cut yet: that takes a tokenizer."""
+        return read_cases(data, self.chunks, self.prompts, self.skip, self.fill)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from chunkcache.cli.console import err, progress, status, table, wide
 from chunkcache.cli.inputs import indexed
 from chunkcache.errors import DocumentError, PeerError, PolicyError
-from chunkcache.eval.commands.inputs import EXAMPLES, about, draw_questions, read_cases, retrieved_cases
+from chunkcache.eval.commands.inputs import EXAMPLES, about, cut_with_all, draw_questions, read_cases, retrieved_cases
 from chunkcache.eval.commands.options import (
     Against,
     ModelOptions,
@@ -171,7 +171,7 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[tuple[str, list[Case], Sequence[str], dict[str, Any]]]:
     """Yield name, prompts, all chunks that there are, and settings: of each file, and number of chunks or lengths."""
-    from chunkcache.eval.data import Case, cut, prompts_of_lengths
+    from chunkcache.eval.data import prompts_of_lengths
     from chunkcache.retriever import load_documents
 
     for data in options.data:
@@ -191,9 +191,7 @@ def _prompts(
                 pool = [chunk.text for chunk in retriever.chunks]
             else:
                 cases = read_cases(sources[data], chunks, options.prompts, options.skip, options.fill)
-                whole = Case("", sources[data].chunks())
-                *cases, everything = cut([*cases, whole], options.chunk_tokens, tokenizer)
-                pool = list(everything.chunks)
+                cases, pool = cut_with_all(sources[data], cases, options.chunk_tokens, tokenizer)
             yield f"{data.stem}-{chunks}", cases, pool, {**settings, "chunks": chunks, "tokens": None}
 
 

@@ -26,7 +26,7 @@ SUMMARIES = {  # where each bench's summary(results) is
     "store": "chunkcache.eval.stores",
     "selection": "chunkcache.eval.ablation",
     "packing": "chunkcache.eval.packing",
-    "serve": "chunkcache.eval.serving",
+    "serve": "chunkcache.eval.serving_summary",
     "retrieval": "chunkcache.eval.retrieval",
     "chain": "chunkcache.eval.chain",
     "order": "chunkcache.eval.order",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-import httpx
 import pytest
 from support.llm import saved_model
+
+from chunkcache.eval.serving import free_port, is_up
 
 
 @pytest.fixture
@@ -27,16 +27,14 @@ def run(command_line):
 
 @pytest.mark.parametrize("drain", ["30", "0"])
 def test_a_process_is_asked_and_stopped(model, drain):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "tiny"]
     command += ["--drain", drain]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHUNKCACHE_API_KEY": "a-key-for-this-test"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         url = f"http://127.0.0.1:{port}"
         end = time.monotonic() + 120
-        while not _is_up(url):
+        while not is_up(url):
             assert server.poll() is None, server.stderr.read()
             assert time.monotonic() < end
             time.sleep(0.1)
@@ -79,8 +77,17 @@ def test_bad_options_are_told_before_the_model_is_loaded(run, options, says):
     assert says in error
 
 
-def _is_up(url):
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def test_other_commands_do_without_what_the_server_needs():
+    absent = ("fastapi", "httpx", "llguidance", "openai", "prometheus_client", "starlette", "uvicorn")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+from chunkcache.cli.main import cli
+import click
+context = click.Context(cli)
+assert all(cli.get_command(context, name) for name in cli.list_commands(context))
+cli.main(["serve", "/no/such/model"], standalone_mode=False)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "chunkcache serve needs" in ran.stderr, ran.stderr
+    assert 'pip install "chunkcache[server]"' in ran.stderr

@@ -156,7 +156,7 @@ def test_what_fails_inside_is_told_without_its_text(monkeypatch, caplog):
         def broken(*args, **kwargs):
             raise RuntimeError("the text of a secret prompt")
 
-        monkeypatch.setattr(llm.engine, "prefill", broken)
+        monkeypatch.setattr(llm.engine, "prefilled", broken)
         response = ask(url)
     assert response.status_code == 500
     assert "secret" not in response.text
