@@ -7,7 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from chunkcache.engine.guided import Guides
 from chunkcache.engine.sampling import Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
 from chunkcache.errors import InputError
+from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt, PromptChunk
 from chunkcache.serve.errors import HTTPError
@@ -35,11 +36,13 @@ class Choice:
         llm: the tenant's view.
         request: the prompt, and how it is served.
         sampler: chooses the tokens.
+        documents: what the client calls the documents that chunks are, by the token ids of these.
     """
 
     llm: CachedLLM
     request: PreparedRequest
     sampler: Sampler
+    documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
 
 
 class Service:
@@ -104,7 +107,8 @@ class Service:
         llm = self.view(tenant, asked.salts())
         build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
         schema = None if asked.response_format is None else asked.response_format.to_follow()
-        return self._choices(llm, asked, [build], schema)
+        named = {llm.prompts.chunk(_passage(each)): name for each in asked.documents or () if (name := _name(each))}
+        return [replace(choice, documents=named) for choice in self._choices(llm, asked, [build], schema)]
 
     def completion(self, asked: CompletionRequest, tenant: Tenant) -> list[Choice]:
         """Return the answers that a completion asks for.
@@ -215,6 +219,10 @@ def _options(asked: Sampling) -> dict[str, Any]:
 
 def _passage(document: str | Document) -> str:
     return document if isinstance(document, str) else document.passage()
+
+
+def _name(document: str | Document) -> str | None:
+    return None if isinstance(document, str) else document.id or document.title
 
 
 def _messages(messages: Sequence[Message], passages: Sequence[str]) -> list[dict[str, Any]]:
