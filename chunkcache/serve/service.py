@@ -7,7 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from queue import Queue
 from typing import Any
@@ -19,10 +19,11 @@ from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
 from chunkcache.engine.ticket import Deliver, Failed, Finished
 from chunkcache.errors import InputError
+from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt
 from chunkcache.serve.errors import HTTPError
-from chunkcache.serve.messages import messages_of
+from chunkcache.serve.messages import messages_of, name_of, passage_of
 from chunkcache.serve.protocol import (
     ChatRequest,
     ChunksRequest,
@@ -45,11 +46,13 @@ class Choice:
         llm: the tenant's view.
         request: the prompt, and how it is served.
         sampler: chooses the tokens.
+        documents: what the client calls the documents that chunks are, by the token ids of these.
     """
 
     llm: CachedLLM
     request: PreparedRequest
     sampler: Sampler
+    documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
 
 
 class Service:
@@ -141,7 +144,10 @@ class Service:
         llm = self.view(tenant, asked.salts())
         build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
         schema = None if asked.response_format is None else asked.response_format.to_follow()
-        return self._choices(llm, asked, [build], schema)
+        named = {
+            llm.prompts.chunk(passage_of(each)): name for each in asked.documents or () if (name := name_of(each))
+        }
+        return [replace(choice, documents=named) for choice in self._choices(llm, asked, [build], schema)]
 
     def completion(self, asked: CompletionRequest, tenant: Tenant) -> list[Choice]:
         """Return the answers that a completion asks for.
