@@ -24,6 +24,7 @@ Text = Annotated[str, StringConstraints(max_length=2**20)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
+IndexName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -171,11 +172,19 @@ class Sampling(_Asked):
         return None
 
 
+class Rag(_Strict):
+    """An index of the server's, which is searched for what the user said last."""
+
+    index: IndexName
+    k: int = Field(5, ge=1, le=64)
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     documents: list[Text | Document] | None = None
+    rag: Rag | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
