@@ -44,6 +44,8 @@ class ServeCommand:
     max_body: Annotated[str, option(help="Largest request.")] = "8MiB"
     timeout: Annotated[float | None, option(help="Seconds after which an answer ends.")] = None
     drain: Annotated[float, option(help="Seconds that running answers get on SIGTERM.")] = 30.0
+    threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
+                                         "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
     device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
     dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
@@ -71,6 +73,8 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
         from chunkcache.serve.tenants import Tenants
     except ImportError as error:
         raise missing_extra("server", "chunkcache serve", error) from error
+    import torch
+
     from chunkcache.blend import parse_policy
     from chunkcache.engine.scheduler import Limits
     from chunkcache.llm import CachedLLM
@@ -86,6 +90,8 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
     limits = Limits(options.running, options.waiting, most)
     served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     policy, store = parse_policy(options.policy), open_store(options.store)
     stack.enter_context(closing(store))
     model, tokenizer = load(options.model_name, options.device, options.dtype)
