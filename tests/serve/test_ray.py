@@ -73,7 +73,8 @@ def test_one_of_two_servers_dies_and_another_takes_its_place(ray_serve, tmp_path
     lost, kept = names = sorted(replicas(url))
     bodies = for_each(names, **LONG)
     with httpx.stream("POST", url + CHAT, json=bodies[kept], timeout=60) as left:
-        next(left.iter_lines())
+        lines = left.iter_lines()
+        next(lines)
         assert running(url) == 1
     until(lambda: not running(url))  # Ray Serve tells of a client that goes away
     cut, whole = Stream(url, bodies[lost]), Stream(url, bodies[kept])
