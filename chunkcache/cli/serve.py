@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,8 @@ class ServeCommand:
     log_format: Annotated[str, option(type=click.Choice(["text", "json"]), help="Form of the log.")] = "text"
     otlp_endpoint: Annotated[str | None, option(help="Where traces go, such as http://localhost:4318; by default "
                                                 "what OTEL_EXPORTER_OTLP_ENDPOINT says.")] = None  # fmt: skip
+    threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
+                                         "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
     device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
     dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
@@ -58,6 +60,15 @@ def serve(options: ServeCommand) -> None:
 
     A key is asked for where CHUNKCACHE_API_KEY or --keys is set, and must be for any address but loopback.
     """
+    # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed. While the
+    # model is loaded, SIGTERM ends the server at once.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        _serve(options, stack)
+
+
+def _serve(options: ServeCommand, stack: ExitStack) -> None:
     try:
         import uvicorn
 
@@ -67,6 +78,8 @@ def serve(options: ServeCommand) -> None:
         from chunkcache.serve.tenants import Tenants
     except ImportError as error:
         raise missing_extra("server", "chunkcache serve", error) from error
+    import torch
+
     from chunkcache.blend import parse_policy
     from chunkcache.engine.scheduler import Limits
     from chunkcache.llm import CachedLLM
@@ -83,19 +96,21 @@ def serve(options: ServeCommand) -> None:
     limits = Limits(options.running, options.waiting, most)
     observers = _observers(options.otlp_endpoint)
     served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain, observers)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     policy, store = parse_policy(options.policy), open_store(options.store)
+    stack.enter_context(closing(store))
     model, tokenizer = load(options.model_name, options.device, options.dtype)
-    with closing(store), CachedLLM(model, tokenizer, store=store, policy=policy) as llm:
-        service = Service(llm, options.name or options.model_name, limits)
-        app = create_app(service, served)
-        err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
-        configure(options.log_format)
-        # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        uvicorn.run(
-            app, host=options.host, port=options.port, log_config=None,
-            timeout_graceful_shutdown=math.ceil(options.drain),
-        )  # fmt: skip
+    llm = stack.enter_context(CachedLLM(model, tokenizer, store=store, policy=policy))
+    service = Service(llm, options.name or options.model_name, limits)
+    app = create_app(service, served)
+    service.warm(tenants.all)
+    err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
+    configure(options.log_format)
+    uvicorn.run(
+        app, host=options.host, port=options.port, log_config=None,
+        timeout_graceful_shutdown=math.ceil(options.drain),
+    )  # fmt: skip
 
 
 def _observers(endpoint: str | None) -> list[Any]:
