@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +54,15 @@ def serve(options: ServeCommand) -> None:
 
     A key is asked for where CHUNKCACHE_API_KEY or --keys is set, and must be for any address but loopback.
     """
+    # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed. While the
+    # model is loaded, SIGTERM ends the server at once.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        _serve(options, stack)
+
+
+def _serve(options: ServeCommand, stack: ExitStack) -> None:
     try:
         import uvicorn
 
@@ -78,14 +87,14 @@ def serve(options: ServeCommand) -> None:
     limits = Limits(options.running, options.waiting, most)
     served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain)
     policy, store = parse_policy(options.policy), open_store(options.store)
+    stack.enter_context(closing(store))
     model, tokenizer = load(options.model_name, options.device, options.dtype)
-    with closing(store), CachedLLM(model, tokenizer, store=store, policy=policy) as llm:
-        service = Service(llm, options.name or options.model_name, limits)
-        app = create_app(service, served)
-        err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
-        # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        uvicorn.run(
-            app, host=options.host, port=options.port, log_level="warning",
-            timeout_graceful_shutdown=math.ceil(options.drain),
-        )  # fmt: skip
+    llm = stack.enter_context(CachedLLM(model, tokenizer, store=store, policy=policy))
+    service = Service(llm, options.name or options.model_name, limits)
+    app = create_app(service, served)
+    service.warm(tenants.all)
+    err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
+    uvicorn.run(
+        app, host=options.host, port=options.port, log_level="warning",
+        timeout_graceful_shutdown=math.ceil(options.drain),
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
 from chunkcache.prompt.builder import ANSWER, CHUNKS, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import FoundText
-from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common
+from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common, text_of
 from chunkcache.prompt.template import MessagesRefusedError, Options
 
 __all__ = ["Message", "MessageBuilder", "PromptChunk", "Turn"]
@@ -27,6 +27,10 @@ Message = Mapping[str, Any]  # role, and content: a string, or a list of strings
 
 _BLOCK = 16  # tokens; beginnings that differ in fewer are not worth an entry of their own each
 _BEGINNINGS = 16  # of the last prompts
+_REWRITTEN = (
+    "the tokenizer's chat template rewrites a message with passages, so that these have no place in it; set "
+    "tokenizer.chat_template to one that does not, or to None for plain text"
+)
 
 
 class TextFinder(Protocol):
@@ -125,7 +129,7 @@ class MessageBuilder:
             ids.text(label + turn.text.strip(), False)
             return
         end = 0
-        for known in self._known.find_text(turn.text):
+        for known in self._chunks_in(turn, found.system):
             ids.text(turn.text[end : known.start], False)
             if not ids.spans:
                 found.system = known.system
@@ -133,6 +137,22 @@ class MessageBuilder:
             prompts.add_chunks(ids, [PromptChunk(known.text, joins_next=not separated)])
             end = known.end + (len(SEPARATOR) if separated else 0)
         ids.text(turn.text[end:], False)
+
+    def _chunks_in(self, turn: Turn, system: str | None) -> list[FoundText]:
+        """Return the chunks in the text of a turn, in order: those that it says it has, and known ones between."""
+        if not turn.inside:
+            return list(self._known.find_text(turn.text))
+        found: list[FoundText] = []
+        end = 0
+        for text in turn.inside:
+            start = turn.text.find(text, end)
+            if start < 0:
+                raise PromptError(_REWRITTEN)
+            between = self._known.find_text(turn.text[end:start])
+            found += [replace(known, start=known.start + end) for known in between]
+            found.append(FoundText(start, text, "", system))
+            end = start + len(text)
+        return found + [replace(known, start=known.start + end) for known in self._known.find_text(turn.text[end:])]
 
     def _placed(self, prompts: PromptBuilder, turns: Sequence[Turn]) -> list[tuple[str, Turn | None]]:
         """Return the template's own text and the turn behind it, in order; after the last there is none."""
@@ -174,6 +194,7 @@ class Turn:
         role: who speaks.
         text: what is said.
         chunks: the passages that stand before it.
+        inside: the passages that stand in its text, each where it was given.
         before: what stands before these.
         framed: whether it reads as a question over passages even if there are none.
         trimmed: whether the template leaves out the space round it.
@@ -183,6 +204,7 @@ class Turn:
     role: str
     text: str
     chunks: tuple[Any, ...] = ()
+    inside: tuple[str, ...] = ()
     before: str = ""
     framed: bool = False
     trimmed: bool = False
@@ -207,7 +229,10 @@ class Turn:
                 f"the content of message {index} is {kinds}; pass text, or a list of texts and passages"
             )
         text = "\n".join(part for part in parts if isinstance(part, str))
-        return cls(message["role"], text, tuple(part for part in parts if isinstance(part, PromptChunk)))
+        chunks = tuple(part for part in parts if isinstance(part, PromptChunk))
+        if any(chunk.in_place for chunk in chunks):
+            return cls(message["role"], _joined(parts), inside=tuple(text_of(each.text).strip() for each in chunks))
+        return cls(message["role"], text, chunks)
 
     @property
     def is_framed(self) -> bool:
@@ -235,11 +260,15 @@ class Turn:
         if not self.is_framed:
             return replace(self, text=text, token_ids=())
         if text != given.strip():
-            raise PromptError(
-                "the tokenizer's chat template rewrites a message with passages, so that these have no place in it; "
-                "set tokenizer.chat_template to one that does not, or to None for plain text"
-            )
+            raise PromptError(_REWRITTEN)
         return replace(self, trimmed=True)
+
+
+def _joined(parts: Sequence[str | PromptChunk]) -> str:
+    """Return the text of a message whose passages stand in it: an empty line behind each, as a chunk is stored."""
+    pieces = [f"{part}\n" if isinstance(part, str) else f"{part.text.strip()}{SEPARATOR}" for part in parts]
+    last = pieces[-1]
+    return "".join([*pieces[:-1], last.removesuffix("\n") if isinstance(parts[-1], str) else last.rstrip()])
 
 
 def _folded(turns: Sequence[Turn]) -> list[Turn]:
@@ -250,7 +279,9 @@ def _folded(turns: Sequence[Turn]) -> list[Turn]:
         if last is not None and last.role == turn.role and not last.is_framed:
             said = f"{last.text.strip()}{SEPARATOR}"
             folded[-1] = (
-                replace(turn, before=said) if turn.is_framed else replace(turn, text=said + turn.text.strip())
+                replace(turn, before=said)
+                if turn.is_framed
+                else replace(turn, text=said + turn.text.strip(), inside=(*last.inside, *turn.inside))
             )
         else:
             folded.append(turn)

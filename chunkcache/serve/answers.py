@@ -15,6 +15,7 @@ from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.ticket import Event, Failed, Finished, Ticket
 from chunkcache.errors import QueueFullError
+from chunkcache.serve.record import by_chunk
 from chunkcache.serve.service import Choice
 
 
@@ -152,7 +153,7 @@ class Answers:
             "cache_write_tokens": sum(stats.computed_tokens for stats in each),
         }
         if each:
-            details["chunkcache"] = [_told(stats) for stats in each]
+            details["chunkcache"] = [_told(self.stats[index], self.choices[index]) for index in sorted(self.stats)]
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -171,7 +172,7 @@ def _not_computed(stats: RequestStats) -> int:
     return max(0, min(stats.cached_tokens, stats.tokens - computed))
 
 
-def _told(stats: RequestStats) -> dict[str, Any]:
+def _told(stats: RequestStats, choice: Choice) -> dict[str, Any]:
     """Return what clients are told of a request, under `usage.prompt_tokens_details.chunkcache`."""
     return {
         "policy": stats.policy,
@@ -182,6 +183,7 @@ def _told(stats: RequestStats) -> dict[str, Any]:
         "exact_tokens": stats.exact_tokens,
         "recomputed_share": round(stats.recomputed_share, 6),
         "guard_full": stats.guard_full,
+        "by_chunk": by_chunk(stats, choice),
         "ttft_s": round(stats.ttft_s, 6),
-        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages().items()},
+        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages(queued=True).items()},
     }

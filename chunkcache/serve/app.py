@@ -18,6 +18,7 @@ from chunkcache.errors import ChunkCacheError
 from chunkcache.serve import responses
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.gates import Bounded, Guarded
 from chunkcache.serve.metrics import Metrics
 from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered
 from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, ResponseRequest, Sampling
@@ -65,7 +66,7 @@ class Server:
                 choices,
                 self.service.stops(asked),
                 tenant.name,
-                self.options.timeout_s,
+                self.service.seconds(self.options.timeout_s),
                 self.metrics.watch,
             )
             answers.submit()
@@ -91,9 +92,10 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
         yield
         await run_in_threadpool(service.scheduler.close, options.drain_s)
 
-    app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Bounded, most=options.body_bytes)
-    app.state.server = Server(service, options, Metrics(service.scheduler))
+    app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    server = app.state.server = Server(service, options, Metrics(service.scheduler))
+    app.add_middleware(Bounded, most=options.body_bytes)
+    app.add_middleware(Guarded, server=server)  # comes first: who has no key is not listened to
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
@@ -154,6 +156,12 @@ async def model(name: str, tenant: Who, server: AServer) -> dict[str, Any]:
     """Describe the model."""
     server.service.check_model(name)
     return server.service.about()
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def schema(request: Request, tenant: Who) -> JSONResponse:
+    """Tell what can be asked, as OpenAPI."""
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/health")
@@ -218,32 +226,3 @@ async def _or_gone(request: Request, answer: Awaitable[T]) -> T:
         raise HTTPError(499, "the client went away") from None
     finally:
         watcher.cancel()
-
-
-class _Bounded:
-    """Refuses requests whose body is too large, whatever they say of its length."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
-        """Pass a request on, and stop reading it where it is too large."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        read = 0
-
-        async def bounded() -> Any:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
-                raise HTTPException(413, f"the request is larger than {self._most} bytes; send less")
-            return message
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._most:
-            error = HTTPError(413, f"the request is larger than {self._most} bytes; send less")
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
-            return
-        await self._app(scope, bounded, send)

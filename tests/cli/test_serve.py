@@ -62,6 +62,19 @@ def test_a_process_is_asked_and_stopped(model, drain):
     assert drain == "0" or "Traceback" not in told  # uvicorn tells of what it cuts short
 
 
+def test_sigterm_ends_a_server_that_loads_its_model(run, monkeypatch):
+    def load(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        raise AssertionError("it loads on")
+
+    monkeypatch.setattr("chunkcache.cli.serve.load", load)
+    before = signal.getsignal(signal.SIGTERM)
+    code, told, error = run("serve", "/no/such/model")
+    assert (code, told, error) == (0, "", "")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
