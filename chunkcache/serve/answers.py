@@ -189,6 +189,7 @@ def _told(stats: RequestStats, choice: Choice) -> dict[str, Any]:
         "chunks": stats.chunks,
         "hits": stats.hits,
         "misses": stats.misses,
+        "lost": stats.lost,
         "reused_tokens": stats.reused_tokens,
         "exact_tokens": stats.exact_tokens,
         "recomputed_share": round(stats.recomputed_share, 6),
