@@ -78,7 +78,11 @@ class Server:
             record.model, record.kind, record.answers = asked.model, kind.operation, answers
             answers.submit()
             stack.callback(answers.cancel)
-            form: Form = kind(Shape(self.service.name, self.service.token_text, asked.likeliest() is not None))
+            may_call = self.service.calling(asked)
+            parser = None if may_call is None else may_call.parser
+            form: Form = kind(
+                Shape(self.service.name, self.service.token_text, asked.likeliest() is not None, calls=parser)
+            )
             if not asked.stream:
                 return JSONResponse(await _or_gone(request, gathered(form, answers)))
             usage = asked.stream_options is not None and asked.stream_options.include_usage
