@@ -24,10 +24,19 @@ Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+def _with_nulls(schema: dict[str, Any]) -> None:
+    """Let a schema say that a field that may be left out may be null."""
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        kinds = field.get("anyOf", [field])
+        if name not in required and all(kind.get("type") != "null" for kind in kinds):
+            schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}]}
+
+
 class Strict(BaseModel):
     """A part of a request; a field that is null is as if it were not there."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, json_schema_extra=_with_nulls)
 
     @model_validator(mode="before")
     @classmethod
