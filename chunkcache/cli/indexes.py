@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -11,12 +10,11 @@ from functools import partial
 from typing import Any
 
 from chunkcache.cli.console import progress
+from chunkcache.engine.faults import log_fault
 from chunkcache.errors import InputError, QueueFullError
 from chunkcache.retriever import Document, load_documents
 from chunkcache.serve.service import Service
 from chunkcache.serve.tenants import Tenant, Tenants
-
-logger = logging.getLogger("chunkcache")
 
 _NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -69,4 +67,4 @@ def fill_indexes(service: Service, given: Sequence[GivenIndex]) -> None:
 def _tell(job: Future[Any]) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None and not isinstance(error, QueueFullError):  # that is when the server ends
-        logger.error("the KV of an index could not be computed ahead", exc_info=error)
+        log_fault("the KV of an index could not be computed ahead", error)

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from chunkcache.engine.generation import end_ids
 from chunkcache.engine.sampling import Sampled
+from chunkcache.serve import schema
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.app import AServer, Who
 from chunkcache.serve.citations import cite
@@ -25,11 +27,22 @@ _REASONS = {"length": "MAX_TOKENS", "deadline": "TIMEOUT", "cancelled": "ERROR"}
 _UNCITED = ("OFF", "DISABLED")
 
 
-@router.post("/v2/chat")
+class CohereError(BaseModel):
+    """An error in Cohere's shape."""
+
+    message: str
+
+
+_ANSWERED: dict[int | str, dict[str, Any]] = {
+    status: {**told, "model": CohereError} if "model" in told else told for status, told in schema.ANSWERED.items()
+}
+
+
+@router.post("/v2/chat", responses=_ANSWERED)
 async def chat(request: Request, asked: CohereRequest, tenant: Who, server: AServer) -> Response:
     """Answer a conversation, as Cohere's API does."""
     cohere = CohereChat(asked, server.service)
-    return await server.answer(request, asked.as_chat(), tenant, cohere.prepare, cohere.shaped)
+    return await server.answer(request, asked.as_chat(), tenant, cohere.prepare, cohere)
 
 
 class CohereChat(Form):
@@ -59,7 +72,7 @@ class CohereChat(Form):
                 self._sources.append({**told, "text": document.text})
         return choices
 
-    def shaped(self, shape: Shape) -> CohereChat:
+    def __call__(self, shape: Shape) -> CohereChat:
         """Take on the answer's name."""
         self._identity = shape.identity
         return self

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from chunkcache.serve.errors import HTTPError
-from chunkcache.serve.protocol import ChatRequest, Json, NonEmpty, Rag, Text, _is_json, _Salted, _Strict
+from chunkcache.serve.fields import Json, NonEmpty, Strict, Text, is_json
+from chunkcache.serve.protocol import ChatRequest, Rag, Salted
 
 _TITLE, _TEXTS = "title", ("text", "snippet", "content")
 _NO_TOP_K = 2**31 - 1  # what 0 means: no tokenizer has as many tokens
 
 
-class CohereContent(_Strict):
+class CohereContent(Strict):
     """A part of a message."""
 
     type: Literal["text", "thinking"]
@@ -25,7 +26,7 @@ class CohereContent(_Strict):
     thinking: Text | None = None
 
 
-class CohereMessage(_Strict):
+class CohereMessage(Strict):
     """A message; what an earlier answer brought with it is taken, and not used."""
 
     role: Literal["system", "user", "assistant"]
@@ -40,12 +41,12 @@ class CohereMessage(_Strict):
         return "\n".join(part for part in parts if part)
 
 
-class CohereDocument(_Strict):
+class CohereDocument(Strict):
     """A document: `data` has its fields, of which all stand in the prompt."""
 
     id: Annotated[str, Field(max_length=512)] | None = None
     data: Annotated[
-        Text | dict[str, Any], AfterValidator(lambda data: data if isinstance(data, str) else _is_json(data))
+        Text | dict[str, Any], AfterValidator(lambda data: data if isinstance(data, str) else is_json(data))
     ]
 
     def fields(self) -> dict[str, Any]:
@@ -53,13 +54,13 @@ class CohereDocument(_Strict):
         return {"text": self.data} if isinstance(self.data, str) else self.data
 
 
-class CitationOptions(_Strict):
+class CitationOptions(Strict):
     """Whether an answer has citations; those of all modes that have some are the same."""
 
     mode: Annotated[str, AfterValidator(str.upper)] | None = None
 
 
-class CohereFormat(_Strict):
+class CohereFormat(Strict):
     """How the answer is to look."""
 
     type: Literal["text", "json_object"]
@@ -67,14 +68,14 @@ class CohereFormat(_Strict):
     schema_: Json | None = Field(None, alias="schema")
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """Whether the model thinks aloud first, which is not served."""
 
     type: str
     token_budget: int | None = None
 
 
-class CohereRequest(_Salted):
+class CohereRequest(Salted):
     """POST /v2/chat; `rag`, `reuse` and salts are this server's."""
 
     model: str

@@ -18,12 +18,14 @@ from starlette.datastructures import FormData, UploadFile
 from chunkcache.errors import DocumentError
 from chunkcache.retriever import Document
 from chunkcache.retriever.readers import CORPUS_SUFFIXES, READERS
+from chunkcache.serve import schema
 from chunkcache.serve.app import AServer, Server, Who, or_gone
 from chunkcache.serve.background import Steps
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.fields import IndexName, Salt
 from chunkcache.serve.index_protocol import DocumentsRequest
 from chunkcache.serve.precompute import chunk_steps
-from chunkcache.serve.protocol import ChunksRequest, IndexName, Salt
+from chunkcache.serve.protocol import ChunksRequest
 from chunkcache.serve.tenants import Tenant
 
 SUFFIXES = tuple(sorted(set(READERS) - CORPUS_SUFFIXES))
@@ -38,27 +40,31 @@ Salted = Annotated[Salt | None, Query()]
 
 def _bodies() -> dict[str, Any]:
     """Return what OpenAPI says of the two kinds of body that documents come in."""
-    schema = DocumentsRequest.model_json_schema()
-    [document] = schema.pop("$defs").values()
-    schema["properties"]["documents"]["items"] = document
+    body = DocumentsRequest.model_json_schema()
+    [document] = body.pop("$defs").values()
+    body["properties"]["documents"]["items"] = document
     text, file = {"type": "string"}, {"type": "string", "format": "binary"}
     fields = {**dict.fromkeys(_FIELDS, text), "file": {"type": "array", "items": file, "maxItems": FILES}}
     form = {"type": "object", "properties": fields, "required": ["index", "file"]}
-    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
+    content = {"application/json": {"schema": body}, "multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 router = APIRouter()
+_CHANGED = {
+    **schema.errors(400, 401, 404, 413, 429, 499, 500, 503),
+    501: {"model": schema.ErrorBody, "description": "The server has no embedding model."},
+}
 
 
-@router.post("/v1/chunks")
+@router.post("/v1/chunks", responses=_CHANGED)
 async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
     """Compute the KV of texts ahead."""
     llm = server.service.view(tenant, asked.salts())
     return await _done(request, server, tenant, chunk_steps(llm, asked, server.options.precompute_tokens))
 
 
-@router.post("/v1/documents", openapi_extra=_bodies())
+@router.post("/v1/documents", openapi_extra=_bodies(), responses=_CHANGED)
 async def put(request: Request, tenant: Who, server: AServer) -> dict[str, Any]:
     """Add documents to an index, or update those that it has; as JSON, or as files in a form."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
@@ -71,7 +77,7 @@ async def put(request: Request, tenant: Who, server: AServer) -> dict[str, Any]:
     return await _done(request, server, tenant, indexes.put(tenant, asked.salts(), asked.index, read, most))
 
 
-@router.get("/v1/documents")
+@router.get("/v1/documents", responses=schema.errors(400, 401, 404, 500))
 async def listed(
     tenant: Who,
     server: AServer,
@@ -90,7 +96,7 @@ async def listed(
     return {"object": "list", "data": [held.body() for held in found[:limit]], "has_more": len(found) > limit}
 
 
-@router.delete("/v1/documents/{document:path}")
+@router.delete("/v1/documents/{document:path}", responses=_CHANGED)
 async def delete(
     request: Request,
     tenant: Who,

@@ -6,13 +6,14 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator
 
-from chunkcache.serve.protocol import IndexName, Text, _Salted, _Strict
+from chunkcache.serve.fields import IndexName, Strict, Text
+from chunkcache.serve.protocol import Salted
 
 DocumentId = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Title = Annotated[str, StringConstraints(max_length=1024)]
 
 
-class IndexedDocument(_Strict):
+class IndexedDocument(Strict):
     """A document as it is added or updated."""
 
     id: DocumentId
@@ -27,7 +28,7 @@ class IndexedDocument(_Strict):
         return text
 
 
-class DocumentsRequest(_Salted):
+class DocumentsRequest(Salted):
     """POST /v1/documents: documents to add to an index, or to put in the place of those with their ids."""
 
     index: IndexName
