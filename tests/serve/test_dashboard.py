@@ -266,6 +266,7 @@ def test_a_prompt_is_shown_by_what_happened_to_its_tokens(page):
     assert page.evaluate(CONTRASTS) == []
 
 
+@pytest.mark.parametrize("page", LOOKS[1:3], indirect=True)
 def test_attention_shows_on_hover_and_by_a_button(page):
     shown(page, 1)
     looked = page.locator("#text.attention")
@@ -285,6 +286,7 @@ def test_attention_shows_on_hover_and_by_a_button(page):
     assert looked.count() == 0
 
 
+@pytest.mark.parametrize("page", LOOKS[:1], indirect=True)
 def test_it_can_be_used_by_keyboard_alone(page):
     page.locator("#requests button:not([disabled])").nth(1).focus()
     page.keyboard.press("Enter")
