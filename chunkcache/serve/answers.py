@@ -101,7 +101,7 @@ class Answers:
         Raises:
             Exception: what went wrong with one of the answers, or that the server ends before they do.
         """
-        texts = [Detokenizer(choice.llm.tokenizer, self.stop) for choice in self.choices]
+        texts = [Detokenizer(choice.llm.tokenizer, self.stop, choice.shown) for choice in self.choices]
         pending: list[list[Sampled]] = [[] for _ in self.choices]
         watches = [_unseen if self.watch is None else self.watch() for _ in self.choices]
         going = set(range(len(self.choices)))
@@ -189,6 +189,7 @@ def _told(stats: RequestStats, choice: Choice) -> dict[str, Any]:
         "chunks": stats.chunks,
         "hits": stats.hits,
         "misses": stats.misses,
+        "lost": stats.lost,
         "reused_tokens": stats.reused_tokens,
         "exact_tokens": stats.exact_tokens,
         "recomputed_share": round(stats.recomputed_share, 6),

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.serve import responses
+from chunkcache.serve import responses, schema
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.gates import Bounded, Guarded
@@ -80,7 +80,11 @@ class Server:
             record.model, record.kind, record.answers = asked.model, kind.operation, answers
             answers.submit()
             stack.callback(answers.cancel)
-            form: Form = kind(Shape(self.service.name, self.service.token_text, asked.likeliest() is not None))
+            may_call = self.service.calling(asked)
+            parser = None if may_call is None else may_call.parser
+            form: Form = kind(
+                Shape(self.service.name, self.service.token_text, asked.likeliest() is not None, calls=parser)
+            )
             if not asked.stream:
                 return JSONResponse(await _or_gone(request, gathered(form, answers)))
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -137,38 +141,38 @@ AServer = Annotated[Server, Depends(_server)]
 Who = Annotated[Tenant, Depends(_who)]
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=schema.ANSWERED)
 async def chat(request: Request, asked: ChatRequest, tenant: Who, server: AServer) -> Response:
     """Answer a conversation."""
     return await server.answer(request, asked, tenant, server.service.chat, Chat)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=schema.ANSWERED)
 async def completion(request: Request, asked: CompletionRequest, tenant: Who, server: AServer) -> Response:
     """Continue a text."""
     return await server.answer(request, asked, tenant, server.service.completion, Completion)
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=schema.ANSWERED)
 async def response(request: Request, asked: ResponseRequest, tenant: Who, server: AServer) -> Response:
     """Answer a conversation, in the shape of the Responses API."""
     return await server.answer(request, asked.as_chat(), tenant, server.service.chat, responses.Response)
 
 
-@router.post("/v1/chunks")
+@router.post("/v1/chunks", responses=schema.POSTED)
 async def chunks(asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
     """Compute the KV of texts ahead."""
     with server.options.tenants.admitted(tenant):
         return await run_in_threadpool(server.service.precompute, asked, tenant)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=schema.READ)
 async def models(tenant: Who, server: AServer) -> dict[str, Any]:
     """List the model."""
     return {"object": "list", "data": [server.service.about()]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=schema.NAMED)
 async def model(name: str, tenant: Who, server: AServer) -> dict[str, Any]:
     """Describe the model."""
     server.service.check_model(name)
@@ -176,18 +180,18 @@ async def model(name: str, tenant: Who, server: AServer) -> dict[str, Any]:
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def schema(request: Request, tenant: Who) -> JSONResponse:
+async def described(request: Request, tenant: Who, server: AServer) -> JSONResponse:
     """Tell what can be asked, as OpenAPI."""
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(schema.openapi(request.app, bool(server.options.tenants)))
 
 
-@router.get("/health")
+@router.get("/health", responses=schema.errors(500))
 async def health() -> dict[str, str]:
     """Say that the server is up."""
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses=schema.TEXT, response_class=Response)
 async def measured(tenant: Who, server: AServer) -> Response:
     """Tell what was counted, in Prometheus' format."""
     return Response(await run_in_threadpool(server.metrics.text), media_type="text/plain; version=0.0.4")
