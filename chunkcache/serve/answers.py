@@ -85,6 +85,11 @@ class Answers:
         prompts = {id(choice.request): len(choice.request.prompt.token_ids) for choice in self.choices}
         self.prompt_tokens = sum(prompts.values())
 
+    @property
+    def tickets(self) -> Sequence[Ticket]:
+        """The answers as the scheduler has them, in their order."""
+        return self._tickets
+
     def cancel(self) -> None:
         """End all answers after the step they are in."""
         for ticket in self._tickets:
@@ -96,7 +101,7 @@ class Answers:
         Raises:
             Exception: what went wrong with one of the answers, or that the server ends before they do.
         """
-        texts = [Detokenizer(choice.llm.tokenizer, self.stop) for choice in self.choices]
+        texts = [Detokenizer(choice.llm.tokenizer, self.stop, choice.shown) for choice in self.choices]
         pending: list[list[Sampled]] = [[] for _ in self.choices]
         watches = [_unseen if self.watch is None else self.watch() for _ in self.choices]
         going = set(range(len(self.choices)))
@@ -141,15 +146,20 @@ class Answers:
         if stats is not None:
             self.stats[index] = stats
 
-    def usage(self) -> dict[str, Any]:
-        """Return OpenAI's `usage`, with what was reused."""
-        each = [self.stats[index] for index in sorted(self.stats)]
-        cached: dict[int, int] = {}  # of each prompt: what no answer to it computed
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all prompts that no answer so far computed, each counted once."""
+        cached: dict[int, int] = {}
         for index, stats in self.stats.items():
             prompt = id(self.choices[index].request)
             cached[prompt] = min(_not_computed(stats), cached.get(prompt, stats.tokens))
+        return sum(cached.values())
+
+    def usage(self) -> dict[str, Any]:
+        """Return OpenAI's `usage`, with what was reused."""
+        each = [self.stats[index] for index in sorted(self.stats)]
         details: dict[str, Any] = {
-            "cached_tokens": sum(cached.values()),
+            "cached_tokens": self.cached_tokens,
             "cache_write_tokens": sum(stats.computed_tokens for stats in each),
         }
         if each:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from chunkcache.prompt import PromptChunk
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.protocol import Document, Message, TextPart
+from chunkcache.serve.tool_fields import ToolCall
 
 
 def messages_of(messages: Sequence[Message], documents: Sequence[str | Document] = ()) -> list[dict[str, Any]]:
@@ -44,7 +46,23 @@ def _turn(message: Message) -> dict[str, Any]:
         content = message.content
     elif message.content is not None:
         content = _parts(message.content)
-    return {"role": "system" if message.role == "developer" else message.role, "content": content}
+    turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    if message.role == "tool":
+        turn.update(tool_call_id=message.tool_call_id, name=message.name)
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+    return turn
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """Return a call as chat templates expect it: with arguments that are read."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise HTTPError(400, "the arguments of a tool call are no JSON object", param="messages")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _parts(parts: Sequence[TextPart]) -> list[str | PromptChunk]:

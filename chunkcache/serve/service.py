@@ -14,7 +14,7 @@ from typing import Any
 
 from chunkcache.engine.engine import PreparedRequest
 from chunkcache.engine.generation import end_ids, needs_finished_cache, setting
-from chunkcache.engine.guided import Guides
+from chunkcache.engine.guided import Guide, Guides
 from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
 from chunkcache.engine.ticket import Deliver, Failed, Finished
@@ -31,6 +31,7 @@ from chunkcache.serve.protocol import (
     Sampling,
 )
 from chunkcache.serve.tenants import Tenant
+from chunkcache.serve.tools import Calling, calling
 
 VIEWS = 256  # salts of one tenant whose known texts are kept; those of others are found by their documents only
 WARMED = 16  # tenants whose lead-in is computed when the server starts
@@ -47,12 +48,14 @@ class Choice:
         request: the prompt, and how it is served.
         sampler: chooses the tokens.
         documents: what the client calls the documents that chunks are, by the token ids of these.
+        shown: special tokens that are part of its text.
     """
 
     llm: CachedLLM
     request: PreparedRequest
     sampler: Sampler
     documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
+    shown: frozenset[int] = frozenset()
 
 
 class Service:
@@ -135,19 +138,39 @@ class Service:
             HTTPError, InputError: it cannot be served.
         """
         self._check(asked)
-        if asked.tools:
-            raise HTTPError(400, "tools are not served here; leave them out", "unsupported_parameter", "tools")
-        if "{" in str((asked.chat_template_kwargs or {}).get("chat_template")):  # it may loop for hours
+        given = dict(asked.chat_template_kwargs or {})
+        if "tools" in given:
+            raise HTTPError(400, "chat_template_kwargs: tools are a field of their own", param="chat_template_kwargs")
+        if "{" in str(given.get("chat_template")):  # it may loop for hours
             message = "chat_template names a template of the tokenizer's; one of your own is not taken"
             raise HTTPError(400, message, param="chat_template_kwargs")
         messages = messages_of(asked.messages, asked.documents or ())
         llm = self.view(tenant, asked.salts())
-        build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
+        may_call = self.calling(asked)
+        if may_call is not None:
+            given["tools"] = may_call.tools
         schema = None if asked.response_format is None else asked.response_format.to_follow()
-        named = {
-            llm.prompts.chunk(passage_of(each)): name for each in asked.documents or () if (name := name_of(each))
-        }
-        return [replace(choice, documents=named) for choice in self._choices(llm, asked, [build], schema)]
+        guide: Callable[[], Guide] | None = None
+        if may_call is not None and may_call.grammar is not None:
+            guide = partial(self._guides.lark, may_call.grammar)
+        elif schema is not None:
+            guide = partial(self._guides.json, schema)
+        choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
+        named = {llm.prompts.chunk(passage_of(d)): name for d in asked.documents or () if (name := name_of(d))}
+        shown = frozenset() if may_call is None else may_call.shown
+        return [replace(choice, documents=named, shown=shown) for choice in choices]
+
+    def calling(self, asked: Sampling) -> Calling | None:
+        """Return what a request may call; None where it may call nothing.
+
+        Raises:
+            HTTPError, InputError: the model cannot, or the request contradicts itself.
+        """
+        if not isinstance(asked, ChatRequest):
+            return None
+        prompts = self.llm.prompts.with_options(asked.chat_template_kwargs)
+        template = prompts.template.source_for(tools=bool(asked.tools))
+        return calling(asked, template, self.llm.tokenizer)
 
     def completion(self, asked: CompletionRequest, tenant: Tenant) -> list[Choice]:
         """Return the answers that a completion asks for.
@@ -220,7 +243,7 @@ class Service:
         llm: CachedLLM,
         asked: Sampling,
         builds: Sequence[Callable[[], Prompt]],
-        schema: Mapping[str, Any] | None = None,
+        guide: Callable[[], Guide] | None = None,
     ) -> list[Choice]:
         most = self.scheduler.limits.waiting
         if len(builds) * asked.n > most:
@@ -239,8 +262,8 @@ class Service:
             for number in range(asked.n):
                 seed = None if asked.seed is None else asked.seed + number
                 sampling = {**request.options, **({} if seed is None else {"seed": seed})}
-                guide = None if schema is None else self._guides.json(schema)
-                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest(), guide)
+                follows = None if guide is None else guide()
+                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest(), follows)
                 choices.append(Choice(llm, request, sampler))
         return choices
 
