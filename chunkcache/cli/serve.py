@@ -52,6 +52,9 @@ class ServeCommand:
     log_format: Annotated[str, option(type=click.Choice(["text", "json"]), help="Form of the log.")] = "text"
     otlp_endpoint: Annotated[str | None, option(help="Where traces go, such as http://localhost:4318; by default "
                                                 "what OTEL_EXPORTER_OTLP_ENDPOINT says.")] = None  # fmt: skip
+    dashboard: Annotated[bool, option(help="Show requests with their prompts, and the store, on a page at /.")] = (
+        False
+    )
     threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
                                          "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
     device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
@@ -103,7 +106,13 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     limits = Limits(options.running, options.waiting, most)
     observers = _observers(options.otlp_endpoint)
     served = ServeOptions(
-        tenants, parse_bytes(options.max_body), options.timeout, options.drain, observers, options.precompute_tokens
+        tenants=tenants,
+        body_bytes=parse_bytes(options.max_body),
+        timeout_s=options.timeout,
+        drain_s=options.drain,
+        observers=observers,
+        dashboard=options.dashboard,
+        precompute_tokens=options.precompute_tokens,
     )
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -43,6 +43,7 @@ class ServeOptions:
         timeout_s: seconds after which an answer ends; None for as long as it takes.
         drain_s: seconds that running answers get when the server is told to stop.
         observers: called with the record of each request at its end.
+        dashboard: whether there is a page that shows requests, their prompts and the store.
         precompute_tokens: tokens that one request may have computed ahead, or indexed.
     """
 
@@ -51,6 +52,7 @@ class ServeOptions:
     timeout_s: float | None = None
     drain_s: float = 30.0
     observers: Sequence[Callable[[Record], None]] = ()
+    dashboard: bool = False
     precompute_tokens: int = TOKENS
 
 
@@ -117,6 +119,10 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
     app.add_middleware(Seen, recorder=app.state.recorder, failed=server.metrics.failed)  # the outermost
     for each in (router, documents.router, cohere.router):
         app.include_router(each)
+    if options.dashboard:
+        from chunkcache.serve import dashboard
+
+        dashboard.add_to(app)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     for kind in (HTTPError, ChunkCacheError, Exception):

@@ -69,6 +69,7 @@ class Service:
         llm: as given.
         name: as given.
         scheduler: answers.
+        watched: whether requests keep what their questions looked at.
         background: does what no answer waits for.
         indexes: the documents of tenants.
 
@@ -88,6 +89,7 @@ class Service:
             )
         self.llm, self.name = llm, name
         self.scheduler = Scheduler(llm.engine, limits)
+        self.watched = False
         self.background, self.indexes = Background(self.scheduler), Indexes(self.view)
         self._created = int(time.time())
         self._lock = threading.Lock()
@@ -110,6 +112,12 @@ class Service:
                     del views[next(old for old in views if old != tenant.name)]
             views.move_to_end(key)
             return views[key]
+
+    def views_of(self, tenant: Tenant) -> dict[str, CachedLLM]:
+        """Return the known views of a tenant, its own and those of salts, by what their chunks belong to."""
+        own = {tenant.name: self.view(tenant)}
+        with self._lock:
+            return own | dict(self._views.get(tenant.name, {}))
 
     def warm(self, tenants: Sequence[Tenant] = ()) -> None:
         """Compute the lead-in of chunks for tenants, and decode two tokens: else the first request would wait for it.
@@ -251,7 +259,7 @@ class Service:
             options["reuse"] = "exact"
         choices = []
         for build in builds:
-            request = llm.engine.prepare(build, policy, asked.length(), options)
+            request = replace(llm.engine.prepare(build, policy, asked.length(), options), watched=self.watched)
             for number in range(asked.n):
                 seed = None if asked.seed is None else asked.seed + number
                 sampling = {**request.options, **({} if seed is None else {"seed": seed})}
