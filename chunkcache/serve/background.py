@@ -21,7 +21,7 @@ from chunkcache.errors import QueueFullError
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # yields after each step, and returns what came of it
 
-_GIVE_WAY_S = 1.0  # that a step is put off at most while requests wait
+_GIVE_WAY_S = 1.0  # that a step is put off at most while requests are under way
 _LOOK_S = 0.01
 
 
@@ -85,7 +85,7 @@ class Background:
     def _turn(self) -> None:
         """Do one step of the job whose turn it is."""
         end = time.monotonic() + _GIVE_WAY_S
-        while self._scheduler.load[1] and time.monotonic() < end and not self._closed:
+        while any(self._scheduler.load) and time.monotonic() < end and not self._closed:
             time.sleep(_LOOK_S)
         with self._lock:
             if self._closed:

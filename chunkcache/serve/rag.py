@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,7 @@ class Found:
 
 @dataclass(eq=False)
 class Index:
-    """One index."""
+    """One index. Its documents have its name and theirs as ids, for a tenant's indexes share one store."""
 
     corpus: Corpus
     held: dict[str, Held] = field(default_factory=dict)
@@ -123,9 +123,10 @@ class Indexes:
         hits = [by_text[passage.text] for passage in index.corpus.passages(hits)]
         with self._lock:
             titles = {name: held.title for name, held in index.held.items()}
+        names = [hit.chunk.document_id.partition("/")[2] for hit in hits]
         return Found(
-            [Document(id=hit.chunk.document_id, text=hit.chunk.text) for hit in hits],
-            [_told(hit, titles.get(hit.chunk.document_id, "")) for hit in hits],
+            [Document(id=name, text=hit.chunk.text) for name, hit in zip(names, hits, strict=True)],
+            [_told(hit, name, titles.get(name, "")) for name, hit in zip(names, hits, strict=True)],
             partial(index.corpus.settle, hits),
         )
 
@@ -188,7 +189,7 @@ class Indexes:
             index = self._find(tenant, salts, name) or Index(self._corpus(tenant, salts))
             if most is not None:
                 self._check_room(tenant, name, index, document)
-            change = index.corpus.update(document)
+            change = index.corpus.update(replace(document, id=f"{name}/{document.id}"))
             found = (*change.kept, *change.added)
             tokens = sum(chunk.tokens for chunk in found)
             held = Held(document.id, document.title, len(document.text), len(found), tokens)
@@ -214,7 +215,7 @@ class Indexes:
         index = self._get(tenant, salts, name)
         if document not in index.held:
             raise HTTPError(404, f"the index {name!r} has no such document", "document_not_found", "id")
-        index.corpus.delete(document)
+        index.corpus.delete(f"{name}/{document}")
         owner = (tenant.name, *salts)
         with self._lock:
             del index.held[document]
@@ -274,9 +275,9 @@ def _said(asked: ChatRequest) -> str:
     return "\n".join(part.text for part in content if part.prompt_cache_breakpoint is None)
 
 
-def _told(hit: Hit, title: str) -> dict[str, Any]:
+def _told(hit: Hit, name: str, title: str) -> dict[str, Any]:
     return {
-        "id": hit.chunk.document_id,
+        "id": name,
         "title": title,
         "chunk": hit.chunk.index,
         "score": round(hit.score, 6),

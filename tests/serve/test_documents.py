@@ -129,7 +129,7 @@ def test_a_tenant_sees_no_other_tenants_documents(http):
 def test_an_update_and_a_deletion_leave_nothing_of_the_old_in_any_tier(http, keyed):
     one, service = http[0], keyed[1]
     put(one, "changing")
-    assert min(stored(service, "one", "ferry.md")) > 0
+    assert min(stored(service, "one", "changing/ferry.md")) > 0
     new = {**DOCUMENTS[1], "text": "The ferry was sold, and nobody knows to whom it was sold in the end."}
     assert put(one, "changing", [new]).json()["computed"] == 1
     before = one.delete("/v1/documents/ferry.md", params={"index": "changing"})
@@ -147,9 +147,18 @@ def test_kv_of_a_deleted_document_go_from_every_tier(keyed):
     url, service = keyed
     with _client(url, TWO) as two:
         put(two, "gone", DOCUMENTS[:1])
-        assert min(stored(service, "two", "bridge.md")) > 0
+        assert min(stored(service, "two", "gone/bridge.md")) > 0
         two.delete("/v1/documents/bridge.md", params={"index": "gone"})
-        assert stored(service, "two", "bridge.md") == [0, 0]
+        assert stored(service, "two", "gone/bridge.md") == [0, 0]
+
+
+def test_what_another_index_has_too_keeps_its_kv(http):
+    one, _ = http
+    put(one, "first", DOCUMENTS[:1])
+    assert put(one, "second", DOCUMENTS[:1]).json()["computed"] == 0
+    one.delete("/v1/documents/bridge.md", params={"index": "first"})
+    used = ask(one, "second").json()["usage"]["prompt_tokens_details"]["chunkcache"][0]
+    assert (used["hits"], used["misses"]) == (1, 0)
 
 
 def test_what_a_request_computes_of_a_document_that_went_meanwhile_is_not_kept(keyed):
