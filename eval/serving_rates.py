@@ -23,7 +23,7 @@ from chunkcache.eval.serving import FUSED, Ask, Clients, Shot, free_port
 from chunkcache.eval.serving_summary import LIMIT_S, OURS, best_peer, passed
 from chunkcache.eval.workload import Workload, at_rate, poisson, zipf_workload
 
-FIRST, FACTOR, STEPS = 0.25, 1.5, 12  # requests per second, how it grows, and how often
+FACTOR, STEPS = 1.5, 12  # how the rate grows, and how often
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class Load:
         tokens: length of an answer.
         requests: at each rate.
         skew: exponent of the Zipf law.
+        first: rate to begin with, in requests per second.
     """
 
     cases: Sequence[Case]
@@ -43,6 +44,7 @@ class Load:
     tokens: int
     requests: int = 40
     skew: float = 0.9
+    first: float = 0.25
 
     @property
     def texts(self) -> list[str]:
@@ -126,7 +128,7 @@ class Rivals:
                 for text in self._load.texts if spec.warm else ():
                     client.post(f"{url}{spec.warm}", json={"text": text}).raise_for_status()
             clients.ask(url, [[Ask("Ready?", (), FUSED, 2, plain=True)]], model)  # what the first request sets up
-            rate = FIRST
+            rate = self._load.first
             for step in range(STEPS):
                 row = {"server": name, **self._load.send(clients, url, step, rate, model)}
                 yield row
