@@ -28,9 +28,13 @@ class Tracer:
 
     Args:
         provider: what spans are made of, and where they go.
+
+    Attributes:
+        provider: as given; it sends what is left when the process ends.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
+        self.provider = provider
         self._tracer = provider.get_tracer("chunkcache")
         self._propagator = TraceContextTextMapPropagator()
 

@@ -19,12 +19,12 @@ ONE, TWO = "key-of-the-first-tenant", "key-of-the-second-one"
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4, "temperature": 0}
 DOCUMENTS = [{"id": f"doc-{number}", "data": {"text": text}} for number, text in enumerate(TEXTS)]
 POLICY = "query:ratio=0.2,lead=0"
+TENANTS = Tenants({digest(ONE): Tenant("one"), digest(TWO): Tenant("two")})
 
 
 @pytest.fixture(scope="module")
 def server():
-    tenants = Tenants({digest(ONE): Tenant("one"), digest(TWO): Tenant("two")})
-    with served(wrapped(policy=POLICY), tenants=tenants, dashboard=True) as (url, service):
+    with served(wrapped(policy=POLICY), tenants=TENANTS, dashboard=True) as (url, service):
         headers = {"Authorization": f"Bearer {ONE}"}
         chunks = {"texts": list(TEXTS), "documents": ["doc-0", "doc-1", "doc-2"]}
         httpx.post(f"{url}/v1/chunks", json=chunks, headers=headers).raise_for_status()
@@ -190,6 +190,22 @@ def test_pieces_of_tokens_are_the_text(text):
     parts = pieces(tokenizer, ids)
     assert len(parts) == len(ids)
     assert "".join(parts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_request_that_runs_is_told_without_its_text():
+    asked = {**ASK, "max_tokens": 300, "logit_bias": {"2": -100}, "stream": True}
+    with served(tenants=TENANTS, dashboard=True) as running:
+        address, headers = f"{running[0]}/v1/chat/completions", {"Authorization": f"Bearer {ONE}"}
+        with httpx.stream("POST", address, json=asked, headers=headers) as response:
+            lines = response.iter_lines()
+            for _ in range(3):
+                next(lines)
+            [told] = get(running, "state").json()["requests"]
+            assert get(running, "state", TWO).json()["requests"] == []
+            assert get(running, f"requests/{told['number']}").status_code == 404
+        assert told["state"] == "decoding"
+        assert "text" not in told
+        assert told["ttft_s"] > 0
 
 
 # --- the page

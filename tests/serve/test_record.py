@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
@@ -17,8 +19,9 @@ from support.llm import QUESTION, TEXTS, wrapped
 from support.server import MODEL, served
 
 from chunkcache.serve.logs import Lines
+from chunkcache.serve.record import Recorder
 from chunkcache.serve.tenants import Tenant, Tenants, digest
-from chunkcache.serve.tracing import Tracer
+from chunkcache.serve.tracing import Tracer, tracer
 
 KEY = "the-key-of-this-test"
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4, "temperature": 0}
@@ -235,6 +238,34 @@ def test_an_error_is_one_in_its_trace(server, traces, monkeypatch):
     assert span.status.status_code == StatusCode.ERROR
     assert not span.status.description
     assert not span.events
+
+
+class Collector(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.server.got.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1/traces"])
+def test_traces_go_to_the_endpoint_by_otlp(path):
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    collector.got = []
+    thread = threading.Thread(target=collector.serve_forever, daemon=True)
+    thread.start()
+    send = tracer(f"http://127.0.0.1:{collector.server_port}{path}")
+    recorder = Recorder([send])
+    recorder.end(recorder.begin("GET", {}))
+    send.provider.shutdown()
+    collector.shutdown()
+    collector.server_close()
+    thread.join()
+    [(asked, body)] = collector.got
+    assert asked == "/v1/traces"
+    assert b"chunkcache" in body
 
 
 def test_what_is_counted_has_vllms_names(server):
