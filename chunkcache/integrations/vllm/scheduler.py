@@ -94,18 +94,22 @@ class Scheduling:
             warn_once("a request is served without reuse: %s", error)
             return
         if spec is not None:
-            self._requests[request.request_id] = _Request(spec, ids, request.cache_salt)
-            _salt(request, salt_of(spec, ids, request.cache_salt, request.request_id))
+            known = self._requests[request.request_id] = _Request(spec, ids, request.cache_salt)
+            _salt(request, self._salt_of(request, known))
 
     def matched(self, request: Any, computed: int) -> int | None:
         """Return how many tokens will be loaded beyond the `computed` ones; None to be asked again."""
         known = self._requests.get(request.request_id)
-        if known is None or known.plain or computed > 0:
-            return 0  # what is left of blocks that were fused for this request vLLM computes itself
+        if known is None or known.plain:
+            return 0
         if known.promised is not None:
             if request.num_preemptions <= known.promised:
                 return 0  # it could not be loaded
             known.promised, known.asked, known.report = None, 0.0, None
+            _salt(request, self._salt_of(request, known))  # all of it is fused again, and so comes out the same
+            return None
+        if computed > 0:
+            return 0
         if known.waits_for:
             if any(missing in self._queue for missing in known.waits_for):
                 return None
@@ -120,6 +124,10 @@ class Scheduling:
             self.counts["timeouts"] += 1
             return self._leave(request, known)
         return self._decide(request, known, known.report)
+
+    @staticmethod
+    def _salt_of(request: Any, known: _Request) -> str:
+        return salt_of(known.spec, known.token_ids, known.salt, f"{request.request_id}:{request.num_preemptions}")
 
     def _decide(self, request: Any, known: _Request, report: Report) -> int | None:
         missing = self._missing(known, report)
