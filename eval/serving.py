@@ -14,6 +14,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -106,18 +107,24 @@ def server_process(model: str, *options: str) -> Iterator[tuple[str, int]]:
     """
     port = free_port()
     command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "model", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+    with (  # a pipe that nobody reads would fill with its log, and hold it up
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(command, stdout=said, stderr=said, env=os.environ) as process,
+    ):
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
         while not is_up(url):
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
-                raise ChunkCacheError(f"the server did not come up: {process.communicate()[1].strip()[-400:]}")
+                process.wait()
+                said.seek(0)
+                told = said.read().decode(errors="replace").strip()[-400:]
+                raise ChunkCacheError(f"the server did not come up: {told}")
             time.sleep(0.1)
         try:
             yield url, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate()
+            process.wait()
 
 
 class Clients:
