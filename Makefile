@@ -1,13 +1,13 @@
 # Everything runs in .venv, which is set up on first use and again when the dependencies change. The tests of the
 # LMCache tier run in .venv/lmcache, those of adapters and quantised models in .venv/adapters, those of the Triton
-# kernels in .venv/triton, all on top of it.
+# kernels in .venv/triton, those of Ray Serve in .venv/ray, all on top of it.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 STAMP  := .venv/.installed
 
-.PHONY: help demo docs report test test-lmcache test-adapters test-triton gpu-check lint check clean
+.PHONY: help demo docs report test test-lmcache test-adapters test-triton test-ray gpu-check lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -32,6 +32,9 @@ test-adapters: .venv/adapters/.installed    ## run the tests that need peft, tor
 
 test-triton: .venv/triton/.installed    ## run the tests of the kernels in Triton's interpreter, likewise
 	@TRITON_INTERPRET=1 .venv/triton/bin/python -m pytest tests/blend/test_kernels.py
+
+test-ray: .venv/ray/.installed    ## run the tests of the router under Ray Serve, likewise
+	@.venv/ray/bin/python -m pytest tests/serve/test_ray.py
 
 gpu-check:    ## check and measure on a GPU, in at most 8 minutes; GPU_OPTIONS=--smoke for toy sizes on the CPU
 	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m chunkcache.eval.gpu $(GPU_OPTIONS)
@@ -60,7 +63,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Packages that want a GPU's libraries only to be installed, not to run: they go in without these, on top of .venv.
-.venv/lmcache/.installed .venv/adapters/.installed .venv/triton/.installed: .venv/%/.installed: .ci/%.txt $(STAMP)
+.venv/lmcache/.installed .venv/adapters/.installed .venv/triton/.installed .venv/ray/.installed: .venv/%/.installed: .ci/%.txt $(STAMP)
 	@rm -rf .venv/$*
 	@$(PYTHON) -m venv --without-pip .venv/$*
 	@$(BIN)/python -m pip --disable-pip-version-check --python .venv/$*/bin/python install -qq --no-deps -r $<

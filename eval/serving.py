@@ -71,6 +71,17 @@ def server(model: str, *options: str) -> Iterator[str]:
     Raises:
         ChunkCacheError: it does not come up.
     """
+    with server_process(model, *options) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(model: str, *options: str) -> Iterator[tuple[str, int]]:
+    """Run `chunkcache serve` in a process of its own; yield its URL and the process's number.
+
+    Raises:
+        ChunkCacheError: it does not come up.
+    """
     port = free_port()
     command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "model", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
@@ -81,7 +92,7 @@ def server(model: str, *options: str) -> Iterator[str]:
                 raise ChunkCacheError(f"the server did not come up: {process.communicate()[1].strip()[-400:]}")
             time.sleep(0.1)
         try:
-            yield url
+            yield url, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate()

@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 from rich.markup import escape
@@ -21,6 +21,7 @@ from chunkcache.errors import InputError, missing_extra
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 KEY_VARIABLE = "CHUNKCACHE_API_KEY"
+TRACE_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -44,6 +45,11 @@ class ServeCommand:
     max_body: Annotated[str, option(help="Largest request.")] = "8MiB"
     timeout: Annotated[float | None, option(help="Seconds after which an answer ends.")] = None
     drain: Annotated[float, option(help="Seconds that running answers get on SIGTERM.")] = 30.0
+    log_format: Annotated[str, option(type=click.Choice(["text", "json"]), help="Form of the log.")] = "text"
+    otlp_endpoint: Annotated[str | None, option(help="Where traces go, such as http://localhost:4318; by default "
+                                                "what OTEL_EXPORTER_OTLP_ENDPOINT says.")] = None  # fmt: skip
+    threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
+                                         "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
     device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
     dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
@@ -67,10 +73,13 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
         import uvicorn
 
         from chunkcache.serve.app import ServeOptions, create_app
+        from chunkcache.serve.logs import configure
         from chunkcache.serve.service import Service
         from chunkcache.serve.tenants import Tenants
     except ImportError as error:
         raise missing_extra("server", "chunkcache serve", error) from error
+    import torch
+
     from chunkcache.blend import parse_policy
     from chunkcache.engine.scheduler import Limits
     from chunkcache.llm import CachedLLM
@@ -85,7 +94,10 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
         )
     most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
     limits = Limits(options.running, options.waiting, most)
-    served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain)
+    observers = _observers(options.otlp_endpoint)
+    served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain, observers)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     policy, store = parse_policy(options.policy), open_store(options.store)
     stack.enter_context(closing(store))
     model, tokenizer = load(options.model_name, options.device, options.dtype)
@@ -94,7 +106,19 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     app = create_app(service, served)
     service.warm(tenants.all)
     err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
+    configure(options.log_format)
     uvicorn.run(
-        app, host=options.host, port=options.port, log_level="warning",
+        app, host=options.host, port=options.port, log_config=None,
         timeout_graceful_shutdown=math.ceil(options.drain),
     )  # fmt: skip
+
+
+def _observers(endpoint: str | None) -> list[Any]:
+    """Return what sends traces, if there is an address to send them to."""
+    if endpoint is None and not any(os.environ.get(name) for name in TRACE_VARIABLES):
+        return []
+    try:
+        from chunkcache.serve.tracing import tracer
+    except ImportError as error:
+        raise missing_extra("otel", "sending traces", error) from error
+    return [tracer(endpoint)]

@@ -15,6 +15,7 @@ from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.ticket import Event, Failed, Finished, Ticket
 from chunkcache.errors import QueueFullError
+from chunkcache.serve.record import by_chunk
 from chunkcache.serve.service import Choice
 
 
@@ -84,6 +85,11 @@ class Answers:
         prompts = {id(choice.request): len(choice.request.prompt.token_ids) for choice in self.choices}
         self.prompt_tokens = sum(prompts.values())
 
+    @property
+    def tickets(self) -> Sequence[Ticket]:
+        """The answers as the scheduler has them, in their order."""
+        return self._tickets
+
     def cancel(self) -> None:
         """End all answers after the step they are in."""
         for ticket in self._tickets:
@@ -140,19 +146,24 @@ class Answers:
         if stats is not None:
             self.stats[index] = stats
 
-    def usage(self) -> dict[str, Any]:
-        """Return OpenAI's `usage`, with what was reused."""
-        each = [self.stats[index] for index in sorted(self.stats)]
-        cached: dict[int, int] = {}  # of each prompt: what no answer to it computed
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all prompts that no answer so far computed, each counted once."""
+        cached: dict[int, int] = {}
         for index, stats in self.stats.items():
             prompt = id(self.choices[index].request)
             cached[prompt] = min(_not_computed(stats), cached.get(prompt, stats.tokens))
+        return sum(cached.values())
+
+    def usage(self) -> dict[str, Any]:
+        """Return OpenAI's `usage`, with what was reused."""
+        each = [self.stats[index] for index in sorted(self.stats)]
         details: dict[str, Any] = {
-            "cached_tokens": sum(cached.values()),
+            "cached_tokens": self.cached_tokens,
             "cache_write_tokens": sum(stats.computed_tokens for stats in each),
         }
         if each:
-            details["chunkcache"] = [_told(stats) for stats in each]
+            details["chunkcache"] = [_told(self.stats[index], self.choices[index]) for index in sorted(self.stats)]
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -171,17 +182,19 @@ def _not_computed(stats: RequestStats) -> int:
     return max(0, min(stats.cached_tokens, stats.tokens - computed))
 
 
-def _told(stats: RequestStats) -> dict[str, Any]:
+def _told(stats: RequestStats, choice: Choice) -> dict[str, Any]:
     """Return what clients are told of a request, under `usage.prompt_tokens_details.chunkcache`."""
     return {
         "policy": stats.policy,
         "chunks": stats.chunks,
         "hits": stats.hits,
         "misses": stats.misses,
+        "lost": stats.lost,
         "reused_tokens": stats.reused_tokens,
         "exact_tokens": stats.exact_tokens,
         "recomputed_share": round(stats.recomputed_share, 6),
         "guard_full": stats.guard_full,
+        "by_chunk": by_chunk(stats, choice),
         "ttft_s": round(stats.ttft_s, 6),
-        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages().items()},
+        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages(queued=True).items()},
     }

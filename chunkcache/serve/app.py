@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -19,9 +19,12 @@ from chunkcache.serve import responses, schema
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.gates import Bounded, Guarded
+from chunkcache.serve.logs import log_request
 from chunkcache.serve.metrics import Metrics
 from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered
 from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, ResponseRequest, Sampling
+from chunkcache.serve.record import Record, Recorder
+from chunkcache.serve.seen import Seen
 from chunkcache.serve.service import Choice, Service
 from chunkcache.serve.tenants import Tenant, Tenants
 
@@ -38,12 +41,14 @@ class ServeOptions:
         body_bytes: the largest request.
         timeout_s: seconds after which an answer ends; None for as long as it takes.
         drain_s: seconds that running answers get when the server is told to stop.
+        observers: called with the record of each request at its end.
     """
 
     tenants: Tenants = field(default_factory=Tenants)
     body_bytes: int = 8 * 2**20
     timeout_s: float | None = None
     drain_s: float = 30.0
+    observers: Sequence[Callable[[Record], None]] = ()
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,20 @@ class Server:
         with ExitStack() as stack:
             stack.enter_context(self.options.tenants.admitted(tenant))
             choices = await run_in_threadpool(prepare, asked, tenant)
+            may_call = self.service.calling(asked)
+            parser = None if may_call is None else may_call.parser
+            record: Record = request.state.record
             answers = Answers(
                 self.service.scheduler,
                 choices,
                 self.service.stops(asked),
                 tenant.name,
                 self.service.seconds(self.options.timeout_s),
-                self.metrics.watch,
+                record.watching(self.metrics.watch),
             )
+            record.model, record.kind, record.answers = asked.model, kind.operation, answers
             answers.submit()
             stack.callback(answers.cancel)
-            may_call = self.service.calling(asked)
-            parser = None if may_call is None else may_call.parser
             form: Form = kind(
                 Shape(self.service.name, self.service.token_text, asked.likeliest() is not None, calls=parser)
             )
@@ -97,9 +104,11 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
         await run_in_threadpool(service.scheduler.close, options.drain_s)
 
     app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    server = app.state.server = Server(service, options, Metrics(service.scheduler))
+    server = app.state.server = Server(service, options, Metrics(service.scheduler, service.llm.store))
     app.add_middleware(Bounded, most=options.body_bytes)
     app.add_middleware(Guarded, server=server)  # comes first: who has no key is not listened to
+    app.state.recorder = Recorder([log_request, *options.observers])
+    app.add_middleware(Seen, recorder=app.state.recorder, failed=server.metrics.failed)  # the outermost
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
@@ -117,7 +126,9 @@ def _server(request: Request) -> Server:
 
 
 def _who(request: Request) -> Tenant:
-    return _server(request).options.tenants.find(request.headers.get("authorization"))
+    tenant = _server(request).options.tenants.find(request.headers.get("authorization"))
+    request.state.record.tenant = tenant.name
+    return tenant
 
 
 AServer = Annotated[Server, Depends(_server)]
@@ -177,7 +188,7 @@ async def health() -> dict[str, str]:
 @router.get("/metrics", responses=schema.TEXT, response_class=Response)
 async def measured(tenant: Who, server: AServer) -> Response:
     """Tell what was counted, in Prometheus' format."""
-    return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(await run_in_threadpool(server.metrics.text), media_type="text/plain; version=0.0.4")
 
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from chunkcache.engine.faults import log_fault
 from chunkcache.errors import ChunkCacheError, ContextLengthError, InputError, QueueFullError
-
-logger = logging.getLogger("chunkcache")
 
 RETRY_S = 1  # seconds after which one who was refused may ask again
 
@@ -46,7 +44,7 @@ class HTTPError(Exception):
             return cls(400, str(error), "context_length_exceeded", "messages")
         if isinstance(error, InputError):
             return cls(400, str(error))
-        logger.error("a request failed", exc_info=error)
+        log_fault("a request failed", error)
         told = str(error) if isinstance(error, ChunkCacheError) else "the server failed; its log says why"
         return cls(500, told)
 

@@ -26,9 +26,18 @@ def messages_of(messages: Sequence[Message], documents: Sequence[str | Document]
                 400, "documents stand with what the user asks; pass a message of the user", param="messages"
             )
         said = [asked["content"]] if isinstance(asked["content"], str) else asked["content"]
-        passages = [each if isinstance(each, str) else each.passage() for each in documents]
-        asked["content"] = [*map(PromptChunk, passages), *said]
+        asked["content"] = [*(PromptChunk(passage_of(each)) for each in documents), *said]
     return turns
+
+
+def passage_of(document: str | Document) -> str:
+    """Return the text of a document as it stands in a prompt."""
+    return document if isinstance(document, str) else document.passage()
+
+
+def name_of(document: str | Document) -> str | None:
+    """Return what a client calls a document."""
+    return None if isinstance(document, str) else document.id or document.title
 
 
 def _turn(message: Message) -> dict[str, Any]:

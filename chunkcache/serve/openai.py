@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from chunkcache.engine.detokenizer import UNFINISHED
@@ -46,7 +46,13 @@ class Shape:
 
 
 class Form(ABC):
-    """One kind of answer."""
+    """One kind of answer.
+
+    Class attributes:
+        operation: what it does, as OpenTelemetry's conventions for generative AI call it.
+    """
+
+    operation: ClassVar[str] = "chat"
 
     @abstractmethod
     def whole(self, texts: Sequence[str], tokens: Sequence[Sequence[Sampled]], ends: Sequence[str]) -> dict[str, Any]:
@@ -172,6 +178,8 @@ class Chat(_Pieces):
 
 class Completion(_Pieces):
     """Completions of a text."""
+
+    operation = "text_completion"
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape

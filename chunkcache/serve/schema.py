@@ -35,7 +35,8 @@ _ERRORS = {
     503: "The server is shutting down; ask again.",
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_STREAM = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
+_ANSWER = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -52,7 +53,7 @@ READ = errors(401, 500)
 NAMED = errors(401, 404, 500)
 POSTED = errors(400, 401, 413, 429, 500, 503)
 ANSWERED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with `stream` its events.", "content": _STREAM},
+    200: {"description": "The answer, or with `stream` its events.", "content": _ANSWER},
     **errors(*_ERRORS),
 }
 TEXT: dict[int | str, dict[str, Any]] = {

@@ -6,8 +6,8 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from queue import Queue
 from typing import Any
@@ -19,10 +19,11 @@ from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
 from chunkcache.engine.ticket import Deliver, Failed, Finished
 from chunkcache.errors import InputError
+from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt
 from chunkcache.serve.errors import HTTPError
-from chunkcache.serve.messages import messages_of
+from chunkcache.serve.messages import messages_of, name_of, passage_of
 from chunkcache.serve.protocol import (
     ChatRequest,
     ChunksRequest,
@@ -47,12 +48,14 @@ class Choice:
         request: the prompt, and how it is served.
         sampler: chooses the tokens.
         shown: special tokens that are part of its text.
+        documents: what the client calls the documents that chunks are, by the token ids of these.
     """
 
     llm: CachedLLM
     request: PreparedRequest
     sampler: Sampler
     shown: frozenset[int] = frozenset()
+    documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
 
 
 class Service:
@@ -152,8 +155,12 @@ class Service:
             guide = partial(self._guides.lark, may_call.grammar)
         elif schema is not None:
             guide = partial(self._guides.json, schema)
+        named = {
+            llm.prompts.chunk(passage_of(each)): name for each in asked.documents or () if (name := name_of(each))
+        }
+        shown = frozenset() if may_call is None else may_call.shown
         choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
-        return [replace(choice, shown=may_call.shown) for choice in choices] if may_call is not None else choices
+        return [replace(choice, documents=named, shown=shown) for choice in choices]
 
     def calling(self, asked: Sampling) -> Calling | None:
         """Return what a request may call; None where it may call nothing.
