@@ -22,6 +22,7 @@ from chunkcache.errors import InputError
 from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt
+from chunkcache.serve.adapters import ServedAdapters
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.messages import messages_of, name_of, passage_of
 from chunkcache.serve.protocol import (
@@ -69,6 +70,7 @@ class Service:
     Attributes:
         llm: as given.
         name: as given.
+        adapters: the model's adapters, which clients name as models.
         scheduler: answers.
 
     Raises:
@@ -86,6 +88,7 @@ class Service:
                 "set it to None"
             )
         self.llm, self.name = llm, name
+        self.adapters = ServedAdapters(llm.engine.served.adapters, name)
         self.scheduler = Scheduler(llm.engine, limits)
         self._created = int(time.time())
         self._lock = threading.Lock()
@@ -200,17 +203,28 @@ class Service:
         llm = self.view(tenant, asked.salts())
         if asked.documents is not None and len(asked.documents) != len(asked.texts):
             raise HTTPError(400, "documents names one document for each text", param="documents")
-        computed = llm.precompute(asked.texts, documents=asked.documents, system=asked.system, lead=asked.lead)
+        name = asked.model or self.name
+        with self.adapters.used(name):
+            computed = llm.precompute(
+                asked.texts, documents=asked.documents, system=asked.system, lead=asked.lead,
+                adapter=self.adapters.adapter_of(name),
+            )  # fmt: skip
         return {"chunks": len(asked.texts), "computed": computed.computed}
 
-    def about(self) -> dict[str, Any]:
-        """Return what clients are told of the model."""
+    def about(self, name: str | None = None) -> dict[str, Any]:
+        """Return what clients are told of the model, or of one of its adapters.
+
+        Raises:
+            HTTPError: there is no such model.
+        """
+        adapter = None if name is None else self.adapters.adapter_of(name)
         return {
-            "id": self.name,
+            "id": name or self.name,
             "object": "model",
             "created": self._created,
             "owned_by": "chunkcache",
             "max_model_len": self.llm.max_tokens,
+            **({} if adapter is None else {"parent": self.name}),
         }
 
     def stops(self, asked: Sampling) -> list[str]:
@@ -227,13 +241,8 @@ class Service:
         """Return the text of one token."""
         return str(self.llm.tokenizer.decode([token_id]))
 
-    def check_model(self, name: str) -> None:
-        """Raise HTTPError if the model is called otherwise."""
-        if name != self.name:
-            raise HTTPError(404, f"there is no model {name!r} here, but {self.name!r}", "model_not_found", "model")
-
     def _check(self, asked: Sampling) -> None:
-        self.check_model(asked.model)
+        self.adapters.adapter_of(asked.model)
         for name in ("frequency_penalty", "presence_penalty"):
             if getattr(asked, name):
                 raise HTTPError(
@@ -251,7 +260,7 @@ class Service:
         if len(builds) * asked.n > most:
             message = f"{len(builds)} prompts and n={asked.n} are too many answers; ask for {most} or fewer at once"
             raise HTTPError(400, message, param="n" if len(builds) == 1 else "prompt")
-        options = _options(asked)
+        options = {**_options(asked), "adapter": self.adapters.adapter_of(asked.model)}
         size = _vocab_size(llm)
         if any(int(name) >= size for name in asked.logit_bias or ()):
             raise HTTPError(400, f"logit_bias: the model has {size} token ids", param="logit_bias")
