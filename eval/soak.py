@@ -8,6 +8,8 @@ another.
 from __future__ import annotations
 
 import json
+import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +161,20 @@ def rss_growth(samples: Sequence[tuple[float, int]], seconds: float) -> dict[str
 @contextmanager
 def valkey() -> Iterator[ValkeyServer]:
     """Run a Valkey on a free port."""
-    server = ValkeyServer()
+    server = ValkeyServer(port=_steady_port())
     server.start()
     try:
         yield server
     finally:
         server.terminate()
+
+
+def _steady_port() -> int:
+    """Return a free port below those that the system gives to clients: it stays free while the server is down."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 22_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextmanager

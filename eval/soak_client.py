@@ -24,6 +24,7 @@ import httpx
 
 CHAT = "/v1/chat/completions"
 VANISH, BAD = 0.15, 0.15  # shares of requests
+WAIT_S = 600  # for each read: an answer that takes longer is taken for lost
 EXAMPLES = 5  # of what went wrong, without its text
 
 
@@ -57,7 +58,7 @@ class Client(threading.Thread):
         """Ask until time is up."""
         end = time.monotonic() + self._plan["seconds"]
         bad = bad_requests(self._plan["model"])
-        with httpx.Client(base_url=self._plan["url"], timeout=120) as client:
+        with httpx.Client(base_url=self._plan["url"], timeout=WAIT_S) as client:
             while time.monotonic() < end:
                 kind, number = self._draw.random(), self._draw.randrange(len(self._plan["requests"]))
                 try:

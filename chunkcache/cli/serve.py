@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err
 from chunkcache.cli.inputs import load
-from chunkcache.cli.options import FOLDER, STORE_VARIABLE, PolicyName, argument, command, count, option
+from chunkcache.cli.options import FOLDER, STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
 from chunkcache.errors import InputError, missing_extra
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -44,10 +44,17 @@ class ServeCommand:
     max_kv_bytes: Annotated[str | None, option(help="KV of all sequences that run, such as 4GiB.")] = None
     max_body: Annotated[str, option(help="Largest request.")] = "8MiB"
     timeout: Annotated[float | None, option(help="Seconds after which an answer ends.")] = None
+    index: Annotated[tuple[str, ...], option(metavar="NAME=PATH", help="Index of a folder or file of documents for "
+                                             "requests with `rag`; with --keys TENANT/NAME=PATH.")] = ()  # fmt: skip
+    chunk_tokens: ChunkTokens = 256
+    precompute_tokens: Annotated[int, count("Tokens of documents or chunks in one request.")] = 65_536
     drain: Annotated[float, option(help="Seconds that running answers get on SIGTERM.")] = 30.0
     log_format: Annotated[str, option(type=click.Choice(["text", "json"]), help="Form of the log.")] = "text"
     otlp_endpoint: Annotated[str | None, option(help="Where traces go, such as http://localhost:4318; by default "
                                                 "what OTEL_EXPORTER_OTLP_ENDPOINT says.")] = None  # fmt: skip
+    dashboard: Annotated[bool, option(help="Show requests with their prompts, and the store, on a page at /.")] = (
+        False
+    )
     threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
                                          "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
     adapters: Annotated[tuple[str, ...], option("--adapter", metavar="NAME=PATH", help="Adapter of peft, served as "
@@ -76,8 +83,10 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     try:
         import uvicorn
 
+        from chunkcache.cli.indexes import fill_indexes, read_indexes
         from chunkcache.serve.app import ServeOptions, create_app
         from chunkcache.serve.logs import configure
+        from chunkcache.serve.rag import IndexLimits
         from chunkcache.serve.service import Service
         from chunkcache.serve.tenants import Tenants
     except ImportError as error:
@@ -96,6 +105,7 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
         raise InputError(
             f"--host {options.host} lets others in: set {KEY_VARIABLE}, or pass --keys, or listen at {LOOPBACK[0]}"
         )
+    given = read_indexes(options.index, tenants)
     most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
     limits = Limits(options.running, options.waiting, most)
     observers = _observers(options.otlp_endpoint)
@@ -103,9 +113,16 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     if options.allow_adapter_updates and options.adapter_dir is None:
         raise InputError("--allow-adapter-updates wants --adapter-dir, the folder that adapters are loaded from")
     served = ServeOptions(
-        tenants, parse_bytes(options.max_body), options.timeout, options.drain, observers,
-        options.adapter_dir, options.allow_adapter_updates,
-    )  # fmt: skip
+        tenants=tenants,
+        body_bytes=parse_bytes(options.max_body),
+        timeout_s=options.timeout,
+        drain_s=options.drain,
+        observers=observers,
+        dashboard=options.dashboard,
+        precompute_tokens=options.precompute_tokens,
+        adapter_dir=options.adapter_dir,
+        adapter_updates=options.allow_adapter_updates,
+    )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     policy, store = parse_policy(options.policy), open_store(options.store)
@@ -116,7 +133,9 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     for name, folder in adapters:
         service.adapters.load(name, folder)
     app = create_app(service, served)
+    service.indexes.limits = IndexLimits(chunk_tokens=options.chunk_tokens)
     service.warm(tenants.all)
+    fill_indexes(service, given)
     err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
     configure(options.log_format)
     uvicorn.run(

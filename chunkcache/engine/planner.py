@@ -67,14 +67,14 @@ class Planner:
         stats.lookup_s = time.perf_counter() - started - stats.compute_s
         return Plan.of(ids, chunks, prefix)
 
-    def _prefix(self, prompt: Prompt, stats: RequestStats) -> Span:
+    def _prefix(self, prompt: Prompt, stats: RequestStats) -> Span | None:
         head = None if prompt.head is None else replace(prompt.head, source="conversation")
         kv = head or self._library.get_prefix(prompt.prefix)
         if kv is None:
             ref = self._library.ref(prompt.prefix, ())
-            kv = self._compute([ref], stats)[ref]
+            kv = self._compute([ref], stats).get(ref)
             stats.computed_tokens += prompt.prefix_tokens
-        return Span(0, len(kv), kv.token_ids, kv=kv, exact=True)
+        return None if kv is None else Span(0, len(kv), kv.token_ids, kv=kv, exact=True)
 
     def _chunks(self, prompt: Prompt, policy: Policy, stats: RequestStats) -> list[Span]:
         """Return the chunks with their KV: exact as long as all before are; from there on, computed elsewhere."""
@@ -130,6 +130,7 @@ class Planner:
         ]
 
     def _compute(self, refs: list[ChunkRef], stats: RequestStats) -> Mapping[ChunkRef, ChunkKV]:
+        """Return the KV of what is missing; what is left out is computed with the prompt."""
         started = time.perf_counter()
         computed = self._library.compute(refs)
         stats.compute_s += time.perf_counter() - started

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,21 @@ Item = TypeVar("Item")
 NAME = "chunkcache_pack"
 PACK_TOKENS = 1024  # of all chunks in one forward; twice as many measured no faster on a CPU
 PACK_TOKENS_THERE = 8192  # on an accelerator, where a short forward is bound by its launches; not measured
+
+
+class ChunkEncoder(Protocol):
+    """Computes chunk KV, by whatever runs the model; see `Encoder`."""
+
+    @property
+    def pack_tokens(self) -> int:
+        """How many tokens of several chunks are computed in one forward at most."""
+        ...
+
+    def encode(
+        self, context: ChunkKV | Sequence[ChunkKV] | None, chunks: Sequence[TokenIds], record: bool = False
+    ) -> Iterator[ChunkKV]:
+        """Yield the KV of each chunk right behind a context."""
+        ...
 
 
 class Encoder:

@@ -17,7 +17,7 @@ from chunkcache.errors import ContextLengthError, EntryLostError
 from chunkcache.kv import ChunkKey, ChunkKV, ChunkRef, Origin, Span, TokenIds, chunk_name, hashed_label
 from chunkcache.kv.transfer import join, marked
 from chunkcache.library.deletion import DeletionMethods
-from chunkcache.library.encoder import Encoder, packs
+from chunkcache.library.encoder import ChunkEncoder, Encoder, packs
 from chunkcache.library.registry import ChunkRegistry, warn_once
 from chunkcache.library.single_flight import SingleFlight
 from chunkcache.store import Store
@@ -38,6 +38,7 @@ class ChunkLibrary(DeletionMethods):
         lead_in: token ids that stand before a chunk while it is computed ahead, for policies that want it.
         registry: what is known of chunks; None for an empty one.
         is_current: says whether the model still is the one with this fingerprint; None for always.
+        encoder: computes; None for one that runs the decoder's own model.
 
     Attributes:
         fingerprint: as given.
@@ -55,9 +56,10 @@ class ChunkLibrary(DeletionMethods):
         lead_in: TokenIds = (),
         registry: ChunkRegistry | None = None,
         is_current: Callable[[], bool] | None = None,
+        encoder: ChunkEncoder | None = None,
     ) -> None:
         self._decoder = decoder
-        self._encoder = Encoder(decoder)
+        self._encoder = encoder or Encoder(decoder)
         self.pack_tokens = self._encoder.pack_tokens
         self._store = store
         self.fingerprint = fingerprint

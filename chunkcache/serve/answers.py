@@ -69,6 +69,9 @@ class Answers:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, event: Event) -> None:
+            found = self.choices[index].found
+            if found is not None and not isinstance(event, Sampled):
+                found.ended()
             with suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
@@ -145,6 +148,11 @@ class Answers:
     def _note(self, index: int, stats: RequestStats | None) -> None:
         if stats is not None:
             self.stats[index] = stats
+
+    def extra(self) -> dict[str, Any]:
+        """Return what stands beside OpenAI's fields: the documents that were found in an index."""
+        found = self.choices[0].found
+        return {} if found is None else {"chunkcache": {"documents": found.told}}
 
     @property
     def cached_tokens(self) -> int:

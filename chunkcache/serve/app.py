@@ -23,7 +23,8 @@ from chunkcache.serve.gates import Bounded, Guarded
 from chunkcache.serve.logs import log_request
 from chunkcache.serve.metrics import Metrics
 from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered
-from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, ResponseRequest, Sampling
+from chunkcache.serve.precompute import TOKENS
+from chunkcache.serve.protocol import ChatRequest, CompletionRequest, ResponseRequest, Sampling
 from chunkcache.serve.record import Record, Recorder
 from chunkcache.serve.seen import Seen
 from chunkcache.serve.service import Choice, Service
@@ -45,6 +46,8 @@ class ServeOptions:
         observers: called with the record of each request at its end.
         adapter_dir: the folder whose adapters may be loaded by requests; None for none.
         adapter_updates: whether adapters may be loaded and unloaded by requests.
+        dashboard: whether there is a page that shows requests, their prompts and the store.
+        precompute_tokens: tokens that one request may have computed ahead, or indexed.
     """
 
     tenants: Tenants = field(default_factory=Tenants)
@@ -54,6 +57,8 @@ class ServeOptions:
     observers: Sequence[Callable[[Record], None]] = ()
     adapter_dir: Path | None = None
     adapter_updates: bool = False
+    dashboard: bool = False
+    precompute_tokens: int = TOKENS
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Server:
     metrics: Metrics
 
     async def answer(
-        self, request: Request, asked: Sampling, tenant: Tenant, prepare: Callable[..., list[Choice]], kind: type[Any]
+        self, request: Request, asked: Sampling, tenant: Tenant, prepare: Callable[..., list[Choice]], kind: Any
     ) -> Response:
         """Answer a request with a body, or with a stream of pieces."""
         with ExitStack() as stack:
@@ -90,23 +95,26 @@ class Server:
                 Shape(asked.model, self.service.token_text, asked.likeliest() is not None, calls=parser)
             )
             if not asked.stream:
-                return JSONResponse(await _or_gone(request, gathered(form, answers)))
+                return JSONResponse(await or_gone(request, gathered(form, answers)))
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return _Stream(form.stream(answers, usage), stack.pop_all())
 
-    def told(self, error: HTTPError) -> JSONResponse:
-        """Return the answer to a request that went wrong."""
+    def told(self, error: HTTPError, path: str = "") -> JSONResponse:
+        """Return the answer to a request that went wrong, in the shape that clients of `path` read."""
         self.metrics.failed(error.status)
-        return JSONResponse(error.body(), error.status, error.headers)
+        return JSONResponse(error.body(path), error.status, error.headers)
 
 
 def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI:
     """Return the ASGI application of a service. The service's scheduler ends with it."""
+    from chunkcache.serve import cohere, documents  # they need what is below
+
     options = options or ServeOptions()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await run_in_threadpool(service.background.close)
         await run_in_threadpool(service.scheduler.close, options.drain_s)
 
     app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -115,7 +123,12 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
     app.add_middleware(Guarded, server=server)  # comes first: who has no key is not listened to
     app.state.recorder = Recorder([log_request, *options.observers])
     app.add_middleware(Seen, recorder=app.state.recorder, failed=server.metrics.failed)  # the outermost
-    app.include_router(router)
+    for each in (router, documents.router, cohere.router):
+        app.include_router(each)
+    if options.dashboard:
+        from chunkcache.serve import dashboard
+
+        dashboard.add_to(app)
     if options.adapter_updates:
         app.include_router(adapters.router)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -161,13 +174,6 @@ async def response(request: Request, asked: ResponseRequest, tenant: Who, server
     return await server.answer(request, asked.as_chat(), tenant, server.service.chat, responses.Response)
 
 
-@router.post("/v1/chunks", responses=schema.POSTED)
-async def chunks(asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
-    """Compute the KV of texts ahead."""
-    with server.options.tenants.admitted(tenant):
-        return await run_in_threadpool(server.service.precompute, asked, tenant)
-
-
 @router.get("/v1/models", responses=schema.READ)
 async def models(tenant: Who, server: AServer) -> dict[str, Any]:
     """List the model."""
@@ -202,20 +208,20 @@ async def measured(tenant: Who, server: AServer) -> Response:
 async def _invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return _server(request).told(HTTPError(400, f"the body is no JSON, from character {first['loc'][-1]} on"))
+        return await _failed(request, HTTPError(400, f"the body is no JSON, from character {first['loc'][-1]} on"))
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    return _server(request).told(HTTPError(400, message, param=where or None))
+    return await _failed(request, HTTPError(400, message, param=where or None))
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
-    answer = _server(request).told(HTTPError(error.status_code, str(error.detail)))
+    answer = await _failed(request, HTTPError(error.status_code, str(error.detail)))
     answer.headers.update(error.headers or {})
     return answer
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    return _server(request).told(HTTPError.of(error))
+    return _server(request).told(HTTPError.of(error), request.url.path)
 
 
 class _Stream(StreamingResponse):
@@ -230,7 +236,7 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _or_gone(request: Request, answer: Awaitable[T]) -> T:
+async def or_gone(request: Request, answer: Awaitable[T]) -> T:
     """Await an answer; if its client goes away meanwhile, end it."""
     task = asyncio.ensure_future(answer)
 

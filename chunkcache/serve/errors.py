@@ -1,4 +1,4 @@
-"""What goes wrong, in the shape that OpenAI's clients read."""
+"""What goes wrong, in the shapes that OpenAI's and Cohere's clients read."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ class HTTPError(Exception):
         """Headers of the answer."""
         return {"Retry-After": str(RETRY_S)} if self.retry else {}
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of the answer."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return the body of the answer, in the shape of OpenAI's or, at its paths, of Cohere's API."""
+        if path.startswith("/v2/"):
+            return {"message": str(self)}
         kinds = {
             401: "authentication_error",
             403: "permission_error",

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 
-def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+def is_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a value that can be written as JSON; raises ValueError for another."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
@@ -20,7 +21,8 @@ Text = Annotated[str, StringConstraints(max_length=2**20)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
+IndexName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Json = Annotated[dict[str, Any], AfterValidator(is_json)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 

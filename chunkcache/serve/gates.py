@@ -24,7 +24,7 @@ class _Server(Protocol):
     @property
     def options(self) -> _Options: ...
 
-    def told(self, error: HTTPError) -> JSONResponse: ...
+    def told(self, error: HTTPError, path: str = "") -> JSONResponse: ...
 
 
 class Guarded:
@@ -45,7 +45,7 @@ class Guarded:
             try:
                 self._server.options.tenants.find(given)
             except HTTPError as error:
-                await self._server.told(error)(scope, receive, send)
+                await self._server.told(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -79,6 +79,6 @@ class Bounded:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._most:
             error = HTTPError(413, f"the request is larger than {self._most} bytes; send less")
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
+            await JSONResponse(error.body(scope["path"]), error.status)(scope, receive, send)
             return
         await self._app(scope, bounded, send)

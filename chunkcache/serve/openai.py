@@ -89,9 +89,9 @@ class _Pieces(Form):
                 yield data(part)
             async for piece in answers:
                 for part in self.parts(piece):
-                    yield data(part)
+                    yield data({**part, **answers.extra()} if piece.finish else part)
             if include_usage:
-                yield data(self.closing(answers.usage()))
+                yield data({**self.closing(answers.usage()), **answers.extra()})
         except Exception as error:  # noqa: BLE001 - the stream has begun, so it is told in it
             yield data(HTTPError.of(error).body())
         yield b"data: [DONE]\n\n"
@@ -236,7 +236,7 @@ async def gathered(form: Form, answers: Answers) -> dict[str, Any]:
         texts[piece.index] += piece.text
         tokens[piece.index] += piece.tokens
         ends[piece.index] = piece.finish or ends[piece.index]
-    return {**form.whole(texts, tokens, ends), "usage": form.usage(answers.usage())}
+    return {**form.whole(texts, tokens, ends), "usage": form.usage(answers.usage()), **answers.extra()}
 
 
 def data(body: dict[str, Any]) -> bytes:

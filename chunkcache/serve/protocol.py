@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from chunkcache.serve.fields import Bias, Json, NonEmpty, Salt, Text
+from chunkcache.serve.fields import Bias, IndexName, Json, NonEmpty, Salt, Text
 from chunkcache.serve.fields import Strict as _Strict
 from chunkcache.serve.tool_fields import NamedTool, Tool, ToolCall
 
 
-class _Salted(_Strict):
+class Salted(_Strict):
     """What divides a tenant's chunks."""
 
     cache_salt: Salt | None = None
@@ -26,7 +26,7 @@ class _Salted(_Strict):
         return [salt for salt in (self.cache_salt, self.prompt_cache_key) if salt is not None]
 
 
-class _Asked(_Salted):
+class _Asked(Salted):
     """What all requests for an answer have."""
 
     model: str
@@ -160,11 +160,19 @@ class Sampling(_Asked):
         return None
 
 
+class Rag(_Strict):
+    """An index of the server's, which is searched for what the user said last."""
+
+    index: IndexName
+    k: int = Field(5, ge=1, le=64)
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     documents: list[Text | Document] | None = None
+    rag: Rag | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -250,7 +258,7 @@ class CompletionRequest(Sampling):
         return self.logprobs
 
 
-class ChunksRequest(_Salted):
+class ChunksRequest(Salted):
     """POST /v1/chunks: texts whose KV are computed ahead."""
 
     model: str | None = None

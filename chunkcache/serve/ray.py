@@ -109,9 +109,9 @@ class Door:
         now = time.monotonic()
         new = url not in self._seen
         self._seen = {name: seen for name, seen in self._seen.items() if now - seen < FORGET_S} | {url: now}
-        self._router.set_replicas(self._seen)
+        self._router.replicas.set(self._seen)
         if new:
-            await self._router.look()
+            await self._router.replicas.look()
 
 
 @serve.deployment(health_check_period_s=TELL_S, max_ongoing_requests=1)

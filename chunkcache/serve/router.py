@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.openai import data
 from chunkcache.serve.placement import ranked, weights_of
-
-logger = logging.getLogger("chunkcache")
+from chunkcache.serve.replicas import Replica, Replicas
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,9 +32,6 @@ Headers = list[tuple[bytes, bytes]]
 
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v2/chat")
 TRIES = 2
-WATCH_S = 1.0  # between two looks at a replica
-PATIENCE_S = 5.0  # for a replica to take a connection, or to say that it is up
-KEEP_S = 2.0  # that an idle connection is kept: less than the replica keeps it, which would close it under a request
 _OPENING = re.compile(  # an event that comes before the first text of an answer
     rb'"delta":\{"role"|"type":\s?"(response\.(created|in_progress|output_item\.added|content_part\.added)'
     rb'|message-start|content-start)"'
@@ -50,21 +45,6 @@ _OF_ONE_HOP = {  # headers that each server on the way writes itself
 
 class _LostError(Exception):
     """A replica went away before any of its answer was passed on."""
-
-
-@dataclass(eq=False)
-class Replica:
-    """One server.
-
-    Attributes:
-        url: where it listens.
-        up: whether it answered when it was last asked.
-        load: requests under way there, of this router.
-    """
-
-    url: str
-    up: bool = False
-    load: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,14 +75,15 @@ class Router:
     Args:
         urls: of the replicas, such as `http://10.0.0.5:8000`.
         body_bytes: the largest request.
-        keyed: whether replicas that ask for no key are left out: they would let in all that the router lets in.
+        keyed: as in `Replicas`.
+
+    Attributes:
+        replicas: the servers.
     """
 
     def __init__(self, urls: Iterable[str] = (), body_bytes: int = 8 * 2**20, keyed: bool = False) -> None:
-        self._body_bytes, self._keyed = body_bytes, keyed
-        self._replicas: dict[str, Replica] = {}
-        self._client: httpx.AsyncClient | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._body_bytes = body_bytes
+        self.replicas = Replicas(urls, keyed)
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("chunkcache_router_requests", "Answers passed on, by replica and status.",
                                  ("replica", "status"), registry=registry)  # fmt: skip
@@ -112,38 +93,6 @@ class Router:
             "chunkcache_router_replica_up", "Whether a replica answers.", ("replica",), registry=registry
         )
         self._load = Gauge("chunkcache_router_running", "Requests at a replica.", ("replica",), registry=registry)
-        self.set_replicas(urls)
-
-    def set_replicas(self, urls: Iterable[str]) -> None:
-        """Have these replicas from now on; what is under way at others goes on to its end."""
-        self._replicas = {url: self._replicas.get(url) or Replica(url) for url in (u.rstrip("/") for u in urls)}
-
-    @property
-    def replicas(self) -> Sequence[Replica]:
-        """The replicas."""
-        return tuple(self._replicas.values())
-
-    async def start(self) -> None:
-        """Look at all replicas, and go on doing so."""
-        if self._client is None:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_S)
-            timeout = httpx.Timeout(None, connect=PATIENCE_S)
-            self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
-            await self.look()
-            self._watching = asyncio.create_task(self._watch())
-
-    async def close(self) -> None:
-        """Let go of all connections."""
-        if self._watching is not None and self._client is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
-            await self._client.aclose()
-            self._client = self._watching = None
-
-    async def look(self) -> None:
-        """Ask each replica once whether it is up."""
-        await asyncio.gather(*map(self._look_at, self.replicas))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, as ASGI has it."""
@@ -156,39 +105,12 @@ class Router:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.start()
+                await self.replicas.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self.close()
+                await self.replicas.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(WATCH_S)
-            await self.look()
-
-    async def _look_at(self, replica: Replica) -> None:
-        path, wanted = ("/v1/models", 401) if self._keyed else ("/health", 200)
-        try:
-            response = await self._http.get(f"{replica.url}{path}", timeout=PATIENCE_S)
-            up = response.status_code == wanted
-            if self._keyed and response.status_code == 200 and not replica.up:
-                logger.warning("%s asks for no key and is left out; start it with keys", replica.url)
-        except httpx.HTTPError:
-            up = False
-        self._note(replica, up)
-
-    def _note(self, replica: Replica, up: bool) -> None:
-        if up != replica.up:
-            logger.warning("the replica %s is %s", replica.url, "up" if up else "gone")
-        replica.up = up
-
-    @property
-    def _http(self) -> httpx.AsyncClient:
-        if self._client is None:
-            raise RuntimeError("start() comes first")
-        return self._client
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._read(receive)
@@ -198,6 +120,9 @@ class Router:
             return
         query = scope.get("query_string", b"").decode("latin-1")
         path = scope.get("raw_path", scope["path"].encode()).partition(b"?")[0].decode("latin-1")
+        if not path.startswith("/"):  # such as `@elsewhere`, which would end the URL of a replica in another host
+            await _tell(send, HTTPError(400, "the path of a request begins with /"))
+            return
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _OF_ONE_HOP]
         call = _Call(scope["method"], f"{path}?{query}" if query else path, headers, body)
         answering = asyncio.create_task(self._answer(call, send))
@@ -225,7 +150,7 @@ class Router:
     async def _answer(self, call: _Call, send: Send) -> None:
         if call.path == "/health":
             up = sum(replica.up for replica in self.replicas)
-            told = {"status": "ok" if up else "no replica is up", "replicas": len(self._replicas), "up": up}
+            told = {"status": "ok" if up else "no replica is up", "replicas": len(self.replicas), "up": up}
             await _respond(send, 200 if up else 503, _JSON, json.dumps(told).encode())
         elif call.path == "/metrics":
             await self._tell_metrics(call, send)
@@ -237,7 +162,7 @@ class Router:
     def _best(self, call: _Call, without: Iterable[Replica] = ()) -> list[Replica]:
         loads = {r.url: r.load for r in self.replicas if r.up and r not in without}
         weights = weights_of(call.body, call.who) if call.is_answer else {}
-        return [self._replicas[url] for url in ranked(weights, loads)]
+        return [self.replicas[url] for url in ranked(weights, loads)]
 
     async def _pass(self, call: _Call, send: Send) -> None:
         tried: list[Replica] = []
@@ -258,7 +183,7 @@ class Router:
         """Pass a request to a replica, and its answer back."""
         begun = False
         try:
-            async with self._http.stream(
+            async with self.replicas.client.stream(
                 call.method, f"{replica.url}{call.path}", headers=call.headers, content=call.body
             ) as response:
                 status, headers = response.status_code, _headers(response)
@@ -288,7 +213,7 @@ class Router:
                     await _send(send, held, last=True)
                 self._requests.labels(replica.url, str(status)).inc()
         except httpx.TransportError as error:
-            self._note(replica, False)
+            self.replicas.note(replica, False)
             if not begun:
                 raise _LostError from error
             self._lost.labels("cut short").inc()
@@ -303,11 +228,11 @@ class Router:
         answers: list[tuple[int, Headers, bytes]] = []
         for replica in self._best(call):
             try:
-                response = await self._http.request(
+                response = await self.replicas.client.request(
                     call.method, f"{replica.url}{call.path}", headers=call.headers, content=call.body
                 )
             except httpx.TransportError:
-                self._note(replica, False)
+                self.replicas.note(replica, False)
                 continue
             self._requests.labels(replica.url, str(response.status_code)).inc()
             headers = [pair for pair in _headers(response) if pair[0] != b"content-encoding"]
@@ -324,7 +249,7 @@ class Router:
         asked = _Call("GET", "/v1/models", call.headers, b"")
         for replica in self._best(asked):
             with suppress(httpx.TransportError):
-                response = await self._http.get(f"{replica.url}{asked.path}", headers=asked.headers)
+                response = await self.replicas.client.get(f"{replica.url}{asked.path}", headers=asked.headers)
                 if response.status_code != 200:
                     await _respond(send, response.status_code, _JSON, response.content)
                     return

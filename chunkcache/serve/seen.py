@@ -67,11 +67,12 @@ class Seen:
         told = HTTPError.of(error)
         if answer.complete or (answer.begun and not answer.streams):
             return
+        body = told.body(scope["path"])
         self._failed(told.status)
         if answer.begun:
-            await answer.send({"type": "http.response.body", "body": f"data: {json.dumps(told.body())}\n\n".encode()})
+            await answer.send({"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode()})
         else:
-            await JSONResponse(told.body(), told.status, told.headers)(scope, _nothing, answer.send)
+            await JSONResponse(body, told.status, told.headers)(scope, _nothing, answer.send)
 
 
 class _Answer:

@@ -23,14 +23,11 @@ from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt
 from chunkcache.serve.adapters import ServedAdapters
+from chunkcache.serve.background import Background
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.messages import messages_of, name_of, passage_of
-from chunkcache.serve.protocol import (
-    ChatRequest,
-    ChunksRequest,
-    CompletionRequest,
-    Sampling,
-)
+from chunkcache.serve.protocol import ChatRequest, CompletionRequest, Sampling
+from chunkcache.serve.rag import Found, Indexes
 from chunkcache.serve.tenants import Tenant
 from chunkcache.serve.tools import Calling, calling
 
@@ -48,15 +45,17 @@ class Choice:
         llm: the tenant's view.
         request: the prompt, and how it is served.
         sampler: chooses the tokens.
-        shown: special tokens that are part of its text.
         documents: what the client calls the documents that chunks are, by the token ids of these.
+        found: what was found for it in an index.
+        shown: special tokens that are part of its text.
     """
 
     llm: CachedLLM
     request: PreparedRequest
     sampler: Sampler
-    shown: frozenset[int] = frozenset()
     documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
+    found: Found | None = field(default=None, repr=False)
+    shown: frozenset[int] = frozenset()
 
 
 class Service:
@@ -72,6 +71,9 @@ class Service:
         name: as given.
         adapters: the model's adapters, which clients name as models.
         scheduler: answers.
+        watched: whether requests keep what their questions looked at.
+        background: does what no answer waits for.
+        indexes: the documents of tenants.
 
     Raises:
         InputError: the model's generation config asks for beam search, or for classifier-free guidance.
@@ -90,6 +92,8 @@ class Service:
         self.llm, self.name = llm, name
         self.adapters = ServedAdapters(llm.engine.served.adapters, name)
         self.scheduler = Scheduler(llm.engine, limits)
+        self.watched = False
+        self.background, self.indexes = Background(self.scheduler), Indexes(self.view)
         self._created = int(time.time())
         self._lock = threading.Lock()
         self._views: dict[str, OrderedDict[str, CachedLLM]] = {}  # by tenant: salts of one evict none of another
@@ -111,6 +115,12 @@ class Service:
                     del views[next(old for old in views if old != tenant.name)]
             views.move_to_end(key)
             return views[key]
+
+    def views_of(self, tenant: Tenant) -> dict[str, CachedLLM]:
+        """Return the known views of a tenant, its own and those of salts, by what their chunks belong to."""
+        own = {tenant.name: self.view(tenant)}
+        with self._lock:
+            return own | dict(self._views.get(tenant.name, {}))
 
     def warm(self, tenants: Sequence[Tenant] = ()) -> None:
         """Compute the lead-in of chunks for tenants, and decode two tokens: else the first request would wait for it.
@@ -147,6 +157,9 @@ class Service:
         if "{" in str(given.get("chat_template")):  # it may loop for hours
             message = "chat_template names a template of the tokenizer's; one of your own is not taken"
             raise HTTPError(400, message, param="chat_template_kwargs")
+        found = None if asked.rag is None else self.indexes.search(asked, tenant)
+        if found is not None:
+            asked = asked.model_copy(update={"documents": [*(asked.documents or ()), *found.documents]})
         messages = messages_of(asked.messages, asked.documents or ())
         llm = self.view(tenant, asked.salts())
         may_call = self.calling(asked)
@@ -163,7 +176,9 @@ class Service:
         }
         shown = frozenset() if may_call is None else may_call.shown
         choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
-        return [replace(choice, documents=named, shown=shown) for choice in choices]
+        named = {llm.prompts.chunk(passage_of(d)): name for d in asked.documents or () if (name := name_of(d))}
+        shown = frozenset() if may_call is None else may_call.shown
+        return [replace(choice, documents=named, found=found, shown=shown) for choice in choices]
 
     def calling(self, asked: Sampling) -> Calling | None:
         """Return what a request may call; None where it may call nothing.
@@ -193,23 +208,6 @@ class Service:
         if prompts == [[]]:
             raise HTTPError(400, "the prompt is empty; pass text or token ids", param="prompt")
         return self._choices(llm, asked, [_raw(llm, each) for each in prompts])
-
-    def precompute(self, asked: ChunksRequest, tenant: Tenant) -> dict[str, int]:
-        """Compute the KV of texts ahead; return how many there are, and how many were new.
-
-        Raises:
-            InputError: a text is empty, or does not fit the model.
-        """
-        llm = self.view(tenant, asked.salts())
-        if asked.documents is not None and len(asked.documents) != len(asked.texts):
-            raise HTTPError(400, "documents names one document for each text", param="documents")
-        name = asked.model or self.name
-        with self.adapters.used(name):
-            computed = llm.precompute(
-                asked.texts, documents=asked.documents, system=asked.system, lead=asked.lead,
-                adapter=self.adapters.adapter_of(name),
-            )  # fmt: skip
-        return {"chunks": len(asked.texts), "computed": computed.computed}
 
     def about(self, name: str | None = None) -> dict[str, Any]:
         """Return what clients are told of the model, or of one of its adapters.
@@ -269,7 +267,7 @@ class Service:
             options["reuse"] = "exact"
         choices = []
         for build in builds:
-            request = llm.engine.prepare(build, policy, asked.length(), options)
+            request = replace(llm.engine.prepare(build, policy, asked.length(), options), watched=self.watched)
             for number in range(asked.n):
                 seed = None if asked.seed is None else asked.seed + number
                 sampling = {**request.options, **({} if seed is None else {"seed": seed})}

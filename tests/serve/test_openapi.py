@@ -34,7 +34,12 @@ def api():
             f"{url}/openapi.json", config=config, headers={"Authorization": f"Bearer {KEY}"}
         )
         named = {"const": MODEL}
-        for request in ("ChatRequest", "CompletionRequest", "ResponseRequest"):  # else nearly all is told 404
+        for request in (
+            "ChatRequest",
+            "CompletionRequest",
+            "ResponseRequest",
+            "CohereRequest",
+        ):  # else nearly all is told 404
             schema.raw_schema["components"]["schemas"][request]["properties"]["model"] = named
         yield schema
 
@@ -45,8 +50,8 @@ SETTINGS = settings(
 )  # fmt: skip
 
 
-POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/chunks"]
-GETS = ["/v1/models", "/v1/models/{name}", "/health", "/metrics"]
+POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/chunks", "/v1/documents", "/v2/chat"]
+GETS = ["/v1/models", "/v1/models/{name}", "/v1/documents", "/health", "/metrics"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,7 @@ GETS = ["/v1/models", "/v1/models/{name}", "/health", "/metrics"]
     [
         *(("POST", path, mode) for path in POSTS for mode in GenerationMode),
         *(("GET", path, GenerationMode.POSITIVE) for path in GETS),
+        ("DELETE", "/v1/documents/{document}", GenerationMode.POSITIVE),
     ],
 )
 def test_whatever_is_sent_the_answer_is_one_that_is_told(api, method, path, mode):

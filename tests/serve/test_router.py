@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from contextlib import ExitStack
 
 import httpx
@@ -97,6 +98,21 @@ def test_chunks_that_are_computed_ahead_are_known_to_all(two):
     assert [replica.load for replica in router.replicas] == [0, 0]
 
 
+def test_a_request_goes_to_no_other_host(two):
+    url, router, _ = two
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(0.5)
+        there = f"127.0.0.1:{elsewhere.getsockname()[1]}"
+        for target in (f"@{there}/", f"http://{there}/", f"//{there}/"):
+            host, _, port = url.removeprefix("http://").partition(":")
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+                assert b" 40" in connection.recv(64)
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
+    assert all(replica.up for replica in router.replicas)
+
+
 def test_what_the_router_tells_of_itself(two):
     url, router, services = two
     assert httpx.get(f"{url}/health").json() == {"status": "ok", "replicas": 2, "up": 2}
@@ -105,7 +121,7 @@ def test_what_the_router_tells_of_itself(two):
     for replica in services:
         assert f'chunkcache_router_replica_up{{replica="{replica}"}} 1.0' in told
     assert "chunkcache_router_requests_total" in told
-    router.set_replicas(services)
+    router.replicas.set(services)
     assert all(replica.up for replica in router.replicas)
 
 

@@ -1,0 +1,116 @@
+"""The model of one worker, with all that serving its chunks needs; refused by name where it cannot be right."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from transformers import AutoTokenizer
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+from chunkcache.engine.tuning import Tuning
+from chunkcache.errors import UnsupportedModelError
+from chunkcache.integrations.vllm.encoder import PagedEncoder
+from chunkcache.integrations.vllm.identity import identity
+from chunkcache.integrations.vllm.options import Options
+from chunkcache.integrations.vllm.outline import Outline, check
+from chunkcache.integrations.vllm.paged import PagedModel
+from chunkcache.kv import hashed_label
+from chunkcache.library import ChunkLibrary
+from chunkcache.prompt import Prompt, PromptBuilder
+from chunkcache.store import open_store
+
+logger = logging.getLogger("chunkcache")
+
+
+class ServedPages:
+    """A worker's model and its library.
+
+    Args:
+        vllm_config: the engine's config.
+        kv_cache_config: its KV cache.
+        options: the connector's.
+
+    Attributes:
+        options: as given.
+        paged: runs the model.
+        outline: what the library knows of it.
+        encoder: computes chunks.
+        store: keeps them.
+        library: looks them up.
+        tuning: what was measured for it.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served right; the message says why.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
+        self.options = options
+        refuse(vllm_config, kv_cache_config)
+        config = vllm_config.model_config
+        self.paged = PagedModel(find_runner(), vllm_config, kv_cache_config)
+        self.outline = Outline(config.hf_text_config, config.dtype, self.paged.heads, self.paged.device)
+        errors = check(self.paged, self.outline, config.get_vocab_size())
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        name = identity(vllm_config, tokenizer, rank, ranks)
+        self.encoder = PagedEncoder(self.paged, self.outline)
+        self.store = open_store(options.store)
+        self.library = ChunkLibrary(
+            self.outline,
+            self.store,
+            name,
+            options.tenant,
+            PromptBuilder(tokenizer).lead_in,
+            encoder=self.encoder,
+        )
+        self.tuning = Tuning(name, options.calibration, len(self.paged.heads))
+        logger.info("chunkcache serves %s as %s; self-check %s", type(self.paged.model).__name__, name[:12], errors)
+
+    def register(self, prompt: Prompt) -> None:
+        """Give the chunks of a prompt the trust label of this engine, if it has one."""
+        if self.options.trust:
+            label = hashed_label("trust", self.options.trust)
+            for span in prompt.spans:
+                self.library.registry.add(self.library.ref(span.chunk_ids, prompt.context_ids), trust=label)
+
+
+def refuse(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Refuse what selective prefill over paged blocks is not right for.
+
+    Raises:
+        UnsupportedModelError: the message names it.
+    """
+    config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    groups = kv_cache_config.kv_cache_groups
+    kinds = {type(group.kv_cache_spec).__name__ for group in groups}
+    draft = vllm_config.speculative_config
+    reasons = {
+        "latent attention (MLA)": getattr(config, "use_mla", False),
+        f"KV caches of kind {', '.join(sorted(kinds))}": kinds != {"FullAttentionSpec"} or len(groups) != 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "a draft model, whose own KV are not loaded": draft is not None and draft.method != "ngram",
+        "quantised KV": vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+        "images or sound": config.is_multimodal_model and config.hf_config.get_text_config() is not config.hf_config,
+    }
+    named = [reason for reason, there in reasons.items() if there]
+    if named:
+        raise UnsupportedModelError(f"{', '.join(named)}: not served")
+
+
+def find_runner() -> Any:
+    """Return vLLM's model runner, which is on the stack while it registers its KV caches: no other way leads to it.
+
+    Raises:
+        UnsupportedModelError: it is not there.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if hasattr(owner, "get_model") and hasattr(owner, "attn_groups"):
+            return owner
+        frame = frame.f_back
+    raise UnsupportedModelError("this version of vLLM registers KV caches from elsewhere: its model is out of reach")

@@ -1,0 +1,237 @@
+"""The scheduler's side: which requests are fused, in which step, and what is computed ahead.
+
+It holds no KV and no store. A request is looked up by the workers first, then promised to vLLM as loaded but for its
+last token, and fused in the step in which vLLM schedules it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from chunkcache.errors import InputError
+from chunkcache.integrations.vllm.messages import PREFIX, Load, Lookup, Missing, News, Orders, Report
+from chunkcache.integrations.vllm.options import Options
+from chunkcache.integrations.vllm.spec import NAME, ChunkSpec, salt_of
+from chunkcache.kv import ChunkKey, ChunkRef, TokenIds
+from chunkcache.library.registry import ChunkRegistry, warn_once
+
+PREFIXES = 64  # different beginnings of prompts that are remembered
+
+
+@dataclass
+class _Request:
+    """A request with chunks.
+
+    Attributes:
+        spec: where they stand.
+        token_ids: the prompt.
+        salt: the caller's own.
+        asked: when it was looked up, by `time.monotonic`; 0 before.
+        report: what the workers have found so far.
+        waits_for: chunks that are computed before it is looked up again.
+        promised: preemptions it had had when it was last promised; None before.
+        plain: whether it is left to vLLM.
+    """
+
+    spec: ChunkSpec
+    token_ids: TokenIds
+    salt: str | None
+    asked: float = 0.0
+    report: Report | None = None
+    waits_for: set[Missing] | None = None
+    promised: int | None = None
+    plain: bool = False
+
+
+class Scheduling:
+    """Decides for the requests of one engine.
+
+    Args:
+        options: the connector's.
+        ranks: how many workers report.
+
+    Attributes:
+        counts: what happened, for the metrics.
+    """
+
+    def __init__(self, options: Options, ranks: int) -> None:
+        self._options, self._ranks = options, ranks
+        self._requests: dict[str, _Request] = {}
+        self._orders = Orders()
+        self._fused_tokens = 0  # in this step
+        self._queue: dict[Missing, None] = {}
+        self._known = ChunkRegistry()
+        self._prefixes: dict[TokenIds, None] = {}
+        self._done: dict[str, dict[str, Any]] = {}
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def busy(self) -> bool:
+        """Whether chunks are still to be computed, so that the engine has to go on stepping."""
+        return bool(self._queue)
+
+    def add(self, request: Any) -> None:
+        """Take note of a request, and move it to a namespace of vLLM's prefix cache of its own if it has chunks."""
+        given = (request.kv_transfer_params or {}).get(NAME)
+        if given is False or (given is None and not self._options.find):
+            return
+        reason = _refusal(request)
+        if reason is not None:
+            if given is not None:
+                self.counts["refused"] += 1
+                warn_once("chunkcache: a request is served without reuse: %s", reason)
+            return
+        ids = tuple(request.prompt_token_ids)
+        try:
+            spec = self._found(ids) if given is None else ChunkSpec.parse(given, len(ids))
+            if given is not None and spec is not None:
+                self._remember(spec.prompt(ids).chunks, ids[: spec.context])
+        except InputError as error:
+            self.counts["malformed"] += 1
+            warn_once("a request is served without reuse: %s", error)
+            return
+        if spec is not None:
+            known = self._requests[request.request_id] = _Request(spec, ids, request.cache_salt)
+            _salt(request, self._salt_of(request, known))
+
+    def matched(self, request: Any, computed: int) -> int | None:
+        """Return how many tokens will be loaded beyond the `computed` ones; None to be asked again."""
+        known = self._requests.get(request.request_id)
+        if known is None or known.plain:
+            return 0
+        if known.promised is not None:
+            if request.num_preemptions <= known.promised:
+                return 0  # it could not be loaded
+            known.promised, known.asked, known.report = None, 0.0, None
+            _salt(request, self._salt_of(request, known))  # all of it is fused again, and so comes out the same
+            return None
+        if computed > 0:
+            return 0
+        if known.waits_for:
+            if any(missing in self._queue for missing in known.waits_for):
+                return None
+            known.waits_for, known.asked, known.report = set(), 0.0, None
+        if not known.asked:
+            known.asked = time.monotonic()
+            self._orders.lookups.append(Lookup(request.request_id, known.token_ids, known.spec))
+            return None
+        if known.report is None or known.report.ranks < self._ranks:
+            if time.monotonic() - known.asked < self._options.lookup_s:
+                return None
+            self.counts["timeouts"] += 1
+            return self._leave(request, known)
+        return self._decide(request, known, known.report)
+
+    @staticmethod
+    def _salt_of(request: Any, known: _Request) -> str:
+        return salt_of(known.spec, known.token_ids, known.salt, f"{request.request_id}:{request.num_preemptions}")
+
+    def _decide(self, request: Any, known: _Request, report: Report) -> int | None:
+        missing = self._missing(known, report)
+        if missing and known.spec.warm and known.waits_for is None:
+            known.waits_for = set(missing)
+            self._queue = {**dict.fromkeys(missing), **self._queue}
+            return None
+        if not known.waits_for:
+            self._queue.update(dict.fromkeys(missing))
+        tokens = len(known.token_ids)
+        if not report.reused or tokens - report.reused > self._options.fresh_tokens:
+            self.counts["cold"] += 1
+            return self._leave(request, known)
+        if self._fused_tokens and self._fused_tokens + tokens > self._options.step_tokens:
+            return None
+        return tokens - 1
+
+    def _leave(self, request: Any, known: _Request) -> int:
+        """Leave a request to vLLM, whose blocks are exact then and may serve others."""
+        known.plain = True
+        self._orders.forget.append(request.request_id)
+        _salt(request, known.salt)
+        return 0
+
+    def allocated(self, request: Any, block_ids: list[int], tokens: int) -> None:
+        """Fuse a request in this step, whose blocks are there now."""
+        known = self._requests.get(request.request_id)
+        if known is None or tokens <= 0 or known.report is None:
+            return
+        known.promised = request.num_preemptions
+        self._fused_tokens += len(known.token_ids)
+        self._orders.loads.append(Load(request.request_id, block_ids, known.report.missing))
+
+    def orders(self) -> Orders:
+        """Return what the workers are to do in this step."""
+        tokens = 0
+        while self._queue and tokens < self._options.warm_tokens and not self._orders.loads:
+            missing = next(iter(self._queue))
+            del self._queue[missing]
+            self._orders.missing.append(missing)
+            tokens += len(missing.chunk or missing.context)
+        orders, self._orders, self._fused_tokens = self._orders, Orders(), 0
+        return orders
+
+    def hear(self, news: News) -> None:
+        """Take note of what the workers have found and done."""
+        for name, report in news.reports.items():
+            known = self._requests.get(name)
+            if known is not None:
+                known.report = report if known.report is None else known.report.with_rank(report)
+        self._done.update({name: done for name, done in news.done.items() if name in self._requests})
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """Forget a request; return what was done for it, which goes to its client."""
+        name = request.request_id
+        if self._requests.pop(name, None) is None:
+            return None
+        self._orders.forget.append(name)
+        done = self._done.pop(name, None)
+        return None if done is None else {NAME: done}
+
+    def _missing(self, known: _Request, report: Report) -> list[Missing]:
+        """Return what would have to be computed for all of a request's chunks to be stored."""
+        spec, ids = known.spec, known.token_ids
+        chunks, context, policy = spec.prompt(ids).chunks, ids[: spec.context], spec.policy or self._options.policy
+        first = [Missing((), ids[: spec.prefix], policy)] if PREFIX in report.missing and spec.prefix else []
+        rest = [Missing(chunks[index], context, policy) for index in sorted(report.missing) if index != PREFIX]
+        return list(dict.fromkeys((*first, *rest)))
+
+    def _remember(self, chunks: tuple[TokenIds, ...], prefix: TokenIds) -> None:
+        """Make chunks findable in prompts that do not say where they stand."""
+        if not self._options.find:
+            return
+        self._prefixes[prefix] = None
+        if len(self._prefixes) > PREFIXES:
+            del self._prefixes[next(iter(self._prefixes))]
+        for ids in chunks:
+            self._known.add(ChunkRef(ChunkKey.of("", (), ids, ""), ids, ()))
+
+    def _found(self, ids: TokenIds) -> ChunkSpec | None:
+        """Return where known chunks stand in a prompt, or None if there are none."""
+        spans = [span for span, _ in self._known.find_tokens(ids) if span.stop < len(ids)]
+        if not spans:
+            return None
+        before = [prefix for prefix in self._prefixes if ids[: len(prefix)] == prefix]
+        prefix = len(max(before, key=len, default=()))
+        spans = [span for span in spans if span.start >= prefix]
+        wholes = {index: (span.offset, span.chunk_ids) for index, span in enumerate(spans)}
+        return ChunkSpec(prefix, tuple((s.start, s.stop) for s in spans), wholes, prefix) if spans else None
+
+
+def _refusal(request: Any) -> str | None:
+    """Return why a request cannot be fused, or None."""
+    if request.lora_request is not None:
+        return "it has a LoRA adapter, whose KV are others"
+    if request.prompt_token_ids is None or getattr(request, "mm_features", None):
+        return "its prompt is not token ids alone"
+    if request.sampling_params is None or request.skip_reading_prefix_cache:
+        return "it wants something of every token of its prompt"
+    return None
+
+
+def _salt(request: Any, salt: str | None) -> None:
+    """Move a request to another namespace of vLLM's prefix cache: the hash of each block depends on the first's."""
+    request.cache_salt = salt
+    request.block_hashes.clear()
+    request.update_block_hashes()

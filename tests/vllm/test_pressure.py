@@ -1,0 +1,85 @@
+"""Chunked prefill, preemption, damaged and removed entries of a disk, and models that differ in a few weights."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from support.vllm_engine import NEW, Reference, ask, drain, engine, ids_of, made_prompt
+
+POLICY = "link:k=4"
+
+
+def test_small_steps_and_too_few_blocks(folders):
+    prompts = [made_prompt(seed, pool=1) for seed in range(3)]
+    reference = Reference(folders("llama"))
+    wanted = [reference.answer(prompt, POLICY, 80) for prompt in prompts]
+    with engine(
+        folders("llama"), max_num_batched_tokens=256, enable_chunked_prefill=True, num_gpu_blocks_override=20
+    ) as llm:
+        ask(llm, (prompts[0], POLICY), warm=True)
+        outputs = ask(llm, *((prompt, POLICY) for prompt in prompts), new=80)
+        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert counts["vllm:num_preemptions"] > 0
+    assert [ids_of(output) for output in outputs] == wanted
+
+
+def test_a_store_on_disk_that_is_damaged_and_removed(folders, tmp_path):
+    prompts = [made_prompt(seed, pool=2) for seed in range(4)]
+    reference = Reference(folders("llama"))
+    wanted = [reference.answer(prompt, POLICY) for prompt in prompts]
+    full = [reference.answer(prompt, "full") for prompt in prompts]
+    with engine(folders("llama"), f"disk://{tmp_path}/kv") as llm:
+        ask(llm, (prompts[0], POLICY), warm=True)
+        drain(llm)
+        assert [ids_of(output) for output in ask(llm, *((prompt, POLICY) for prompt in prompts))] == wanted
+        files = [path for path in (tmp_path / "kv").rglob("*") if path.is_file() and path.stat().st_size > 50_000]
+        assert files
+        for path in files:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+            path.write_bytes(data)
+        assert all(len(ids_of(output)) == NEW for output in ask(llm, *((prompt, POLICY) for prompt in prompts)))
+        drain(llm)
+        shutil.rmtree(tmp_path / "kv")
+        outputs = ask(llm, *((prompt, POLICY) for prompt in prompts))
+        allowed = zip(outputs, wanted, full, strict=True)
+        assert all(ids_of(output) in (fused, plain) for output, fused, plain in allowed)
+
+
+def test_two_models_that_share_their_norms_share_no_chunks(folders, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompt = made_prompt(1, pool=3)
+    model = AutoModelForCausalLM.from_pretrained(folders("llama"))
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
+    tuned = str(tmp_path / "tuned")
+    model.save_pretrained(tuned)
+    AutoTokenizer.from_pretrained(folders("llama")).save_pretrained(tuned)
+    for folder in (folders("llama"), tuned):
+        wanted = Reference(folder).answer(prompt, POLICY)
+        with engine(folder, f"disk://{tmp_path}/kv") as llm:
+            (first,) = ask(llm, (prompt, POLICY))
+            assert first.kv_transfer_params is None  # nothing of the other model was found
+            drain(llm)
+            assert ids_of(ask(llm, (prompt, POLICY))[0]) == wanted
+
+
+def test_an_engine_started_again_finds_its_chunks_on_disk(folders, tmp_path):
+    prompt = made_prompt(1, pool=4)
+    answers = []
+    for hits in (None, 4):
+        with engine(folders("llama"), f"disk://{tmp_path}/kv") as llm:
+            (output,) = ask(llm, (prompt, POLICY), warm=hits is None)
+            answers.append(ids_of(output))
+            assert hits is None or output.kv_transfer_params["chunkcache"]["hits"] == hits
+    assert answers[0] == answers[1]
+
+
+def test_what_cannot_be_served_is_served_without_reuse(folders):
+    prompt = made_prompt(1, pool=5)
+    with engine(folders("mistral-sliding")) as llm:
+        (output,) = ask(llm, (prompt, POLICY), warm=True)
+        assert output.kv_transfer_params is None
+        assert ids_of(output) == Reference(folders("mistral-sliding")).answer(prompt, "full")
