@@ -28,7 +28,7 @@ test-lmcache: .venv/lmcache/.installed    ## run the tests that need LMCache, in
 	@.venv/lmcache/bin/python -m pytest tests/store/test_lmcache.py tests/store/test_lmcache_adapter.py
 
 test-adapters: .venv/adapters/.installed    ## run the tests that need peft, torchao and bitsandbytes, likewise
-	@.venv/adapters/bin/python -m pytest tests/engine/test_adapters.py tests/engine/test_mutations.py
+	@.venv/adapters/bin/python -m pytest tests/engine/test_adapters.py tests/engine/test_adapters_together.py tests/engine/test_mutations.py tests/serve/test_adapters.py
 
 test-triton: .venv/triton/.installed    ## run the tests of the kernels in Triton's interpreter, likewise
 	@TRITON_INTERPRET=1 .venv/triton/bin/python -m pytest tests/blend/test_kernels.py

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err
 from chunkcache.cli.inputs import load
-from chunkcache.cli.options import STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
+from chunkcache.cli.options import FOLDER, STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
 from chunkcache.errors import InputError, missing_extra
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -57,6 +57,10 @@ class ServeCommand:
     )
     threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
                                          "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
+    adapters: Annotated[tuple[str, ...], option("--adapter", metavar="NAME=PATH", help="Adapter of peft, served as "
+                                                "model NAME. May be given several times.")] = ()  # fmt: skip
+    adapter_dir: Annotated[Path | None, option(type=FOLDER, help="Folder of adapters that requests may load.")] = None
+    allow_adapter_updates: Annotated[bool, option(help="Admins load and unload adapters by requests.")] = False
     device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
     dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
@@ -105,6 +109,9 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
     limits = Limits(options.running, options.waiting, most)
     observers = _observers(options.otlp_endpoint)
+    adapters = [_adapter(given) for given in options.adapters]
+    if options.allow_adapter_updates and options.adapter_dir is None:
+        raise InputError("--allow-adapter-updates wants --adapter-dir, the folder that adapters are loaded from")
     served = ServeOptions(
         tenants=tenants,
         body_bytes=parse_bytes(options.max_body),
@@ -113,6 +120,8 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
         observers=observers,
         dashboard=options.dashboard,
         precompute_tokens=options.precompute_tokens,
+        adapter_dir=options.adapter_dir,
+        adapter_updates=options.allow_adapter_updates,
     )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -121,6 +130,8 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     model, tokenizer = load(options.model_name, options.device, options.dtype)
     llm = stack.enter_context(CachedLLM(model, tokenizer, store=store, policy=policy))
     service = Service(llm, options.name or options.model_name, limits)
+    for name, folder in adapters:
+        service.adapters.load(name, folder)
     app = create_app(service, served)
     service.indexes.limits = IndexLimits(chunk_tokens=options.chunk_tokens)
     service.warm(tenants.all)
@@ -142,3 +153,10 @@ def _observers(endpoint: str | None) -> list[Any]:
     except ImportError as error:
         raise missing_extra("otel", "sending traces", error) from error
     return [tracer(endpoint)]
+
+
+def _adapter(given: str) -> tuple[str, Path]:
+    name, _, path = given.partition("=")
+    if not name or not Path(path).is_dir() or not path:
+        raise InputError(f"--adapter {given!r} is no NAME=PATH of a folder with an adapter")
+    return name, Path(path)

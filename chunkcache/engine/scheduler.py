@@ -24,6 +24,8 @@ from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.ticket import Deliver, Failed, Finished, Ticket
 from chunkcache.errors import ContextLengthError, InputError, QueueFullError
 
+_DECODERS = 8  # one for each adapter that answers of late
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -49,7 +51,7 @@ class Scheduler:
     """Answers requests together.
 
     Args:
-        engine: what answers. Adapters are not served here: the active one is used.
+        engine: what answers. Requests of one adapter decode together, those of different ones take turns.
         limits: what is served at once.
 
     Attributes:
@@ -97,7 +99,7 @@ class Scheduler:
 
         Raises:
             ContextLengthError: prompt and answer do not fit the model.
-            InputError: its KV can never fit, or it names an adapter.
+            InputError: its KV can never fit, or there is no such adapter.
             QueueFullError: too many wait already, or the server is shutting down.
         """
         tokens, room = len(request.prompt.token_ids), new_tokens(request.options, len(request.prompt.token_ids))
@@ -107,8 +109,7 @@ class Scheduler:
                 f"the prompt has {tokens} tokens, which with {room} new ones do not fit the model's context of "
                 f"{most}; pass fewer or shorter chunks, or a shorter answer"
             )
-        if request.adapter is not None:
-            raise InputError(f"adapter={request.adapter!r}: requests that decode together share one; leave it out")
+        self._engine.served.adapters.check(request.adapter)
         needed = self._engine.decoder.kv_bytes_per_token * (tokens + room)
         if self.limits.kv_bytes is not None and needed > self.limits.kv_bytes:
             raise InputError(
@@ -205,8 +206,8 @@ class Scheduler:
             self._sweep()
             left = [ticket for ticket in running if self._ended(ticket)]
             running = [ticket for ticket in running if ticket not in left]
-            for model in {ticket.fingerprint for ticket in running}:
-                left += self._step([ticket for ticket in running if ticket.fingerprint == model])
+            for model in {ticket.model for ticket in running}:
+                left += self._step([ticket for ticket in running if ticket.model == model])
             if left:
                 with self._changed:
                     self._running = [ticket for ticket in self._running if ticket not in left]
@@ -215,7 +216,7 @@ class Scheduler:
     def _step(self, tickets: list[Ticket]) -> list[Ticket]:
         """Decode a token of each, all of one model; return those that are over."""
         try:
-            with self._engine.served.held():
+            with self._engine.served.held(tickets[0].request.adapter):
                 logits = self._decoder(tickets[0]).step(
                     [ticket.last for ticket in tickets],
                     [ticket.cache for ticket in tickets if ticket.cache is not None],
@@ -235,10 +236,12 @@ class Scheduler:
         return over
 
     def _decoder(self, ticket: Ticket) -> RaggedDecoder:
-        """Return what decodes with the model as it was when a request was prefilled; the last one is kept."""
+        """Return what decodes with the model as it was when a request was prefilled; the last few are kept."""
         assert ticket.served is not None
         if ticket.fingerprint not in self._decoders:
-            self._decoders = {ticket.fingerprint: RaggedDecoder(ticket.served.decoder)}
+            if len(self._decoders) >= _DECODERS:
+                del self._decoders[next(iter(self._decoders))]
+            self._decoders[ticket.fingerprint] = RaggedDecoder(ticket.served.decoder)
         return self._decoders[ticket.fingerprint]
 
     # --- tokens

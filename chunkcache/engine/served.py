@@ -81,6 +81,7 @@ class ServedModel:
 
     Attributes:
         model: the Hugging Face model, without what peft put round it.
+        adapters: which adapter is active while a call runs.
         latest: what was last served.
         registry: the chunks that are known, under all fingerprints.
 
@@ -96,8 +97,8 @@ class ServedModel:
         options: LibraryOptions,
         calibration: Calibration | str | Path | None,
     ) -> None:
-        self._adapters = Adapters(model)
-        self.model: Any = self._adapters.base
+        self.adapters = Adapters(model)
+        self.model: Any = self.adapters.base
         self._options, self._calibration = options, calibration
         self._lock = threading.RLock()
         decoder = Decoder(self.model)  # refuses first what cannot be served
@@ -120,7 +121,7 @@ class ServedModel:
         twin = copy.copy(self)
         twin._options = replace(self._options, tenant=tenant)
         twin.registry = ChunkRegistry()
-        with self._lock:
+        with self.adapters.using(None), self._lock:
             twin.latest = twin._serve(self._sentinel.state(), Decoder(self.model), None)
         return twin
 
@@ -140,7 +141,7 @@ class ServedModel:
     @contextmanager
     def held(self, adapter: str | None = None) -> Iterator[None]:
         """Do what `session` does without looking at the model: for the steps of an answer that has begun."""
-        with self._adapters.using(adapter), torch.autocast(self.model.device.type, enabled=False):
+        with self.adapters.using(adapter), torch.autocast(self.model.device.type, enabled=False):
             yield
 
     def current(self) -> Served:

@@ -86,6 +86,11 @@ class Ticket:
         return "" if self.served is None else self.served.library.fingerprint
 
     @property
+    def model(self) -> tuple[str, str | None]:
+        """What it decodes with: the model, and the adapter that is active meanwhile."""
+        return self.fingerprint, self.request.adapter
+
+    @property
     def over(self) -> Reason | None:
         """Why it must end now, if it must."""
         if self.cancelled.is_set():

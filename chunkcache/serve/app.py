@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -15,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.serve import responses, schema
+from chunkcache.serve import adapters, responses, schema
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.gates import Bounded, Guarded
@@ -43,6 +44,8 @@ class ServeOptions:
         timeout_s: seconds after which an answer ends; None for as long as it takes.
         drain_s: seconds that running answers get when the server is told to stop.
         observers: called with the record of each request at its end.
+        adapter_dir: the folder whose adapters may be loaded by requests; None for none.
+        adapter_updates: whether adapters may be loaded and unloaded by requests.
         dashboard: whether there is a page that shows requests, their prompts and the store.
         precompute_tokens: tokens that one request may have computed ahead, or indexed.
     """
@@ -52,6 +55,8 @@ class ServeOptions:
     timeout_s: float | None = None
     drain_s: float = 30.0
     observers: Sequence[Callable[[Record], None]] = ()
+    adapter_dir: Path | None = None
+    adapter_updates: bool = False
     dashboard: bool = False
     precompute_tokens: int = TOKENS
 
@@ -70,7 +75,10 @@ class Server:
         """Answer a request with a body, or with a stream of pieces."""
         with ExitStack() as stack:
             stack.enter_context(self.options.tenants.admitted(tenant))
+            stack.enter_context(self.service.adapters.used(asked.model))
             choices = await run_in_threadpool(prepare, asked, tenant)
+            may_call = self.service.calling(asked)
+            parser = None if may_call is None else may_call.parser
             record: Record = request.state.record
             answers = Answers(
                 self.service.scheduler,
@@ -83,10 +91,8 @@ class Server:
             record.model, record.kind, record.answers = asked.model, kind.operation, answers
             answers.submit()
             stack.callback(answers.cancel)
-            may_call = self.service.calling(asked)
-            parser = None if may_call is None else may_call.parser
             form: Form = kind(
-                Shape(self.service.name, self.service.token_text, asked.likeliest() is not None, calls=parser)
+                Shape(asked.model, self.service.token_text, asked.likeliest() is not None, calls=parser)
             )
             if not asked.stream:
                 return JSONResponse(await or_gone(request, gathered(form, answers)))
@@ -123,6 +129,8 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
         from chunkcache.serve import dashboard
 
         dashboard.add_to(app)
+    if options.adapter_updates:
+        app.include_router(adapters.router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     for kind in (HTTPError, ChunkCacheError, Exception):
@@ -169,14 +177,14 @@ async def response(request: Request, asked: ResponseRequest, tenant: Who, server
 @router.get("/v1/models", responses=schema.READ)
 async def models(tenant: Who, server: AServer) -> dict[str, Any]:
     """List the model."""
-    return {"object": "list", "data": [server.service.about()]}
+    names = [server.service.name, *server.service.adapters.names]
+    return {"object": "list", "data": [server.service.about(name) for name in names]}
 
 
 @router.get("/v1/models/{name:path}", responses=schema.NAMED)
 async def model(name: str, tenant: Who, server: AServer) -> dict[str, Any]:
     """Describe the model."""
-    server.service.check_model(name)
-    return server.service.about()
+    return server.service.about(name)
 
 
 @router.get("/openapi.json", include_in_schema=False)

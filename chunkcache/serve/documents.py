@@ -61,7 +61,8 @@ _CHANGED = {
 async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
     """Compute the KV of texts ahead."""
     llm = server.service.view(tenant, asked.salts())
-    return await _done(request, server, tenant, chunk_steps(llm, asked, server.options.precompute_tokens))
+    adapter = None if asked.model is None else server.service.adapters.adapter_of(asked.model)
+    return await _done(request, server, tenant, chunk_steps(llm, asked, server.options.precompute_tokens, adapter))
 
 
 @router.post("/v1/documents", openapi_extra=_bodies(), responses=_CHANGED)

@@ -35,8 +35,10 @@ def check_tokens(llm: CachedLLM, texts: Iterable[str], most: int | None) -> None
             raise HTTPError(413, message, "too_many_tokens")
 
 
-def chunk_steps(llm: CachedLLM, asked: ChunksRequest, most: int | None) -> Steps[dict[str, int]]:
-    """Compute the KV of texts, one at a step; return how many there are, and how many were new.
+def chunk_steps(
+    llm: CachedLLM, asked: ChunksRequest, most: int | None, adapter: str | None = None
+) -> Steps[dict[str, int]]:
+    """Compute the KV of texts with an adapter, one at a step; return how many there are, and how many were new.
 
     Of several texts those that do not fit the model are left out, and counted as `skipped`.
 
@@ -55,7 +57,7 @@ def chunk_steps(llm: CachedLLM, asked: ChunksRequest, most: int | None) -> Steps
         how: dict[str, Any] = {"documents": None if documents is None else [documents[place]]}
         how["lead"] = "packaged" if near is None else Neighbours(nearest=[near[place]])
         try:
-            told["computed"] += llm.precompute([text], system=asked.system, **how).computed
+            told["computed"] += llm.precompute([text], system=asked.system, adapter=adapter, **how).computed
         except ContextLengthError:
             if len(texts) == 1:
                 raise

@@ -261,6 +261,7 @@ class CompletionRequest(Sampling):
 class ChunksRequest(Salted):
     """POST /v1/chunks: texts whose KV are computed ahead."""
 
+    model: str | None = None
     texts: list[Text] = Field(min_length=1, max_length=4096)
     documents: list[str] | None = None
     system: Text | None = None

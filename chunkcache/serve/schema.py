@@ -27,6 +27,7 @@ class ErrorBody(BaseModel):
 _ERRORS = {
     400: "The request is wrong, or cannot be served; the message says what to change.",
     401: "The key is none that is known.",
+    403: "The key is not one that may do this.",
     404: "There is no such model.",
     413: "The request is too large.",
     429: "Too many requests are under way; ask again.",
@@ -35,7 +36,8 @@ _ERRORS = {
     503: "The server is shutting down; ask again.",
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_STREAM = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
+_ANSWER = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _EVENT}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -52,8 +54,8 @@ READ = errors(401, 500)
 NAMED = errors(401, 404, 500)
 POSTED = errors(400, 401, 413, 429, 500, 503)
 ANSWERED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with `stream` its events.", "content": _STREAM},
-    **errors(*_ERRORS),
+    200: {"description": "The answer, or with `stream` its events.", "content": _ANSWER},
+    **errors(*(status for status in _ERRORS if status != 403)),
 }
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"description": "Metrics for Prometheus.", "content": {"text/plain": {"schema": {"type": "string"}}}},

@@ -22,6 +22,7 @@ from chunkcache.errors import InputError
 from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import Prompt
+from chunkcache.serve.adapters import ServedAdapters
 from chunkcache.serve.background import Background
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.messages import messages_of, name_of, passage_of
@@ -68,6 +69,7 @@ class Service:
     Attributes:
         llm: as given.
         name: as given.
+        adapters: the model's adapters, which clients name as models.
         scheduler: answers.
         watched: whether requests keep what their questions looked at.
         background: does what no answer waits for.
@@ -88,6 +90,7 @@ class Service:
                 "set it to None"
             )
         self.llm, self.name = llm, name
+        self.adapters = ServedAdapters(llm.engine.served.adapters, name)
         self.scheduler = Scheduler(llm.engine, limits)
         self.watched = False
         self.background, self.indexes = Background(self.scheduler), Indexes(self.view)
@@ -168,6 +171,10 @@ class Service:
             guide = partial(self._guides.lark, may_call.grammar)
         elif schema is not None:
             guide = partial(self._guides.json, schema)
+        named = {
+            llm.prompts.chunk(passage_of(each)): name for each in asked.documents or () if (name := name_of(each))
+        }
+        shown = frozenset() if may_call is None else may_call.shown
         choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
         named = {llm.prompts.chunk(passage_of(d)): name for d in asked.documents or () if (name := name_of(d))}
         shown = frozenset() if may_call is None else may_call.shown
@@ -202,14 +209,20 @@ class Service:
             raise HTTPError(400, "the prompt is empty; pass text or token ids", param="prompt")
         return self._choices(llm, asked, [_raw(llm, each) for each in prompts])
 
-    def about(self) -> dict[str, Any]:
-        """Return what clients are told of the model."""
+    def about(self, name: str | None = None) -> dict[str, Any]:
+        """Return what clients are told of the model, or of one of its adapters.
+
+        Raises:
+            HTTPError: there is no such model.
+        """
+        adapter = None if name is None else self.adapters.adapter_of(name)
         return {
-            "id": self.name,
+            "id": name or self.name,
             "object": "model",
             "created": self._created,
             "owned_by": "chunkcache",
             "max_model_len": self.llm.max_tokens,
+            **({} if adapter is None else {"parent": self.name}),
         }
 
     def stops(self, asked: Sampling) -> list[str]:
@@ -226,13 +239,8 @@ class Service:
         """Return the text of one token."""
         return str(self.llm.tokenizer.decode([token_id]))
 
-    def check_model(self, name: str) -> None:
-        """Raise HTTPError if the model is called otherwise."""
-        if name != self.name:
-            raise HTTPError(404, f"there is no model {name!r} here, but {self.name!r}", "model_not_found", "model")
-
     def _check(self, asked: Sampling) -> None:
-        self.check_model(asked.model)
+        self.adapters.adapter_of(asked.model)
         for name in ("frequency_penalty", "presence_penalty"):
             if getattr(asked, name):
                 raise HTTPError(
@@ -250,7 +258,7 @@ class Service:
         if len(builds) * asked.n > most:
             message = f"{len(builds)} prompts and n={asked.n} are too many answers; ask for {most} or fewer at once"
             raise HTTPError(400, message, param="n" if len(builds) == 1 else "prompt")
-        options = _options(asked)
+        options = {**_options(asked), "adapter": self.adapters.adapter_of(asked.model)}
         size = _vocab_size(llm)
         if any(int(name) >= size for name in asked.logit_bias or ()):
             raise HTTPError(400, f"logit_bias: the model has {size} token ids", param="logit_bias")

@@ -10,8 +10,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from chunkcache.errors import InputError
 from chunkcache.serve.errors import HTTPError
@@ -29,10 +30,12 @@ class Tenant:
     Attributes:
         name: goes into the key of every chunk: nobody else finds these chunks, or can tell that they are there.
         requests: that may be under way at once; None for no bound of its own.
+        admin: whether it may load and unload adapters.
     """
 
     name: str = ""
     requests: int | None = None
+    admin: bool = field(default=False, compare=False)
 
 
 class Tenants:
@@ -65,18 +68,18 @@ class Tenants:
         """
         if len(key) < 16:
             raise InputError(f"the API key has {len(key)} characters: give 16 or more")
-        return cls({digest(key.strip()): Tenant()})
+        return cls({digest(key.strip()): Tenant(admin=True)})
 
     @classmethod
     def read(cls, path: Path) -> Tenants:
-        """Read a TOML file of `[[key]]` tables with `sha256`, `tenant` and, perhaps, `requests`.
+        """Read a TOML file of `[[key]]` tables with `sha256`, `tenant` and, perhaps, `requests` and `admin`.
 
         Raises:
             InputError: it cannot be read, or something in it is wrong.
         """
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))["key"]
-            keys = {table["sha256"]: Tenant(table["tenant"], table.get("requests")) for table in tables}
+            keys = {table["sha256"]: _tenant(table) for table in tables}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is no file of API keys ({type(error).__name__}: {error}); it has a table [[key]] for each, "
@@ -86,6 +89,7 @@ class Tenants:
             wrong = (
                 not re.fullmatch("[0-9a-fA-F]{64}", str(name)) or not isinstance(tenant.name, str) or not tenant.name
             )
+            wrong = wrong or not isinstance(tenant.admin, bool)
             if wrong or not (tenant.requests is None or (isinstance(tenant.requests, int) and tenant.requests > 0)):
                 raise InputError(
                     f"{path}: each key needs a sha256 of 64 hexadecimal digits, a tenant, and requests of 1 or more"
@@ -127,6 +131,10 @@ class Tenants:
             with self._lock:
                 self._under_way[tenant.name] -= 1
                 self._under_way += Counter()  # lets go of those at 0
+
+
+def _tenant(table: Mapping[str, Any]) -> Tenant:
+    return Tenant(table["tenant"], table.get("requests"), table.get("admin", False))
 
 
 def digest(key: str) -> str:
