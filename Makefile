@@ -1,17 +1,17 @@
 # Everything runs in .venv, which is set up on first use and again when the dependencies change. The tests of the
 # LMCache tier run in .venv/lmcache, those of adapters and quantised models in .venv/adapters, those of the Triton
-# kernels in .venv/triton, those in vLLM in .venv/vllm, and some with the oldest transformers in .venv/oldest, all on
-# top of it.
+# kernels in .venv/triton, those of Ray Serve in .venv/ray, those in vLLM in .venv/vllm, and some with the oldest
+# transformers in .venv/oldest, all on top of it.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 STAMP  := .venv/.installed
-STACKED := $(patsubst %,.venv/%/.installed,lmcache adapters triton oldest vllm)
+STACKED := $(patsubst %,.venv/%/.installed,lmcache adapters triton ray oldest vllm)
 OLDEST := tests/models/test_packaged.py tests/prompt/test_builder.py tests/prompt/test_messages.py tests/blend/test_full.py \
 	tests/blend/test_selfcheck.py tests/library/test_fingerprint.py tests/serve/test_edges.py tests/test_llm.py
 
-.PHONY: help demo docs report test test-lmcache test-adapters test-triton test-oldest test-vllm gpu-check lint check clean
+.PHONY: help demo docs report test test-lmcache test-adapters test-triton test-ray test-oldest test-vllm gpu-check lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -36,6 +36,9 @@ test-adapters: .venv/adapters/.installed    ## run the tests that need peft, tor
 
 test-triton: .venv/triton/.installed    ## run the tests of the kernels in Triton's interpreter, likewise
 	@TRITON_INTERPRET=1 .venv/triton/bin/python -m pytest tests/blend/test_kernels.py
+
+test-ray: .venv/ray/.installed    ## run the tests of the router under Ray Serve, likewise
+	@.venv/ray/bin/python -m pytest tests/serve/test_ray.py
 
 test-oldest: .venv/oldest/.installed    ## run some of the tests with the oldest transformers that will do, likewise
 	@.venv/oldest/bin/python -m pytest $(OLDEST)

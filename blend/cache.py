@@ -70,6 +70,7 @@ class FusedCache(DynamicCache):
         carried: where a scout stopped, for the prefill to go on from; None without one.
         input_ids: the plan's token ids `[1, tokens]` on the model's device, once they are there.
         look_rows: rows of the question at most that a policy looks at.
+        seen: what each token got from the question, `[scout layers, tokens]`; None where no policy looked.
         shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
     """
 
@@ -101,6 +102,7 @@ class FusedCache(DynamicCache):
         self.look_rows = LOOK_ROWS
         self.carried: Carried | None = None
         self.input_ids: Tensor | None = None
+        self.seen: Tensor | None = None
         self.shown: Tensor | None = None
         self._shift = shift
         self._shifting: Shifting | None = None
@@ -290,7 +292,7 @@ class FusedCache(DynamicCache):
         self.stop_loading()
         self._sources = self._shifting = None
         self._assembled.clear()
-        self.carried = None
+        self.carried = self.seen = None
         self.plan = plan
         self.computed_rows.clear()
         self.scouted = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -137,12 +137,14 @@ class Guarded:
         passes: partial recomputations tried.
         predicted: the predicted bound of the one that was accepted; 0 after full prefill.
         full: whether none was accepted, and the whole prompt was prefilled.
+        selected: positions `[n]` that each pass recomputed.
     """
 
     bound: float
     passes: int
     predicted: float
     full: bool
+    selected: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
 
 class GuardedSelection:
@@ -169,13 +171,14 @@ class GuardedSelection:
         """
         if not len(plan.inexact):
             return plan.fresh
-        passes = 0
+        passes, tried = 0, []
         with closing(guard_steps(decoder, plan, prompt_tokens, cache, policy.escalation())) as steps:
             for step in steps:
                 predicted = self.model.predict(passes, step.signals, self._bound)
                 passes += 1
+                tried.append(step.selected)
                 if predicted <= self._bound:
-                    self.outcome = Guarded(self._bound, passes, predicted, full=False)
+                    self.outcome = Guarded(self._bound, passes, predicted, full=False, selected=tuple(tried))
                     return torch.arange(prompt_tokens - 1, len(plan))
         self.outcome = Guarded(self._bound, passes, 0.0, full=True)
         return torch.cat((plan.fresh, plan.inexact)).sort().values
@@ -205,9 +208,9 @@ def guard_steps(
         before = _log_probs(decoder, plan, cache, fresh)
         for watch in watches:
             watch.remove()
-        seen = torch.stack(attention)
+        cache.seen = torch.stack(attention)
         for policy in policies:
-            selected = policy.select_by_attention(plan, seen)
+            selected = policy.select_by_attention(plan, cache.seen)
             log_probs = _log_probs(decoder, plan, cache, torch.cat((fresh, selected)).sort().values)
             both = (log_probs.exp() * (log_probs - before)).sum(), -(log_probs.exp() * log_probs).sum()
             moved, entropy = torch.stack(both).tolist()  # one wait for the device

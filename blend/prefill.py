@@ -61,6 +61,7 @@ class SelectivePrefill:
         computed: KV of the chunks that were to be kept, by their position in the prompt.
         reused_tokens: tokens that stored KV are put in place for.
         exact_tokens: of these, tokens whose stored KV is what a full prefill would compute.
+        reused_at: where the spans start that stored KV are put in place for.
         lost: chunks whose stored KV proved damaged or gone during the prefill, and which it computed instead.
 
     Raises:
@@ -224,6 +225,7 @@ class SelectivePrefill:
     def _count(self, plan: Plan) -> Plan:
         """Count how much `plan` reuses, and return it."""
         self.reused_tokens = sum(map(len, plan.reused))
+        self.reused_at = frozenset(span.start for span in plan.reused)
         self.exact_tokens = sum(len(span) for span in plan.reused if span.exact)
         return plan
 
@@ -269,8 +271,8 @@ def select_rows(decoder: Decoder, plan: Plan, prompt_tokens: int, cache: FusedCa
     with cache.selecting():
         if layers and policy.wants_attention(plan):
             carry = policy.carries() and len(plan.fresh) > 2 * LAST  # of a short question there is nothing to save
-            seen = scout(decoder, plan, cache, layers, policy.pool, carry=carry, blind=policy.blind())
-            selected = policy.select_by_attention(plan, seen)
+            cache.seen = scout(decoder, plan, cache, layers, policy.pool, carry=carry, blind=policy.blind())
+            selected = policy.select_by_attention(plan, cache.seen)
         else:
             selected = policy.select(plan)
     return torch.cat((plan.fresh, selected)).sort().values

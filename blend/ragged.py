@@ -101,9 +101,10 @@ class _Caches(DynamicCache):
             asked, keys, values = query[row : row + 1], keys[:, :, first:], values[:, :, first:]
             if softcap is None and sinks is None:
                 if (output := flash(asked, keys, values, scaling)) is None:
-                    grouped = query.shape[1] != keys.shape[1]
-                    output = F.scaled_dot_product_attention(asked, keys, values, scale=scaling, enable_gqa=grouped)
-                    output = output.transpose(1, 2)
+                    # Heads that share a KV head are rows of one, so that it is read once. One token has no mask.
+                    together = asked.reshape(1, keys.shape[1], -1, asked.shape[3])
+                    output = F.scaled_dot_product_attention(together, keys, values, scale=scaling)
+                    output = output.reshape(asked.shape).transpose(1, 2)
                 rows.append(output)
             else:
                 stacked = (asked * (scaling or query.shape[3] ** -0.5)).reshape(1, keys.shape[1], -1, query.shape[3])

@@ -103,13 +103,13 @@ class Corpus:
         self._changing = threading.Lock()  # or index and store might see two changes in different orders
         self._lead, self._share = lead, refresh
 
-    def precompute(self, on_progress: Progress | None = None) -> int:
-        """Compute and store the KV of every chunk that the store lacks; return how many these were.
+    def precompute(self, on_progress: Progress | None = None, chunks: Sequence[Chunk] | None = None) -> int:
+        """Compute and store the KV of chunks, by default all, that the store lacks; return how many these were.
 
         `on_progress(done, total)` counts chunks. Those that are longer than the model's context are left out, which
         is logged; a question that needs one raises ContextLengthError.
         """
-        return self._compute(self.retriever.chunks, on_progress)
+        return self._compute(self.retriever.chunks if chunks is None else chunks, on_progress)
 
     def add(self, documents: Sequence[Document], on_progress: Progress | None = None) -> Change:
         """Add documents, and compute the KV of their chunks; see `Retriever.add`."""
@@ -248,13 +248,16 @@ class Corpus:
         )
 
     def _answer(self, hits: Sequence[Hit], request: PreparedRequest) -> Generation:
-        """Answer, and delete KV of chunks that were changed away while the request went on to compute them."""
         generation = self.llm.engine.generate(request)
+        self.settle(hits)
+        return generation
+
+    def settle(self, hits: Sequence[Hit]) -> None:
+        """Delete KV of chunks that were changed away while a request over `hits`, which has ended, computed them."""
         gone = {hit.chunk.text for hit in hits if not self.retriever.has(hit.chunk)}
         gone -= {chunk.text for chunk in self.retriever.chunks} if gone else set()
         if gone:
             self.llm.delete(texts=sorted(gone))
-        return generation
 
     def _compute(self, chunks: Sequence[Chunk], on_progress: Progress | None) -> int:
         texts, owners = _texts_and_owners(chunks)

@@ -6,6 +6,7 @@ A server is a process of its own, and so is each client. All answers have the sa
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,19 +32,35 @@ from chunkcache.llm import CachedLLM
 BENCH = "serve"
 FUSED, OFF = "fused", "off"
 START_S = 300.0
+ARRIVED_S = 120.0  # for each read of a request that arrives at a rate; one that takes longer has failed
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: a question over chunks, how its KV are reused, and how long its answer is."""
+    """One request: a question over chunks, how its KV are reused, and how long its answer is.
+
+    Attributes:
+        question: as it is asked.
+        chunks: the texts in front of it.
+        reuse: as the server takes it.
+        tokens: length of the answer at most.
+        plain: whether it has only what every server knows of: one message with all texts.
+    """
 
     question: str
     chunks: tuple[str, ...]
     reuse: str
     tokens: int
+    plain: bool = False
 
     def body(self, model: str) -> dict[str, Any]:
         """Return the request as it is sent."""
+        if self.plain:
+            said = "\n\n".join((*self.chunks, self.question))
+            return {
+                "model": model, "messages": [{"role": "user", "content": said}], "max_tokens": self.tokens,
+                "temperature": 0, "stream": True,
+            }  # fmt: skip
         return {
             "model": model, "messages": [{"role": "user", "content": self.question}], "documents": list(self.chunks),
             "reuse": self.reuse, "max_tokens": self.tokens, "temperature": 0, "stream": True,
@@ -54,14 +72,19 @@ class Shot:
     """What a client saw of one request.
 
     Attributes:
-        ttft_s: seconds to the first piece of the answer.
+        ttft_s: seconds to the first piece of the answer; infinite where it failed.
         whole_s: seconds to its end.
         gaps_s: seconds between pieces.
+        has_text: whether there was any.
     """
 
     ttft_s: float
     whole_s: float
     gaps_s: tuple[float, ...]
+    has_text: bool = True
+
+
+FAILED = Shot(math.inf, math.inf, (), False)
 
 
 @contextmanager
@@ -71,20 +94,37 @@ def server(model: str, *options: str) -> Iterator[str]:
     Raises:
         ChunkCacheError: it does not come up.
     """
+    with server_process(model, *options) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(model: str, *options: str) -> Iterator[tuple[str, int]]:
+    """Run `chunkcache serve` in a process of its own; yield its URL and the process's number.
+
+    Raises:
+        ChunkCacheError: it does not come up.
+    """
     port = free_port()
     command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "model", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+    with (  # a pipe that nobody reads would fill with its log, and hold it up
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(command, stdout=said, stderr=said, env=os.environ) as process,
+    ):
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
         while not is_up(url):
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
-                raise ChunkCacheError(f"the server did not come up: {process.communicate()[1].strip()[-400:]}")
+                process.wait()
+                said.seek(0)
+                told = said.read().decode(errors="replace").strip()[-400:]
+                raise ChunkCacheError(f"the server did not come up: {told}")
             time.sleep(0.1)
         try:
-            yield url
+            yield url, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate()
+            process.wait()
 
 
 class Clients:
@@ -95,18 +135,30 @@ class Clients:
     """
 
     def __init__(self, most: int) -> None:
+        self._most = most
         context = multiprocessing.get_context("spawn")
         self._manager = context.Manager()
         self._pool = ProcessPoolExecutor(most, context)
 
-    def ask(self, url: str, asked: Sequence[Sequence[Ask]]) -> tuple[list[list[Shot]], float]:
+    def arrive(self, url: str, asks: Sequence[Ask], arrivals: Sequence[float], model: str) -> list[Shot]:
+        """Send each request at its time, in seconds, whatever became of those before; return what each saw."""
+        shares = [[*range(n, len(asks), self._most)] for n in range(min(self._most, len(asks)))]
+        ready = self._manager.Barrier(len(shares))
+        told = self._pool.map(
+            _arriving, [url] * len(shares), [[asks[n] for n in share] for share in shares],
+            [[arrivals[n] for n in share] for share in shares], [ready] * len(shares), [model] * len(shares),
+        )  # fmt: skip
+        return [shot for shots in told for shot in shots]
+
+    def ask(self, url: str, asked: Sequence[Sequence[Ask]], model: str = "model") -> tuple[list[list[Shot]], float]:
         """Send the requests of several clients, each of which asks one after the other.
 
         Returns:
             what each saw; seconds from when all were ready to the last answer.
         """
         ready = self._manager.Barrier(len(asked))
-        runs = list(self._pool.map(_client, [url] * len(asked), asked, [ready] * len(asked)))
+        each = len(asked)
+        runs = list(self._pool.map(_client, [url] * each, asked, [ready] * each, [model] * each))
         return [shots for shots, _, _ in runs], max(end for _, _, end in runs) - min(start for _, start, _ in runs)
 
     def __enter__(self) -> Clients:
@@ -117,7 +169,7 @@ class Clients:
         self._manager.shutdown()
 
 
-def send(client: httpx.Client, url: str, ask: Ask) -> Shot:
+def send(client: httpx.Client, url: str, ask: Ask, model: str = "model") -> Shot:
     """Send one request, and read its answer to the end.
 
     Raises:
@@ -125,21 +177,39 @@ def send(client: httpx.Client, url: str, ask: Ask) -> Shot:
     """
     started = time.perf_counter()
     times = []
-    with client.stream("POST", f"{url}/v1/chat/completions", json=ask.body("model")) as response:
+    with client.stream("POST", f"{url}/v1/chat/completions", json=ask.body(model)) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: {") and _has_text(json.loads(line[6:])):
                 times.append(time.perf_counter())
     ended = time.perf_counter()
     first = times[0] if times else ended
-    return Shot(first - started, ended - started, tuple(later - earlier for earlier, later in pairwise(times)))
+    gaps = tuple(later - earlier for earlier, later in pairwise(times))
+    return Shot(first - started, ended - started, gaps, bool(times))
 
 
-def _client(url: str, asked: Sequence[Ask], ready: Any) -> tuple[list[Shot], float, float]:
+def _arriving(url: str, asks: Sequence[Ask], arrivals: Sequence[float], ready: Any, model: str) -> list[Shot]:
+    """Send requests at their times, each by a thread of its own."""
+
+    def at_its_time(ask: Ask, arrival: float) -> Shot:
+        time.sleep(max(0.0, started + arrival - time.perf_counter()))
+        try:
+            return send(client, url, ask, model)
+        except httpx.HTTPError:  # counted where the shots are
+            return FAILED
+
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(timeout=ARRIVED_S, limits=limits) as client, ThreadPoolExecutor(len(asks)) as threads:
+        ready.wait()
+        started = time.perf_counter()
+        return list(threads.map(at_its_time, asks, arrivals))
+
+
+def _client(url: str, asked: Sequence[Ask], ready: Any, model: str) -> tuple[list[Shot], float, float]:
     with httpx.Client(timeout=None) as client:
         ready.wait()
         started = time.time()
-        shots = [send(client, url, ask) for ask in asked]
+        shots = [send(client, url, ask, model) for ask in asked]
         return shots, started, time.time()
 
 

@@ -2,7 +2,8 @@
 
 Tokens are those of the generation model's tokenizer, because what is bounded is the length of the chunk's KV. The
 text of a special token counts as the text that it is in a prompt.
-Each chunk is a slice of its document's text: nothing is added, and only white space between chunks is lost.
+Each chunk is a slice of its document's text: nothing is added, and only white space between chunks is lost (a blank
+that carries combining marks is a character, and may begin a chunk).
 
 Text that is filled up greedily moves every later border when one sentence is edited, and then every later chunk
 KV is stale. Here a border has a price, made of its rank (before a heading, between paragraphs, between

@@ -109,7 +109,12 @@ class Store(ABC):
 
     def tiers(self) -> dict[str, Store]:
         """Return the tiers that this store is made of, nearest first, by name; itself if it is one."""
-        return {type(self).__name__.removesuffix("Store").lower(): self}
+        return {self.kind: self}
+
+    @property
+    def kind(self) -> str:
+        """What it is called, by its class."""
+        return type(self).__name__.removesuffix("Store").lower()
 
     def __enter__(self) -> Store:
         return self
@@ -146,7 +151,7 @@ class Tier(Store):
         wanted = None if token_ids is None else tuple(token_ids)
         kv = self._attempt(lambda: self._look_up(key, wanted, heads), None)
         self.count(hits=kv is not None, misses=kv is None)
-        return kv
+        return None if kv is None else replace(kv, source=self.kind)
 
     def put(self, key: ChunkKey, kv: ChunkKV) -> bool:
         kv = marked(kv)

@@ -32,6 +32,8 @@ CREATE INDEX IF NOT EXISTS by_size ON entries (tenant, nbytes);
 CREATE INDEX IF NOT EXISTS by_expiry ON entries (expires);
 """
 _VERSION = 1  # of these tables; not of `ghosts`, which older code leaves alone
+_WAIT_S = 10.0  # for others that open the file
+_BUSY_MS = 1000  # for others that use it
 _COLUMNS = tuple(field.name for field in fields(Entry))  # the table has them in another order
 _LISTS = ("documents", "chunks")  # columns of words with spaces between them
 _INSERT = f"INTO entries ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -62,7 +64,7 @@ class Ledger:
         self._budget = budget
         self._order = _ORDERS[budget.evict]
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(path or ":memory:", timeout=1.0, check_same_thread=False, isolation_level=None)
+        self._db = sqlite3.connect(path or ":memory:", timeout=_WAIT_S, check_same_thread=False, isolation_level=None)
         self._close = weakref.finalize(self, self._db.close)
         self._db.text_factory = partial(str, encoding="utf-8", errors="replace")  # reads a damaged file, too
         self.tombstones = TombstoneTable(self._db, self._lock)
@@ -73,6 +75,7 @@ class Ledger:
             self._db.executescript(_SCHEMA + TombstoneTable.SCHEMA + UseCounts.SCHEMA)
             self._db.execute(f"CREATE INDEX IF NOT EXISTS {_INDEXES[budget.evict]} ON entries ({self._order})")
             self._counts.start()
+            self._db.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
         except sqlite3.Error:
             self._close()
             raise
@@ -195,13 +198,25 @@ class Ledger:
         return self._db.execute(sql, (entry.key.digest, *values))
 
     def _open_file(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._use_wal()
         self._db.execute("PRAGMA synchronous=OFF")  # a ledger that a power cut damages is written again
         version, well = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "quick_check"))
         if version not in (0, _VERSION) or well != "ok":
             raise sqlite3.DatabaseError(f"version {version}, {well}")
         if version == 0:  # it is new
             self._db.execute(f"PRAGMA user_version={_VERSION}")
+
+    def _use_wal(self) -> None:
+        """Switch the journal over. While others open the same new file, SQLite refuses that without waiting."""
+        end = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
 
 def _row(entry: Entry) -> tuple[object, ...]:

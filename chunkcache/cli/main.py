@@ -1,4 +1,4 @@
-"""The command line: `chunkcache ask | check-model | serve | store`, and what other packages add, such as `bench`.
+"""The command line: `chunkcache ask | check-model | serve | route | store`, and what other packages add (`bench`).
 
 Answers and JSON go to stdout, everything else to stderr. Exit codes: 0 done, 1 failure, 2 bad input.
 """
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from chunkcache.cli.ask import ask, check_model
 from chunkcache.cli.console import err
 from chunkcache.cli.keys import make_key
+from chunkcache.cli.route import route
 from chunkcache.cli.serve import serve
 from chunkcache.cli.store import list_entries, purge, stats, store_commands, verify
 from chunkcache.cli.transfer import export_file, import_file, warm
@@ -55,6 +56,7 @@ def cli(verbose: bool) -> None:
 cli.add_command(ask)
 cli.add_command(check_model)
 cli.add_command(serve)
+cli.add_command(route)
 cli.add_command(store_commands)
 for command in (stats, list_entries, verify, purge, warm, export_file, import_file, make_key):
     store_commands.add_command(command)

@@ -6,21 +6,22 @@ import math
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 from rich.markup import escape
 
 from chunkcache.cli.console import err
 from chunkcache.cli.inputs import load
-from chunkcache.cli.options import STORE_VARIABLE, PolicyName, argument, command, count, option
+from chunkcache.cli.options import STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
 from chunkcache.errors import InputError, missing_extra
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 KEY_VARIABLE = "CHUNKCACHE_API_KEY"
+TRACE_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -43,7 +44,19 @@ class ServeCommand:
     max_kv_bytes: Annotated[str | None, option(help="KV of all sequences that run, such as 4GiB.")] = None
     max_body: Annotated[str, option(help="Largest request.")] = "8MiB"
     timeout: Annotated[float | None, option(help="Seconds after which an answer ends.")] = None
+    index: Annotated[tuple[str, ...], option(metavar="NAME=PATH", help="Index of a folder or file of documents for "
+                                             "requests with `rag`; with --keys TENANT/NAME=PATH.")] = ()  # fmt: skip
+    chunk_tokens: ChunkTokens = 256
+    precompute_tokens: Annotated[int, count("Tokens of documents or chunks in one request.")] = 65_536
     drain: Annotated[float, option(help="Seconds that running answers get on SIGTERM.")] = 30.0
+    log_format: Annotated[str, option(type=click.Choice(["text", "json"]), help="Form of the log.")] = "text"
+    otlp_endpoint: Annotated[str | None, option(help="Where traces go, such as http://localhost:4318; by default "
+                                                "what OTEL_EXPORTER_OTLP_ENDPOINT says.")] = None  # fmt: skip
+    dashboard: Annotated[bool, option(help="Show requests with their prompts, and the store, on a page at /.")] = (
+        False
+    )
+    threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
+                                         "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
     device: Annotated[str | None, option(help="cpu, cuda, cuda:1, mps; the fastest there is by default.")] = None
     dtype: Annotated[str, option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
@@ -54,14 +67,28 @@ def serve(options: ServeCommand) -> None:
 
     A key is asked for where CHUNKCACHE_API_KEY or --keys is set, and must be for any address but loopback.
     """
+    # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed. While the
+    # model is loaded, SIGTERM ends the server at once.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        _serve(options, stack)
+
+
+def _serve(options: ServeCommand, stack: ExitStack) -> None:
     try:
         import uvicorn
 
+        from chunkcache.cli.indexes import fill_indexes, read_indexes
         from chunkcache.serve.app import ServeOptions, create_app
+        from chunkcache.serve.logs import configure
+        from chunkcache.serve.rag import IndexLimits
         from chunkcache.serve.service import Service
         from chunkcache.serve.tenants import Tenants
     except ImportError as error:
         raise missing_extra("server", "chunkcache serve", error) from error
+    import torch
+
     from chunkcache.blend import parse_policy
     from chunkcache.engine.scheduler import Limits
     from chunkcache.llm import CachedLLM
@@ -74,18 +101,44 @@ def serve(options: ServeCommand) -> None:
         raise InputError(
             f"--host {options.host} lets others in: set {KEY_VARIABLE}, or pass --keys, or listen at {LOOPBACK[0]}"
         )
+    given = read_indexes(options.index, tenants)
     most = None if options.max_kv_bytes is None else parse_bytes(options.max_kv_bytes)
     limits = Limits(options.running, options.waiting, most)
-    served = ServeOptions(tenants, parse_bytes(options.max_body), options.timeout, options.drain)
+    observers = _observers(options.otlp_endpoint)
+    served = ServeOptions(
+        tenants=tenants,
+        body_bytes=parse_bytes(options.max_body),
+        timeout_s=options.timeout,
+        drain_s=options.drain,
+        observers=observers,
+        dashboard=options.dashboard,
+        precompute_tokens=options.precompute_tokens,
+    )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     policy, store = parse_policy(options.policy), open_store(options.store)
+    stack.enter_context(closing(store))
     model, tokenizer = load(options.model_name, options.device, options.dtype)
-    with closing(store), CachedLLM(model, tokenizer, store=store, policy=policy) as llm:
-        service = Service(llm, options.name or options.model_name, limits)
-        app = create_app(service, served)
-        err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
-        # uvicorn drains on SIGTERM, and then raises it again: what is behind it here still has to be closed.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        uvicorn.run(
-            app, host=options.host, port=options.port, log_level="warning",
-            timeout_graceful_shutdown=math.ceil(options.drain),
-        )  # fmt: skip
+    llm = stack.enter_context(CachedLLM(model, tokenizer, store=store, policy=policy))
+    service = Service(llm, options.name or options.model_name, limits)
+    app = create_app(service, served)
+    service.indexes.limits = IndexLimits(chunk_tokens=options.chunk_tokens)
+    service.warm(tenants.all)
+    fill_indexes(service, given)
+    err.print(f"serving {escape(service.name)} at http://{options.host}:{options.port}/v1")
+    configure(options.log_format)
+    uvicorn.run(
+        app, host=options.host, port=options.port, log_config=None,
+        timeout_graceful_shutdown=math.ceil(options.drain),
+    )  # fmt: skip
+
+
+def _observers(endpoint: str | None) -> list[Any]:
+    """Return what sends traces, if there is an address to send them to."""
+    if endpoint is None and not any(os.environ.get(name) for name in TRACE_VARIABLES):
+        return []
+    try:
+        from chunkcache.serve.tracing import tracer
+    except ImportError as error:
+        raise missing_extra("otel", "sending traces", error) from error
+    return [tracer(endpoint)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,14 +17,18 @@ class Detokenizer:
     Args:
         tokenizer: the model's.
         stop: strings that end the answer, and are not part of it.
+        shown: special tokens that are part of the text; others are left out.
 
     Attributes:
         text: what was given out.
         stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), shown: Collection[int] = ()
+    ) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
+        self._special = set(tokenizer.all_special_ids).difference(shown) if shown else set()
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._start = self._read = 0  # of the ids: a context to decode in, and behind what was decoded already
@@ -58,7 +62,10 @@ class Detokenizer:
         return text[len(before) :]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        skip = True
+        if self._shown and not set(ids).isdisjoint(self._shown):
+            ids, skip = [each for each in ids if each not in self._special], False
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def _give(self, piece: str) -> str:
         pending = self._held + piece
@@ -67,13 +74,13 @@ class Detokenizer:
             self.stopped = True
             pending, self._held = pending[: min(ends)], ""
         else:
-            held = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            held = max((overlap(pending, stop) for stop in self._stop), default=0)
             cut = len(pending) - held
             pending, self._held = pending[:cut], pending[cut:]
         self.text += pending
         return pending
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return how many of the last characters of `text` may be the beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -80,6 +80,8 @@ class PreparedRequest:
         options: keywords for `generate()`.
         started: when the request came, by `time.perf_counter`.
         adapter: the adapter that is active meanwhile; None for the one that is.
+        tokenize_s: seconds that making it took.
+        watched: whether to keep what the question looked at, for `PromptReport.attention`.
     """
 
     prompt: Prompt
@@ -87,6 +89,8 @@ class PreparedRequest:
     options: dict[str, Any]
     started: float
     adapter: str | None = None
+    tokenize_s: float = 0.0
+    watched: bool = False
 
 
 class Engine:
@@ -169,7 +173,8 @@ class Engine:
         check_keywords(self.model, options)
         resolved = self.resolve_policy(policy)
         options = with_length(self.model, options, max_new_tokens)
-        return PreparedRequest(build(), resolved, options, started, adapter)
+        prompt = build()
+        return PreparedRequest(prompt, resolved, options, started, adapter, time.perf_counter() - started)
 
     def prefill(self, request: PreparedRequest, drop_last: bool = False) -> PrefillOutput:
         """Prefill a prompt.
@@ -246,7 +251,7 @@ class Engine:
             input_ids = prefill.input_ids
             output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
             cache = prefill.cache
-            stats.take(plan, prefill)
+            stats.take(plan, prefill, request.watched)
             self._store(served, request, prefill.computed)
             served.library.catch_up()
         first_token_at = clock.first_token_at or time.perf_counter()
@@ -259,7 +264,8 @@ class Engine:
         return Generation(text.strip(), token_ids, stats.ttft_s, stats, output), cache
 
     def _plan(self, served: Served, request: PreparedRequest, room: int = 1) -> tuple[Plan, RequestStats]:
-        stats = RequestStats(str(request.policy), tokenize_s=time.perf_counter() - request.started)
+        stats = RequestStats(str(request.policy), tokenize_s=request.tokenize_s)
+        stats.queue_s = max(0.0, time.perf_counter() - request.started - request.tokenize_s)
         return served.planner.plan(request.prompt, request.policy, stats, room), stats
 
     def _prefill(
@@ -271,7 +277,7 @@ class Engine:
         wait_for(logits)
         now = time.perf_counter()
         stats.prefill_s, stats.ttft_s = now - before, now - request.started
-        stats.take(plan, prefill)
+        stats.take(plan, prefill, request.watched)
         served.tuning.observe(stats)
         self._store(served, request, prefill.computed)
         served.library.catch_up()

@@ -141,7 +141,7 @@ class Fused:
         """Return the stats of one of the requests; what was done for all of them counts for the first."""
         tokens = len(prompt.token_ids)
         share = min((self.rows + len(prompt.question)) / tokens, 1.0)
-        stats = replace(self.stats, tokens=tokens, recomputed_share=share)
+        stats = replace(self.stats, tokens=tokens, recomputed_share=share, report=None)  # that is of another prompt
         self.stats = RequestStats(
             stats.policy, chunks=stats.chunks, hits=stats.hits + stats.misses, reused_tokens=stats.reused_tokens,
             exact_tokens=stats.exact_tokens,

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: at each step llguidance says which tokens may come next."""
+"""Answers that follow a JSON schema or a grammar: at each step llguidance says which tokens may come next."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ class Guides:
         wrong = LLMatcher.validate_grammar(grammar, self._tokenizer)
         if wrong:
             raise InputError(f"the JSON schema cannot be followed ({wrong.splitlines()[0]}); simplify it")
+        return Guide(LLMatcher(self._tokenizer, grammar))
+
+    def lark(self, text: str) -> Guide:
+        """Return the guide of one answer by a grammar in llguidance's Lark.
+
+        Raises:
+            InputError: a schema in it has what cannot be followed.
+        """
+        from llguidance import LLMatcher
+
+        grammar = LLMatcher.grammar_from_lark(text)
+        wrong = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        if wrong:
+            raise InputError(f"the parameters of a tool cannot be followed ({wrong.splitlines()[0]}); simplify them")
         return Guide(LLMatcher(self._tokenizer, grammar))
 
 

@@ -68,7 +68,8 @@ class Planner:
         return Plan.of(ids, chunks, prefix)
 
     def _prefix(self, prompt: Prompt, stats: RequestStats) -> Span | None:
-        kv = prompt.head or self._library.get_prefix(prompt.prefix)
+        head = None if prompt.head is None else replace(prompt.head, source="conversation")
+        kv = head or self._library.get_prefix(prompt.prefix)
         if kv is None:
             ref = self._library.ref(prompt.prefix, ())
             kv = self._compute([ref], stats).get(ref)
@@ -84,6 +85,7 @@ class Planner:
         else:
             others = self._precomputed(prompt, rest, policy, stats)
         chunks = [*exact, *others]
+        stats.leads.update((span.start, "context") for span in exact)
         found = sum(span.kv is not None for span in chunks)
         stats.hits, stats.misses = found - stats.misses, len(chunks) - found + stats.misses
         return chunks
@@ -121,6 +123,7 @@ class Planner:
         stats.misses = sum(stored[ref] is None for ref in refs)
         stats.computed_tokens += sum(len(span) for span, ref in zip(spans, refs, strict=True) if stored[ref] is None)
         kv = {**stored, **(self._compute(missing, stats) if missing else {})}
+        stats.leads.update((span.start, _lead(ref, prompt)) for span, ref in zip(spans, refs, strict=True))
         return [
             replace(span, kv=kv[ref], exact=not span.offset and ref.is_exact_after(prompt.token_ids[: span.start]))
             for span, ref in zip(spans, refs, strict=True)
@@ -132,3 +135,10 @@ class Planner:
         computed = self._library.compute(refs)
         stats.compute_s += time.perf_counter() - started
         return computed
+
+
+def _lead(ref: ChunkRef, prompt: Prompt) -> str:
+    """Return what a chunk is computed behind; see `ChunkReport`."""
+    if ref.near:
+        return "neighbours"
+    return "lead-in" if len(ref.context_ids) > len(prompt.context_ids) else "prefix"

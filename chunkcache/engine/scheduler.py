@@ -8,7 +8,6 @@ beside a prefill and is never behind it in a queue (the aim of Sarathi-Serve, OS
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 import time
 import weakref
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from chunkcache.blend.ragged import RaggedDecoder
 from chunkcache.engine.engine import Engine, PreparedRequest
 from chunkcache.engine.fair import FairQueue
+from chunkcache.engine.faults import log_fault
 from chunkcache.engine.generation import new_tokens
 from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.ticket import Deliver, Failed, Finished, Ticket
 from chunkcache.errors import ContextLengthError, InputError, QueueFullError
-
-logger = logging.getLogger("chunkcache")
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,7 @@ class Scheduler:
 
     def _start(self, ticket: Ticket) -> None:
         """Prefill a prompt and choose its first token."""
+        ticket.began = time.perf_counter()
         output, ticket.served = ticket.engine.prefilled(ticket.request)
         ticket.cache, ticket.stats = output.past_key_values, output.stats
         sampled = ticket.sampler.choose(output.logits)
@@ -221,8 +220,8 @@ class Scheduler:
                     [ticket.last for ticket in tickets],
                     [ticket.cache for ticket in tickets if ticket.cache is not None],
                 )
-        except BaseException as error:
-            logger.exception("a decoding step of %d sequences failed", len(tickets))
+        except BaseException as error:  # noqa: BLE001 - whoever waits is told, and the loop goes on
+            log_fault(f"a decoding step of {len(tickets)} sequences failed", error)
             for ticket in tickets:
                 ticket.tell(Failed(error))
             return tickets

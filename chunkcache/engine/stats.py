@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from chunkcache.blend import Plan, SelectivePrefill
+from chunkcache.engine.provenance import PromptReport
 from chunkcache.library.registry import warn_once
 
 
@@ -34,6 +35,7 @@ class RequestStats:
         fallbacks: 1 if the request was served by the model's own full prefill instead, else 0.
         batched: sequences that were decoded together; 1 for a request that was answered alone.
         tokenize_s: texts to token ids.
+        queue_s: waiting for its turn, once it has been tokenised.
         lookup_s: reading the store.
         compute_s: computing chunk KV and a prefix that were missing, and storing them.
         load_s: loading stored KV from a tier that is not in memory, beside the prefill.
@@ -44,6 +46,8 @@ class RequestStats:
         recompute_s: the decoder layers, on the rows that are computed; under a guard, with the passes it tries.
         head_s: from the last layer to the logits.
         ttft_s: from the call to the first token (`generate`) or to the logits (`prefill`).
+        report: what was done with each chunk and token; None where no selective prefill of just this prompt ran.
+        leads: what chunks were computed behind, by their position, as far as it is known; see `ChunkReport`.
     """
 
     policy: str
@@ -62,6 +66,7 @@ class RequestStats:
     fallbacks: int = 0
     batched: int = 1
     tokenize_s: float = 0.0
+    queue_s: float = 0.0
     lookup_s: float = 0.0
     compute_s: float = 0.0
     load_s: float = 0.0
@@ -72,20 +77,24 @@ class RequestStats:
     recompute_s: float = 0.0
     head_s: float = 0.0
     ttft_s: float = 0.0
+    report: PromptReport | None = field(default=None, repr=False, compare=False)
+    leads: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt whose KV were there before the request."""
         return self.reused_tokens - self.computed_tokens
 
-    def stages(self, ttft_s: float | None = None) -> dict[str, float]:
+    def stages(self, ttft_s: float | None = None, queued: bool = False) -> dict[str, float]:
         """Return where the time to first token went, in seconds that add up to it.
 
         Args:
             ttft_s: as measured by the caller; None for `ttft_s`.
+            queued: whether waiting for its turn is told by itself; else it is part of `other`.
         """
         named = {
             "tokenise": self.tokenize_s,
+            **({"queue": self.queue_s} if queued else {}),
             "lookup": self.lookup_s,
             "compute": self.compute_s,
             "load": self.wait_s,
@@ -96,9 +105,17 @@ class RequestStats:
         }
         return {**named, "other": (self.ttft_s if ttft_s is None else ttft_s) - sum(named.values())}
 
-    def take(self, plan: Plan, prefill: SelectivePrefill) -> None:
-        """Take over what a selective prefill of `plan` did, after its first token was waited for."""
+    def take(self, plan: Plan, prefill: SelectivePrefill, watched: bool = False) -> None:
+        """Take over what a selective prefill of `plan` did, after its first token was waited for.
+
+        Args:
+            plan: what was to be reused.
+            prefill: what ran.
+            watched: whether to keep what the question looked at.
+        """
         cache = prefill.cache
+        self.report = PromptReport(plan, prefill, self.leads, watched)
+        cache.seen = None
         if prefill.guarded is not None:
             self.guard_passes = prefill.guarded.passes
             self.guard_predicted = prefill.guarded.predicted
@@ -116,4 +133,5 @@ class RequestStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers as a plain dict for JSON."""
-        return asdict(self)
+        named = (each.name for each in fields(self) if each.name not in ("report", "leads"))
+        return {name: getattr(self, name) for name in named}

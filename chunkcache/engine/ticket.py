@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,11 +11,10 @@ from typing import Literal
 from transformers.cache_utils import Cache
 
 from chunkcache.engine.engine import Engine, PreparedRequest
+from chunkcache.engine.faults import log_fault
 from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.served import Served
 from chunkcache.engine.stats import RequestStats
-
-logger = logging.getLogger("chunkcache")
 
 Reason = Literal["stop", "length", "cancelled", "deadline"]
 
@@ -64,6 +62,7 @@ class Ticket:
     served: Served | None = None
     cache: Cache | None = None
     stats: RequestStats | None = None
+    began: float = 0.0  # when its prefill began, by `time.perf_counter`
     last: int = -1
     produced: int = 0
 
@@ -77,8 +76,8 @@ class Ticket:
             self.cache = None  # its KV go now
         try:
             self.deliver(event)
-        except Exception:
-            logger.exception("an event of a request could not be delivered")
+        except Exception as error:  # noqa: BLE001 - it is logged, and no other request is the worse for it
+            log_fault("an event of a request could not be delivered", error)
             self.cancel()
 
     @property

@@ -179,6 +179,7 @@ class ChunkKV:
         context: what it looked at, if that was recorded.
         origin: where it comes from.
         ready: when its layers are made, if streams of an accelerator make them; see `chunkcache.kv.transfer`.
+        source: the kind of tier that it was read from, such as `memory`; '' where it was computed.
     """
 
     token_ids: tuple[int, ...]
@@ -188,6 +189,7 @@ class ChunkKV:
     context: ContextAttention | None = None
     origin: Origin = Origin()
     ready: tuple[Ready, ...] = ()
+    source: str = ""
 
     @classmethod
     def of(

@@ -128,7 +128,8 @@ class ChunkLibrary(DeletionMethods):
 
     def get_key(self, key: ChunkKey, token_ids: TokenIds) -> ChunkKV | None:
         """Return what is stored under `key` if it is the KV of `token_ids`, or None."""
-        return self._store.get(key, token_ids, self._decoder.heads)
+        kv = self._store.get(key, token_ids, self._decoder.heads)
+        return kv if kv is None or kv.source else replace(kv, source=self._store.kind)
 
     def holds(self, ref: ChunkRef, recorded: bool = False) -> bool:
         """Return whether the store has a chunk, without counting a hit or a miss.

@@ -11,22 +11,27 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from chunkcache.errors import PromptError
 from chunkcache.kv import TokenIds
 from chunkcache.prompt.builder import ANSWER, CHUNKS, SEPARATOR, PromptBuilder
 from chunkcache.prompt.known_texts import FoundText
-from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common
-from chunkcache.prompt.template import MessagesRefusedError, Options
+from chunkcache.prompt.prompt import Prompt, PromptChunk, PromptIds, common, text_of
+from chunkcache.prompt.template import MessagesRefusedError, Options, Rendered
 
 __all__ = ["Message", "MessageBuilder", "PromptChunk", "Turn"]
 
 Message = Mapping[str, Any]  # role, and content: a string, or a list of strings and passages
 
+_FIELDS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}  # that the template gets, by role
 _BLOCK = 16  # tokens; beginnings that differ in fewer are not worth an entry of their own each
 _BEGINNINGS = 16  # of the last prompts
+_REWRITTEN = (
+    "the tokenizer's chat template rewrites a message with passages, so that these have no place in it; set "
+    "tokenizer.chat_template to one that does not, or to None for plain text"
+)
 
 
 class TextFinder(Protocol):
@@ -125,7 +130,7 @@ class MessageBuilder:
             ids.text(label + turn.text.strip(), False)
             return
         end = 0
-        for known in self._known.find_text(turn.text):
+        for known in self._chunks_in(turn, found.system):
             ids.text(turn.text[end : known.start], False)
             if not ids.spans:
                 found.system = known.system
@@ -133,6 +138,22 @@ class MessageBuilder:
             prompts.add_chunks(ids, [PromptChunk(known.text, joins_next=not separated)])
             end = known.end + (len(SEPARATOR) if separated else 0)
         ids.text(turn.text[end:], False)
+
+    def _chunks_in(self, turn: Turn, system: str | None) -> list[FoundText]:
+        """Return the chunks in the text of a turn, in order: those that it says it has, and known ones between."""
+        if not turn.inside:
+            return list(self._known.find_text(turn.text))
+        found: list[FoundText] = []
+        end = 0
+        for text in turn.inside:
+            start = turn.text.find(text, end)
+            if start < 0:
+                raise PromptError(_REWRITTEN)
+            between = self._known.find_text(turn.text[end:start])
+            found += [replace(known, start=known.start + end) for known in between]
+            found.append(FoundText(start, text, "", system))
+            end = start + len(text)
+        return found + [replace(known, start=known.start + end) for known in self._known.find_text(turn.text[end:])]
 
     def _placed(self, prompts: PromptBuilder, turns: Sequence[Turn]) -> list[tuple[str, Turn | None]]:
         """Return the template's own text and the turn behind it, in order; after the last there is none."""
@@ -142,14 +163,15 @@ class MessageBuilder:
             return [*zip(["", *ends], turns, strict=False), (last, None)]
         frame = prompts.frame_texts()
         try:
-            rendered, texts = prompts.template.place([(turn.role, turn.whole(*frame)) for turn in turns])
+            rendered, texts = _rendered(prompts, turns)
         except MessagesRefusedError:
             folded = _folded(turns)  # a template may want user and assistant in turn, and no system message
             if folded == turns:
                 raise
             turns = folded
-            rendered, texts = prompts.template.place([(turn.role, turn.whole(*frame)) for turn in turns])
-        written = [turn.written(text, *frame) for turn, text in zip(turns, texts, strict=True)]
+            rendered, texts = _rendered(prompts, turns)
+        spoken = [turn for turn in turns if not turn.is_fixed]
+        written = [turn.written(text, *frame) for turn, text in zip(spoken, texts, strict=True)]
         return [(own, None if index is None else written[index]) for own, index in rendered]
 
 
@@ -174,19 +196,23 @@ class Turn:
         role: who speaks.
         text: what is said.
         chunks: the passages that stand before it.
+        inside: the passages that stand in its text, each where it was given.
         before: what stands before these.
         framed: whether it reads as a question over passages even if there are none.
         trimmed: whether the template leaves out the space round it.
         token_ids: those that an answer was decoded as, where it stands in the prompt as it was.
+        fields: what else the template gets of it: `tool_calls`, or what a tool's answer belongs to.
     """
 
     role: str
     text: str
     chunks: tuple[Any, ...] = ()
+    inside: tuple[str, ...] = ()
     before: str = ""
     framed: bool = False
     trimmed: bool = False
     token_ids: TokenIds = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, message: Message, index: int) -> Turn:
@@ -199,7 +225,10 @@ class Turn:
             raise PromptError(f"message {index} has no role; pass mappings with 'role' and 'content'")
         if not re.fullmatch(r"[\w-]+", message["role"]):  # templates write it between special tokens
             raise PromptError(f"message {index} has the role {message['role']!r}; pass one word, such as 'user'")
+        fields = {name: message[name] for name in _FIELDS.get(message["role"], ()) if message.get(name)}
         content = message.get("content")
+        if content is None and fields:
+            content = ""
         parts = [content] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, str | PromptChunk) for part in parts):
             kinds = type(content).__name__ if not isinstance(parts, Sequence) else [type(p).__name__ for p in parts]
@@ -207,7 +236,17 @@ class Turn:
                 f"the content of message {index} is {kinds}; pass text, or a list of texts and passages"
             )
         text = "\n".join(part for part in parts if isinstance(part, str))
-        return cls(message["role"], text, tuple(part for part in parts if isinstance(part, PromptChunk)))
+        chunks = tuple(part for part in parts if isinstance(part, PromptChunk))
+        if any(chunk.in_place for chunk in chunks):
+            return cls(message["role"], _joined(parts), inside=tuple(text_of(each.text).strip() for each in chunks))
+        if "tool_calls" in fields and chunks:
+            raise PromptError(f"message {index} has tool_calls and passages; pass the passages in another")
+        return cls(message["role"], text, chunks, fields=fields)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the template writes it as it likes: it has tool calls, and no chunks are looked for in it."""
+        return "tool_calls" in self.fields
 
     @property
     def is_framed(self) -> bool:
@@ -235,11 +274,22 @@ class Turn:
         if not self.is_framed:
             return replace(self, text=text, token_ids=())
         if text != given.strip():
-            raise PromptError(
-                "the tokenizer's chat template rewrites a message with passages, so that these have no place in it; "
-                "set tokenizer.chat_template to one that does not, or to None for plain text"
-            )
+            raise PromptError(_REWRITTEN)
         return replace(self, trimmed=True)
+
+
+def _rendered(prompts: PromptBuilder, turns: Sequence[Turn]) -> tuple[Rendered, list[str]]:
+    """Return what `ChatTemplate.place` does of turns."""
+    frame = prompts.frame_texts()
+    heads = [{"role": t.role, **t.fields, **({"content": t.text} if t.is_fixed else {})} for t in turns]
+    return prompts.template.place([(t.role, t.whole(*frame)) for t in turns if not t.is_fixed], heads)
+
+
+def _joined(parts: Sequence[str | PromptChunk]) -> str:
+    """Return the text of a message whose passages stand in it: an empty line behind each, as a chunk is stored."""
+    pieces = [f"{part}\n" if isinstance(part, str) else f"{part.text.strip()}{SEPARATOR}" for part in parts]
+    last = pieces[-1]
+    return "".join([*pieces[:-1], last.removesuffix("\n") if isinstance(parts[-1], str) else last.rstrip()])
 
 
 def _folded(turns: Sequence[Turn]) -> list[Turn]:
@@ -247,10 +297,12 @@ def _folded(turns: Sequence[Turn]) -> list[Turn]:
     folded: list[Turn] = []
     for turn in (replace(t, role="user") if t.role == "system" else t for t in turns):
         last = folded[-1] if folded else None
-        if last is not None and last.role == turn.role and not last.is_framed:
+        if last is not None and last.role == turn.role and not (last.is_framed or last.fields or turn.fields):
             said = f"{last.text.strip()}{SEPARATOR}"
             folded[-1] = (
-                replace(turn, before=said) if turn.is_framed else replace(turn, text=said + turn.text.strip())
+                replace(turn, before=said)
+                if turn.is_framed
+                else replace(turn, text=said + turn.text.strip(), inside=(*last.inside, *turn.inside))
             )
         else:
             folded.append(turn)

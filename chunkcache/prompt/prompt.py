@@ -20,11 +20,13 @@ class PromptChunk:
         skip_chars: characters at its beginning that are left out, because the prompt has them already. A slow
             tokenizer, which does not say where its tokens are, leaves nothing out.
         joins_next: whether the next chunk goes on where this one ends, so that nothing stands between them.
+        in_place: whether the passages of its message stay among its texts, as they are given; else they come first.
     """
 
     text: str
     skip_chars: int = 0
     joins_next: bool = False
+    in_place: bool = False
 
 
 @dataclass(frozen=True)

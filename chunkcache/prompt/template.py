@@ -23,6 +23,7 @@ from chunkcache.errors import PromptError
 from chunkcache.tokens import Tokens
 
 Options = Mapping[str, Any]
+Head = Mapping[str, Any]  # a message without its text
 Rendered = list[tuple[str, int | None]]  # the template's own text, and the message behind it; none behind the last
 
 _MARK = "[[message {} stands here]]"
@@ -31,6 +32,7 @@ _END = "[[text {} ends]]"
 _ROUND = "[[text {0} begins]]{1}[[text {0} ends]]"
 _BORDERS = re.compile(r"\[\[text (\d+) (begins|ends)]]")
 _OURS = ("messages", "add_generation_prompt", "tokenize", "return_tensors", "return_dict", "continue_final_message")
+_APART = ("chat_template", "tools")
 _GIVEN = {"tools", "raise_exception", "strftime_now"}  # names in a template that no option is meant for
 
 
@@ -56,13 +58,13 @@ class ChatTemplate:
         self._check()
 
     def __bool__(self) -> bool:
-        return bool(self._source)
+        return bool(self.source)
 
     def with_options(self, options: Options) -> ChatTemplate:
         """Return the template with more options, which come before those that it has."""
         return ChatTemplate(self._given, self._tokens, merged(self.options, options))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return what the template makes of messages; `Tokens.hide` went over the texts in its options.
 
         Raises:
@@ -70,10 +72,12 @@ class ChatTemplate:
         """
         tokenizer: Any = self._tokens.tokenizer
         self._check()
-        options = {name: self._hidden(value) for name, value in self.options.items() if name != "chat_template"}
+        options = {name: self._hidden(value) for name, value in self.options.items() if name not in _APART}
+        if self.options.get("tools"):
+            options["tools"] = self.hidden(self.options["tools"])
         try:
             rendered = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, chat_template=self._source, **options
+                list(messages), tokenize=False, add_generation_prompt=True, chat_template=self.source, **options
             )
         except TemplateError as error:
             raise MessagesRefusedError(
@@ -87,31 +91,40 @@ class ChatTemplate:
             ) from error
         return str(rendered)
 
+    def hidden(self, value: Any) -> Any:
+        """Return what a client sent, lists and mappings and their keys, so that no text is read as special tokens."""
+        if isinstance(value, str):
+            return self._tokens.hide(value)
+        if isinstance(value, Mapping):
+            return {self.hidden(name): self.hidden(each) for name, each in value.items()}
+        return [self.hidden(each) for each in value] if isinstance(value, list | tuple) else value
+
     def _hidden(self, value: Any) -> Any:
         """Return an option in which no text is read as special tokens, but one that is nothing else."""
-        if isinstance(value, str):
-            return value if value in self._tokens.names else self._tokens.hide(value)
-        if isinstance(value, Mapping):
-            return {name: self._hidden(each) for name, each in value.items()}
-        return [self._hidden(each) for each in value] if isinstance(value, list | tuple) else value
+        return value if isinstance(value, str) and value in self._tokens.names else self.hidden(value)
 
-    def place(self, messages: Sequence[tuple[str, str]]) -> tuple[Rendered, list[str]]:
+    def place(
+        self, messages: Sequence[tuple[str, str]], heads: Sequence[Head] | None = None
+    ) -> tuple[Rendered, list[str]]:
         """Return the template's own text round the texts of messages, and these texts as the template writes them.
 
         Args:
             messages: role and text of each.
+            heads: all messages without their texts, if some have more fields than a role; one with a `content` is
+                none of `messages`, and is part of the template's own text.
 
         Raises:
             PromptError: it refuses them, or does not keep each in one piece.
         """
         marks = [_MARK.format(index) for index in range(len(messages))]
-        roles = [role for role, _ in messages]
+        roles = [{"role": role} for role, _ in messages] if heads is None else [self.hidden(head) for head in heads]
         marked = self._with_texts(roles, marks)
         parts = _MARKS.split(marked)
         places = [int(index) for index in parts[1::2]]
         if sorted(places) != list(range(len(messages))):
             raise MessagesRefusedError(
-                f"the tokenizer's chat template does not keep these messages apart and whole ({', '.join(roles)}); "
+                "the tokenizer's chat template does not keep these messages apart and whole "
+                f"({', '.join(role for role, _ in messages)}); "
                 "leave out those it does not know, or set tokenizer.chat_template to one that does, or to None for "
                 "plain text"
             )
@@ -124,11 +137,11 @@ class ChatTemplate:
                 return rendered, written
         return self._place_whole(roles, self._one_by_one(roles, rendered, texts), whole)
 
-    def _place_whole(self, roles: Sequence[str], texts: Sequence[str], whole: str) -> tuple[Rendered, list[str]]:
+    def _place_whole(self, roles: Sequence[Head], texts: Sequence[str], whole: str) -> tuple[Rendered, list[str]]:
         """Return what `place` does, where what stands round a text depends on what it says.
 
         Args:
-            roles: of the messages.
+            roles: of the messages, with their other fields.
             texts: as the template writes them, as far as that is known.
             whole: what the template makes of the messages.
         """
@@ -148,10 +161,11 @@ class ChatTemplate:
             "cannot be told from its own text; set tokenizer.chat_template to one that does not"
         )
 
-    def _with_texts(self, roles: Sequence[str], texts: Sequence[str]) -> str:
-        return self.render([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+    def _with_texts(self, roles: Sequence[Head], texts: Sequence[str]) -> str:
+        rest = iter(texts)
+        return self.render([head if "content" in head else {**head, "content": next(rest)} for head in roles])
 
-    def _behind_each(self, roles: Sequence[str], rendered: Rendered, texts: Sequence[str]) -> list[str]:
+    def _behind_each(self, roles: Sequence[Head], rendered: Rendered, texts: Sequence[str]) -> list[str]:
         """Return texts as the template writes them, by rendering all with a mark behind each."""
         ends = [_END.format(index) for index in range(len(texts))]
         whole = self._with_texts(roles, [text + end for text, end in zip(texts, ends, strict=True)])
@@ -166,7 +180,7 @@ class ChatTemplate:
             start = stop + len(ends[index])
         return written
 
-    def _one_by_one(self, roles: Sequence[str], rendered: Rendered, texts: Sequence[str]) -> list[str]:
+    def _one_by_one(self, roles: Sequence[Head], rendered: Rendered, texts: Sequence[str]) -> list[str]:
         """Return texts as the template writes them, by rendering each with marks in the place of the others."""
         marks = [_MARK.format(index) for index in range(len(texts))]
         marked = _filled(rendered, marks)
@@ -179,10 +193,20 @@ class ChatTemplate:
         return written
 
     @property
-    def _source(self) -> str:
+    def source(self) -> str:
         """The template that is used now; empty for none."""
+        return self.source_for(bool(self.options.get("tools")))
+
+    def source_for(self, tools: bool) -> str:
+        """Return the template that is used where there are tools, or where there are none.
+
+        Raises:
+            PromptError: none can be chosen.
+        """
         template, name = self._given.chat_template, self.options.get("chat_template")
         named = template if isinstance(template, dict) else {}
+        if name is None and tools and "tool_use" in named:
+            name = "tool_use"  # as transformers chooses
         if name is None and not named:
             return str(template or "")
         if name is None and "default" not in named:
@@ -199,9 +223,7 @@ class ChatTemplate:
         return str(named.get(chosen, chosen))
 
     def _check(self) -> None:
-        source = self._source
-        if "tools" in self.options:
-            raise PromptError("template_options: tools are not served; write them into the system prompt")
+        source = self.source
         ours = [name for name in self.options if name in _OURS]
         if ours:
             raise PromptError(f"template_options: {ours[0]!r} is chunkcache's own to set; leave it out")
@@ -238,7 +260,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _as_given(roles: Sequence[str], rendered: Rendered, texts: Sequence[str]) -> list[str]:
+def _as_given(roles: Sequence[Head], rendered: Rendered, texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
@@ -259,6 +281,12 @@ def _fitted(rendered: Rendered, texts: Sequence[str], whole: str) -> list[str] |
         written[index] = fitting
         end += len(fitting + behind)
     return written if _filled(rendered, written) == whole else None
+
+
+def reads(source: str, name: str) -> bool:
+    """Return whether a template reads an option, as far as that can be said."""
+    read = _variables(source)
+    return read is None or name in read
 
 
 @lru_cache(maxsize=64)

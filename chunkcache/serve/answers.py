@@ -15,6 +15,7 @@ from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.ticket import Event, Failed, Finished, Ticket
 from chunkcache.errors import QueueFullError
+from chunkcache.serve.record import by_chunk
 from chunkcache.serve.service import Choice
 
 
@@ -68,6 +69,9 @@ class Answers:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, event: Event) -> None:
+            found = self.choices[index].found
+            if found is not None and not isinstance(event, Sampled):
+                found.ended()
             with suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
@@ -84,6 +88,11 @@ class Answers:
         prompts = {id(choice.request): len(choice.request.prompt.token_ids) for choice in self.choices}
         self.prompt_tokens = sum(prompts.values())
 
+    @property
+    def tickets(self) -> Sequence[Ticket]:
+        """The answers as the scheduler has them, in their order."""
+        return self._tickets
+
     def cancel(self) -> None:
         """End all answers after the step they are in."""
         for ticket in self._tickets:
@@ -95,7 +104,7 @@ class Answers:
         Raises:
             Exception: what went wrong with one of the answers, or that the server ends before they do.
         """
-        texts = [Detokenizer(choice.llm.tokenizer, self.stop) for choice in self.choices]
+        texts = [Detokenizer(choice.llm.tokenizer, self.stop, choice.shown) for choice in self.choices]
         pending: list[list[Sampled]] = [[] for _ in self.choices]
         watches = [_unseen if self.watch is None else self.watch() for _ in self.choices]
         going = set(range(len(self.choices)))
@@ -140,19 +149,29 @@ class Answers:
         if stats is not None:
             self.stats[index] = stats
 
-    def usage(self) -> dict[str, Any]:
-        """Return OpenAI's `usage`, with what was reused."""
-        each = [self.stats[index] for index in sorted(self.stats)]
-        cached: dict[int, int] = {}  # of each prompt: what no answer to it computed
+    def extra(self) -> dict[str, Any]:
+        """Return what stands beside OpenAI's fields: the documents that were found in an index."""
+        found = self.choices[0].found
+        return {} if found is None else {"chunkcache": {"documents": found.told}}
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all prompts that no answer so far computed, each counted once."""
+        cached: dict[int, int] = {}
         for index, stats in self.stats.items():
             prompt = id(self.choices[index].request)
             cached[prompt] = min(_not_computed(stats), cached.get(prompt, stats.tokens))
+        return sum(cached.values())
+
+    def usage(self) -> dict[str, Any]:
+        """Return OpenAI's `usage`, with what was reused."""
+        each = [self.stats[index] for index in sorted(self.stats)]
         details: dict[str, Any] = {
-            "cached_tokens": sum(cached.values()),
+            "cached_tokens": self.cached_tokens,
             "cache_write_tokens": sum(stats.computed_tokens for stats in each),
         }
         if each:
-            details["chunkcache"] = [_told(stats) for stats in each]
+            details["chunkcache"] = [_told(self.stats[index], self.choices[index]) for index in sorted(self.stats)]
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -171,17 +190,19 @@ def _not_computed(stats: RequestStats) -> int:
     return max(0, min(stats.cached_tokens, stats.tokens - computed))
 
 
-def _told(stats: RequestStats) -> dict[str, Any]:
+def _told(stats: RequestStats, choice: Choice) -> dict[str, Any]:
     """Return what clients are told of a request, under `usage.prompt_tokens_details.chunkcache`."""
     return {
         "policy": stats.policy,
         "chunks": stats.chunks,
         "hits": stats.hits,
         "misses": stats.misses,
+        "lost": stats.lost,
         "reused_tokens": stats.reused_tokens,
         "exact_tokens": stats.exact_tokens,
         "recomputed_share": round(stats.recomputed_share, 6),
         "guard_full": stats.guard_full,
+        "by_chunk": by_chunk(stats, choice),
         "ttft_s": round(stats.ttft_s, 6),
-        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages().items()},
+        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages(queued=True).items()},
     }

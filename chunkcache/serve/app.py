@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -15,12 +15,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.serve import responses
+from chunkcache.serve import responses, schema
 from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.gates import Bounded, Guarded
+from chunkcache.serve.logs import log_request
 from chunkcache.serve.metrics import Metrics
 from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered
-from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, ResponseRequest, Sampling
+from chunkcache.serve.precompute import TOKENS
+from chunkcache.serve.protocol import ChatRequest, CompletionRequest, ResponseRequest, Sampling
+from chunkcache.serve.record import Record, Recorder
+from chunkcache.serve.seen import Seen
 from chunkcache.serve.service import Choice, Service
 from chunkcache.serve.tenants import Tenant, Tenants
 
@@ -37,12 +42,18 @@ class ServeOptions:
         body_bytes: the largest request.
         timeout_s: seconds after which an answer ends; None for as long as it takes.
         drain_s: seconds that running answers get when the server is told to stop.
+        observers: called with the record of each request at its end.
+        dashboard: whether there is a page that shows requests, their prompts and the store.
+        precompute_tokens: tokens that one request may have computed ahead, or indexed.
     """
 
     tenants: Tenants = field(default_factory=Tenants)
     body_bytes: int = 8 * 2**20
     timeout_s: float | None = None
     drain_s: float = 30.0
+    observers: Sequence[Callable[[Record], None]] = ()
+    dashboard: bool = False
+    precompute_tokens: int = TOKENS
 
 
 @dataclass(frozen=True)
@@ -54,47 +65,64 @@ class Server:
     metrics: Metrics
 
     async def answer(
-        self, request: Request, asked: Sampling, tenant: Tenant, prepare: Callable[..., list[Choice]], kind: type[Any]
+        self, request: Request, asked: Sampling, tenant: Tenant, prepare: Callable[..., list[Choice]], kind: Any
     ) -> Response:
         """Answer a request with a body, or with a stream of pieces."""
         with ExitStack() as stack:
             stack.enter_context(self.options.tenants.admitted(tenant))
             choices = await run_in_threadpool(prepare, asked, tenant)
+            record: Record = request.state.record
             answers = Answers(
                 self.service.scheduler,
                 choices,
                 self.service.stops(asked),
                 tenant.name,
-                self.options.timeout_s,
-                self.metrics.watch,
+                self.service.seconds(self.options.timeout_s),
+                record.watching(self.metrics.watch),
             )
+            record.model, record.kind, record.answers = asked.model, kind.operation, answers
             answers.submit()
             stack.callback(answers.cancel)
-            form: Form = kind(Shape(self.service.name, self.service.token_text, asked.likeliest() is not None))
+            may_call = self.service.calling(asked)
+            parser = None if may_call is None else may_call.parser
+            form: Form = kind(
+                Shape(self.service.name, self.service.token_text, asked.likeliest() is not None, calls=parser)
+            )
             if not asked.stream:
-                return JSONResponse(await _or_gone(request, gathered(form, answers)))
+                return JSONResponse(await or_gone(request, gathered(form, answers)))
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return _Stream(form.stream(answers, usage), stack.pop_all())
 
-    def told(self, error: HTTPError) -> JSONResponse:
-        """Return the answer to a request that went wrong."""
+    def told(self, error: HTTPError, path: str = "") -> JSONResponse:
+        """Return the answer to a request that went wrong, in the shape that clients of `path` read."""
         self.metrics.failed(error.status)
-        return JSONResponse(error.body(), error.status, error.headers)
+        return JSONResponse(error.body(path), error.status, error.headers)
 
 
 def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI:
     """Return the ASGI application of a service. The service's scheduler ends with it."""
+    from chunkcache.serve import cohere, documents  # they need what is below
+
     options = options or ServeOptions()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await run_in_threadpool(service.background.close)
         await run_in_threadpool(service.scheduler.close, options.drain_s)
 
-    app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Bounded, most=options.body_bytes)
-    app.state.server = Server(service, options, Metrics(service.scheduler))
-    app.include_router(router)
+    app = FastAPI(title="chunkcache", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    server = app.state.server = Server(service, options, Metrics(service.scheduler, service.llm.store))
+    app.add_middleware(Bounded, most=options.body_bytes)
+    app.add_middleware(Guarded, server=server)  # comes first: who has no key is not listened to
+    app.state.recorder = Recorder([log_request, *options.observers])
+    app.add_middleware(Seen, recorder=app.state.recorder, failed=server.metrics.failed)  # the outermost
+    for each in (router, documents.router, cohere.router):
+        app.include_router(each)
+    if options.dashboard:
+        from chunkcache.serve import dashboard
+
+        dashboard.add_to(app)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     for kind in (HTTPError, ChunkCacheError, Exception):
@@ -111,80 +139,81 @@ def _server(request: Request) -> Server:
 
 
 def _who(request: Request) -> Tenant:
-    return _server(request).options.tenants.find(request.headers.get("authorization"))
+    tenant = _server(request).options.tenants.find(request.headers.get("authorization"))
+    request.state.record.tenant = tenant.name
+    return tenant
 
 
 AServer = Annotated[Server, Depends(_server)]
 Who = Annotated[Tenant, Depends(_who)]
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=schema.ANSWERED)
 async def chat(request: Request, asked: ChatRequest, tenant: Who, server: AServer) -> Response:
     """Answer a conversation."""
     return await server.answer(request, asked, tenant, server.service.chat, Chat)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=schema.ANSWERED)
 async def completion(request: Request, asked: CompletionRequest, tenant: Who, server: AServer) -> Response:
     """Continue a text."""
     return await server.answer(request, asked, tenant, server.service.completion, Completion)
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=schema.ANSWERED)
 async def response(request: Request, asked: ResponseRequest, tenant: Who, server: AServer) -> Response:
     """Answer a conversation, in the shape of the Responses API."""
     return await server.answer(request, asked.as_chat(), tenant, server.service.chat, responses.Response)
 
 
-@router.post("/v1/chunks")
-async def chunks(asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
-    """Compute the KV of texts ahead."""
-    with server.options.tenants.admitted(tenant):
-        return await run_in_threadpool(server.service.precompute, asked, tenant)
-
-
-@router.get("/v1/models")
+@router.get("/v1/models", responses=schema.READ)
 async def models(tenant: Who, server: AServer) -> dict[str, Any]:
     """List the model."""
     return {"object": "list", "data": [server.service.about()]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=schema.NAMED)
 async def model(name: str, tenant: Who, server: AServer) -> dict[str, Any]:
     """Describe the model."""
     server.service.check_model(name)
     return server.service.about()
 
 
-@router.get("/health")
+@router.get("/openapi.json", include_in_schema=False)
+async def described(request: Request, tenant: Who, server: AServer) -> JSONResponse:
+    """Tell what can be asked, as OpenAPI."""
+    return JSONResponse(schema.openapi(request.app, bool(server.options.tenants)))
+
+
+@router.get("/health", responses=schema.errors(500))
 async def health() -> dict[str, str]:
     """Say that the server is up."""
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses=schema.TEXT, response_class=Response)
 async def measured(tenant: Who, server: AServer) -> Response:
     """Tell what was counted, in Prometheus' format."""
-    return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(await run_in_threadpool(server.metrics.text), media_type="text/plain; version=0.0.4")
 
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return _server(request).told(HTTPError(400, f"the body is no JSON, from character {first['loc'][-1]} on"))
+        return await _failed(request, HTTPError(400, f"the body is no JSON, from character {first['loc'][-1]} on"))
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    return _server(request).told(HTTPError(400, message, param=where or None))
+    return await _failed(request, HTTPError(400, message, param=where or None))
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
-    answer = _server(request).told(HTTPError(error.status_code, str(error.detail)))
+    answer = await _failed(request, HTTPError(error.status_code, str(error.detail)))
     answer.headers.update(error.headers or {})
     return answer
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    return _server(request).told(HTTPError.of(error))
+    return _server(request).told(HTTPError.of(error), request.url.path)
 
 
 class _Stream(StreamingResponse):
@@ -199,7 +228,7 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _or_gone(request: Request, answer: Awaitable[T]) -> T:
+async def or_gone(request: Request, answer: Awaitable[T]) -> T:
     """Await an answer; if its client goes away meanwhile, end it."""
     task = asyncio.ensure_future(answer)
 
@@ -218,32 +247,3 @@ async def _or_gone(request: Request, answer: Awaitable[T]) -> T:
         raise HTTPError(499, "the client went away") from None
     finally:
         watcher.cancel()
-
-
-class _Bounded:
-    """Refuses requests whose body is too large, whatever they say of its length."""
-
-    def __init__(self, app: Any, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
-        """Pass a request on, and stop reading it where it is too large."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        read = 0
-
-        async def bounded() -> Any:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
-                raise HTTPException(413, f"the request is larger than {self._most} bytes; send less")
-            return message
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._most:
-            error = HTTPError(413, f"the request is larger than {self._most} bytes; send less")
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
-            return
-        await self._app(scope, bounded, send)

@@ -1,13 +1,11 @@
-"""What goes wrong, in the shape that OpenAI's clients read."""
+"""What goes wrong, in the shapes that OpenAI's and Cohere's clients read."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from chunkcache.engine.faults import log_fault
 from chunkcache.errors import ChunkCacheError, ContextLengthError, InputError, QueueFullError
-
-logger = logging.getLogger("chunkcache")
 
 RETRY_S = 1  # seconds after which one who was refused may ask again
 
@@ -46,7 +44,7 @@ class HTTPError(Exception):
             return cls(400, str(error), "context_length_exceeded", "messages")
         if isinstance(error, InputError):
             return cls(400, str(error))
-        logger.error("a request failed", exc_info=error)
+        log_fault("a request failed", error)
         told = str(error) if isinstance(error, ChunkCacheError) else "the server failed; its log says why"
         return cls(500, told)
 
@@ -55,8 +53,10 @@ class HTTPError(Exception):
         """Headers of the answer."""
         return {"Retry-After": str(RETRY_S)} if self.retry else {}
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of the answer."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return the body of the answer, in the shape of OpenAI's or, at its paths, of Cohere's API."""
+        if path.startswith("/v2/"):
+            return {"message": str(self)}
         kinds = {
             401: "authentication_error",
             403: "permission_error",

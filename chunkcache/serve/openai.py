@@ -7,13 +7,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from chunkcache.engine.detokenizer import UNFINISHED
 from chunkcache.engine.sampling import Sampled
 from chunkcache.serve.answers import Answers, Piece
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.tool_parser import CallParser, Read, delta, message
 
 Decode = Callable[[int], str]
 _REASONS = {"cancelled": "stop", "deadline": "length"}  # what OpenAI's clients know of
@@ -29,6 +30,7 @@ class Shape:
         logprobs: whether probabilities are told.
         identity: of the answer.
         created: when, in seconds since the epoch.
+        calls: makes what finds function calls in an answer; None where there are none.
     """
 
     model: str
@@ -36,6 +38,7 @@ class Shape:
     logprobs: bool
     identity: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    calls: Callable[[], CallParser] | None = None
 
     def head(self, prefix: str, kind: str) -> dict[str, Any]:
         """Return the fields that every body begins with."""
@@ -43,7 +46,13 @@ class Shape:
 
 
 class Form(ABC):
-    """One kind of answer."""
+    """One kind of answer.
+
+    Class attributes:
+        operation: what it does, as OpenTelemetry's conventions for generative AI call it.
+    """
+
+    operation: ClassVar[str] = "chat"
 
     @abstractmethod
     def whole(self, texts: Sequence[str], tokens: Sequence[Sequence[Sampled]], ends: Sequence[str]) -> dict[str, Any]:
@@ -80,9 +89,9 @@ class _Pieces(Form):
                 yield data(part)
             async for piece in answers:
                 for part in self.parts(piece):
-                    yield data(part)
+                    yield data({**part, **answers.extra()} if piece.finish else part)
             if include_usage:
-                yield data(self.closing(answers.usage()))
+                yield data({**self.closing(answers.usage()), **answers.extra()})
         except Exception as error:  # noqa: BLE001 - the stream has begun, so it is told in it
             yield data(HTTPError.of(error).body())
         yield b"data: [DONE]\n\n"
@@ -95,15 +104,16 @@ class Chat(_Pieces):
         self._shape = shape
         self._whole = shape.head("chatcmpl", "chat.completion")
         self._part = shape.head("chatcmpl", "chat.completion.chunk")
+        self._parsers: dict[int, CallParser] = {}
 
     def whole(self, texts: Sequence[str], tokens: Sequence[Sequence[Sampled]], ends: Sequence[str]) -> dict[str, Any]:
         """Return the body of whole answers, without usage."""
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": self._message(index, text),
                 "logprobs": self._logprobs(sampled),
-                "finish_reason": _REASONS.get(end, end),
+                "finish_reason": self._finish(index, end),
             }
             for index, (text, sampled, end) in enumerate(zip(texts, tokens, ends, strict=True))
         ]
@@ -115,14 +125,34 @@ class Chat(_Pieces):
 
     def parts(self, piece: Piece) -> list[dict[str, Any]]:
         """Return what a piece is in a stream: its text, and then its end."""
-        parts = []
-        if piece.text or piece.tokens:
-            part = self._choice(piece.index, {"content": piece.text})
-            part["choices"][0]["logprobs"] = self._logprobs(piece.tokens)
-            parts.append(part)
+        deltas: list[dict[str, Any]] = [{"content": piece.text}] if piece.text or piece.tokens else []
+        if self._shape.calls is not None:
+            deltas = [delta(each) for each in self._read(piece.index, piece.text, piece.finish is not None)]
+            if self._shape.logprobs and piece.tokens and not deltas:
+                deltas = [{}]
+        parts = [self._choice(piece.index, each) for each in deltas]
+        if parts:
+            parts[0]["choices"][0]["logprobs"] = self._logprobs(piece.tokens)
         if piece.finish is not None:
-            parts.append(self._choice(piece.index, {}, _REASONS.get(piece.finish, piece.finish)))
+            parts.append(self._choice(piece.index, {}, self._finish(piece.index, piece.finish)))
         return parts
+
+    def _read(self, index: int, text: str, over: bool) -> list[Read]:
+        """Return the texts and parts of calls that some text of an answer brings."""
+        assert self._shape.calls is not None
+        parser = self._parsers.setdefault(index, self._shape.calls())
+        return [*parser.push(text), *(parser.finish() if over else ())]
+
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        """Return the message of a whole answer."""
+        if self._shape.calls is None:
+            return {"role": "assistant", "content": text, "refusal": None}
+        return message(self._read(index, text, over=True))
+
+    def _finish(self, index: int, end: str) -> str:
+        reason = _REASONS.get(end, end)
+        calls = index in self._parsers and self._parsers[index].calls
+        return "tool_calls" if calls and reason == "stop" else reason
 
     def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a stream that says how much was used."""
@@ -148,6 +178,8 @@ class Chat(_Pieces):
 
 class Completion(_Pieces):
     """Completions of a text."""
+
+    operation = "text_completion"
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
@@ -204,7 +236,7 @@ async def gathered(form: Form, answers: Answers) -> dict[str, Any]:
         texts[piece.index] += piece.text
         tokens[piece.index] += piece.tokens
         ends[piece.index] = piece.finish or ends[piece.index]
-    return {**form.whole(texts, tokens, ends), "usage": form.usage(answers.usage())}
+    return {**form.whole(texts, tokens, ends), "usage": form.usage(answers.usage()), **answers.extra()}
 
 
 def data(body: dict[str, Any]) -> bytes:

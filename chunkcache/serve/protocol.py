@@ -6,37 +6,16 @@ A field that is null is as if it were not there.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
+
+from chunkcache.serve.fields import Bias, IndexName, Json, NonEmpty, Salt, Text
+from chunkcache.serve.fields import Strict as _Strict
+from chunkcache.serve.tool_fields import NamedTool, Tool, ToolCall
 
 
-def _is_json(value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
-        raise ValueError("a number or a text in it cannot be written as JSON") from None
-    return value
-
-
-Text = Annotated[str, StringConstraints(max_length=2**20)]
-Salt = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Json = Annotated[dict[str, Any], AfterValidator(_is_json)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        return {name: each for name, each in given.items() if each is not None} if isinstance(given, dict) else given
-
-
-class _Salted(_Strict):
+class Salted(_Strict):
     """What divides a tenant's chunks."""
 
     cache_salt: Salt | None = None
@@ -47,7 +26,7 @@ class _Salted(_Strict):
         return [salt for salt in (self.cache_salt, self.prompt_cache_key) if salt is not None]
 
 
-class _Asked(_Salted):
+class _Asked(Salted):
     """What all requests for an answer have."""
 
     model: str
@@ -78,6 +57,16 @@ class Message(_Strict):
     content: Text | list[TextPart] | None = None
     name: str | None = None
     refusal: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _calls_as_who_may(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are those of the assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id stands with the role tool")
+        return self
 
 
 class ResponseMessage(_Strict):
@@ -171,17 +160,25 @@ class Sampling(_Asked):
         return None
 
 
+class Rag(_Strict):
+    """An index of the server's, which is searched for what the user said last."""
+
+    index: IndexName
+    k: int = Field(5, ge=1, le=64)
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     documents: list[Text | Document] | None = None
+    rag: Rag | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Json | None = None
     modalities: list[str] | None = None
@@ -261,7 +258,7 @@ class CompletionRequest(Sampling):
         return self.logprobs
 
 
-class ChunksRequest(_Salted):
+class ChunksRequest(Salted):
     """POST /v1/chunks: texts whose KV are computed ahead."""
 
     texts: list[Text] = Field(min_length=1, max_length=4096)

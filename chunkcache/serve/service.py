@@ -7,23 +7,32 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from queue import Queue
 from typing import Any
 
 from chunkcache.engine.engine import PreparedRequest
 from chunkcache.engine.generation import end_ids, needs_finished_cache, setting
-from chunkcache.engine.guided import Guides
-from chunkcache.engine.sampling import Sampler
+from chunkcache.engine.guided import Guide, Guides
+from chunkcache.engine.sampling import Sampled, Sampler
 from chunkcache.engine.scheduler import Limits, Scheduler
+from chunkcache.engine.ticket import Deliver, Failed, Finished
 from chunkcache.errors import InputError
+from chunkcache.kv import TokenIds
 from chunkcache.llm import CachedLLM
-from chunkcache.prompt import Prompt, PromptChunk
+from chunkcache.prompt import Prompt
+from chunkcache.serve.background import Background
 from chunkcache.serve.errors import HTTPError
-from chunkcache.serve.protocol import ChatRequest, ChunksRequest, CompletionRequest, Document, Message, Sampling
+from chunkcache.serve.messages import messages_of, name_of, passage_of
+from chunkcache.serve.protocol import ChatRequest, CompletionRequest, Sampling
+from chunkcache.serve.rag import Found, Indexes
 from chunkcache.serve.tenants import Tenant
+from chunkcache.serve.tools import Calling, calling
 
-VIEWS = 256  # tenants and salts whose known texts are kept; those of others are found by their documents only
+VIEWS = 256  # salts of one tenant whose known texts are kept; those of others are found by their documents only
+WARMED = 16  # tenants whose lead-in is computed when the server starts
+_WARM_S = 600.0
 _GREEDY = 1e-5  # temperatures below it, by which logits would overflow
 
 
@@ -35,11 +44,17 @@ class Choice:
         llm: the tenant's view.
         request: the prompt, and how it is served.
         sampler: chooses the tokens.
+        documents: what the client calls the documents that chunks are, by the token ids of these.
+        found: what was found for it in an index.
+        shown: special tokens that are part of its text.
     """
 
     llm: CachedLLM
     request: PreparedRequest
     sampler: Sampler
+    documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
+    found: Found | None = field(default=None, repr=False)
+    shown: frozenset[int] = frozenset()
 
 
 class Service:
@@ -54,9 +69,12 @@ class Service:
         llm: as given.
         name: as given.
         scheduler: answers.
+        watched: whether requests keep what their questions looked at.
+        background: does what no answer waits for.
+        indexes: the documents of tenants.
 
     Raises:
-        InputError: the model's generation config asks for beam search.
+        InputError: the model's generation config asks for beam search, or for classifier-free guidance.
     """
 
     def __init__(self, llm: CachedLLM, name: str, limits: Limits | None = None) -> None:
@@ -64,11 +82,18 @@ class Service:
             raise InputError(
                 "the model's generation config asks for beam search, which is not served: set its num_beams to 1"
             )
+        if (setting(llm.model, {}, "guidance_scale") or 1) != 1:
+            raise InputError(
+                "the model's generation config has a guidance_scale, which needs a second prompt and is not served: "
+                "set it to None"
+            )
         self.llm, self.name = llm, name
         self.scheduler = Scheduler(llm.engine, limits)
+        self.watched = False
+        self.background, self.indexes = Background(self.scheduler), Indexes(self.view)
         self._created = int(time.time())
         self._lock = threading.Lock()
-        self._views: OrderedDict[str, CachedLLM] = OrderedDict()
+        self._views: dict[str, OrderedDict[str, CachedLLM]] = {}  # by tenant: salts of one evict none of another
 
     @cached_property
     def _guides(self) -> Guides:
@@ -78,15 +103,43 @@ class Service:
         """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`)."""
         if not tenant.name and not salts:
             return self.llm
-        parts = [tenant.name, *(hashlib.sha256(salt.encode()).hexdigest() for salt in salts)]
-        key = "/".join(parts)
+        key = "/".join([tenant.name, *(hashlib.sha256(salt.encode()).hexdigest() for salt in salts)])
         with self._lock:
-            if key not in self._views:
-                self._views[key] = self.llm.for_tenant(key)
-                if len(self._views) > VIEWS:
-                    self._views.popitem(last=False)
-            self._views.move_to_end(key)
-            return self._views[key]
+            views = self._views.setdefault(tenant.name, OrderedDict())
+            if key not in views:
+                views[key] = self.llm.for_tenant(key)
+                if len(views) > VIEWS:
+                    del views[next(old for old in views if old != tenant.name)]
+            views.move_to_end(key)
+            return views[key]
+
+    def views_of(self, tenant: Tenant) -> dict[str, CachedLLM]:
+        """Return the known views of a tenant, its own and those of salts, by what their chunks belong to."""
+        own = {tenant.name: self.view(tenant)}
+        with self._lock:
+            return own | dict(self._views.get(tenant.name, {}))
+
+    def warm(self, tenants: Sequence[Tenant] = ()) -> None:
+        """Compute the lead-in of chunks for tenants, and decode two tokens: else the first request would wait for it.
+
+        Raises:
+            Exception: the model fails.
+        """
+        for tenant in list(tenants)[:WARMED] or [Tenant()]:
+            llm = self.view(tenant)
+            policy, prefix = llm.resolve_policy(None), llm.prompts.prefix()
+            with llm.engine.served.session() as served:
+                context = served.library.ref_for((0,), prefix, policy).context_ids
+                if policy.lead_in() and context != prefix:
+                    served.library.prefix(context)
+        llm, ended = self.llm, Queue[Finished | Failed]()
+        request = llm.engine.prepare(lambda: Prompt(llm.prompts.encode("Hello"), 0), "full", 2, {"do_sample": False})
+        sampler = Sampler(llm.model, request.options, request.prompt.token_ids)
+        deliver: Deliver = lambda event: None if isinstance(event, Sampled) else ended.put(event)  # noqa: E731
+        self.scheduler.submit(request, sampler, deliver)
+        outcome = ended.get(timeout=_WARM_S)
+        if isinstance(outcome, Failed):
+            raise outcome.error
 
     def chat(self, asked: ChatRequest, tenant: Tenant) -> list[Choice]:
         """Return the answers that a chat asks for.
@@ -95,16 +148,42 @@ class Service:
             HTTPError, InputError: it cannot be served.
         """
         self._check(asked)
-        if asked.tools:
-            raise HTTPError(400, "tools are not served here; leave them out", "unsupported_parameter", "tools")
-        if "{" in str((asked.chat_template_kwargs or {}).get("chat_template")):  # it may loop for hours
+        given = dict(asked.chat_template_kwargs or {})
+        if "tools" in given:
+            raise HTTPError(400, "chat_template_kwargs: tools are a field of their own", param="chat_template_kwargs")
+        if "{" in str(given.get("chat_template")):  # it may loop for hours
             message = "chat_template names a template of the tokenizer's; one of your own is not taken"
             raise HTTPError(400, message, param="chat_template_kwargs")
-        messages = _messages(asked.messages, [_passage(each) for each in asked.documents or ()])
+        found = None if asked.rag is None else self.indexes.search(asked, tenant)
+        if found is not None:
+            asked = asked.model_copy(update={"documents": [*(asked.documents or ()), *found.documents]})
+        messages = messages_of(asked.messages, asked.documents or ())
         llm = self.view(tenant, asked.salts())
-        build = partial(llm.chat_prompt, messages, asked.chat_template_kwargs)
+        may_call = self.calling(asked)
+        if may_call is not None:
+            given["tools"] = may_call.tools
         schema = None if asked.response_format is None else asked.response_format.to_follow()
-        return self._choices(llm, asked, [build], schema)
+        guide: Callable[[], Guide] | None = None
+        if may_call is not None and may_call.grammar is not None:
+            guide = partial(self._guides.lark, may_call.grammar)
+        elif schema is not None:
+            guide = partial(self._guides.json, schema)
+        choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
+        named = {llm.prompts.chunk(passage_of(d)): name for d in asked.documents or () if (name := name_of(d))}
+        shown = frozenset() if may_call is None else may_call.shown
+        return [replace(choice, documents=named, found=found, shown=shown) for choice in choices]
+
+    def calling(self, asked: Sampling) -> Calling | None:
+        """Return what a request may call; None where it may call nothing.
+
+        Raises:
+            HTTPError, InputError: the model cannot, or the request contradicts itself.
+        """
+        if not isinstance(asked, ChatRequest):
+            return None
+        prompts = self.llm.prompts.with_options(asked.chat_template_kwargs)
+        template = prompts.template.source_for(tools=bool(asked.tools))
+        return calling(asked, template, self.llm.tokenizer)
 
     def completion(self, asked: CompletionRequest, tenant: Tenant) -> list[Choice]:
         """Return the answers that a completion asks for.
@@ -123,18 +202,6 @@ class Service:
             raise HTTPError(400, "the prompt is empty; pass text or token ids", param="prompt")
         return self._choices(llm, asked, [_raw(llm, each) for each in prompts])
 
-    def precompute(self, asked: ChunksRequest, tenant: Tenant) -> dict[str, int]:
-        """Compute the KV of texts ahead; return how many there are, and how many were new.
-
-        Raises:
-            InputError: a text is empty, or does not fit the model.
-        """
-        llm = self.view(tenant, asked.salts())
-        if asked.documents is not None and len(asked.documents) != len(asked.texts):
-            raise HTTPError(400, "documents names one document for each text", param="documents")
-        computed = llm.precompute(asked.texts, documents=asked.documents, system=asked.system, lead=asked.lead)
-        return {"chunks": len(asked.texts), "computed": computed.computed}
-
     def about(self) -> dict[str, Any]:
         """Return what clients are told of the model."""
         return {
@@ -149,6 +216,11 @@ class Service:
         """Return the strings that end an answer: those of the request, and of the model's generation config."""
         own = setting(self.llm.model, {}, "stop_strings") or ()
         return [*asked.stops(), *([own] if isinstance(own, str) else own)]
+
+    def seconds(self, most: float | None) -> float | None:
+        """Return after how many seconds an answer ends: `most`, or what the model's generation config says."""
+        own = setting(self.llm.model, {}, "max_time")
+        return min((limit for limit in (most, own) if limit is not None), default=None)
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token."""
@@ -172,7 +244,7 @@ class Service:
         llm: CachedLLM,
         asked: Sampling,
         builds: Sequence[Callable[[], Prompt]],
-        schema: Mapping[str, Any] | None = None,
+        guide: Callable[[], Guide] | None = None,
     ) -> list[Choice]:
         most = self.scheduler.limits.waiting
         if len(builds) * asked.n > most:
@@ -187,12 +259,12 @@ class Service:
             options["reuse"] = "exact"
         choices = []
         for build in builds:
-            request = llm.engine.prepare(build, policy, asked.length(), options)
+            request = replace(llm.engine.prepare(build, policy, asked.length(), options), watched=self.watched)
             for number in range(asked.n):
                 seed = None if asked.seed is None else asked.seed + number
                 sampling = {**request.options, **({} if seed is None else {"seed": seed})}
-                guide = None if schema is None else self._guides.json(schema)
-                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest(), guide)
+                follows = None if guide is None else guide()
+                sampler = Sampler(llm.model, sampling, request.prompt.token_ids, asked.likeliest(), follows)
                 choices.append(Choice(llm, request, sampler))
         return choices
 
@@ -211,34 +283,6 @@ def _options(asked: Sampling) -> dict[str, Any]:
             raise HTTPError(400, "logit_bias maps token ids to numbers", param="logit_bias")
         options["sequence_bias"] = [[[int(name)], value] for name, value in asked.logit_bias.items()]
     return options
-
-
-def _passage(document: str | Document) -> str:
-    return document if isinstance(document, str) else document.passage()
-
-
-def _messages(messages: Sequence[Message], passages: Sequence[str]) -> list[dict[str, Any]]:
-    """Return messages as `CachedLLM.chat` takes them, the passages with the last that the user said."""
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        content: str | list[str | PromptChunk] = ""
-        if isinstance(message.content, str):
-            content = message.content
-        elif message.content is not None:
-            content = [
-                PromptChunk(part.text) if part.prompt_cache_breakpoint is not None else part.text
-                for part in message.content
-            ]
-        turns.append({"role": "system" if message.role == "developer" else message.role, "content": content})
-    if passages:
-        asked = next((turn for turn in reversed(turns) if turn["role"] == "user"), None)
-        if asked is None:
-            raise HTTPError(
-                400, "documents stand with what the user asks; pass a message of the user", param="messages"
-            )
-        said = [asked["content"]] if isinstance(asked["content"], str) else asked["content"]
-        asked["content"] = [*map(PromptChunk, passages), *said]
-    return turns
 
 
 def _vocab_size(llm: CachedLLM) -> int:

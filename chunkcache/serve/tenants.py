@@ -51,6 +51,11 @@ class Tenants:
         """Whether a key is asked for."""
         return bool(self._keys)
 
+    @property
+    def all(self) -> list[Tenant]:
+        """Those who have a key, each once."""
+        return list({tenant.name: tenant for tenant in self._keys.values()}.values())
+
     @classmethod
     def of_key(cls, key: str) -> Tenants:
         """Return those of one key, which stands for everybody who has it.

@@ -13,6 +13,7 @@ from chunkcache.eval.commands.rag import bench_chain, bench_hints, bench_order, 
 from chunkcache.eval.commands.report import bench_report, bench_table
 from chunkcache.eval.commands.requests import bench_heatmap, bench_quality, bench_ttft
 from chunkcache.eval.commands.serve import bench_serve
+from chunkcache.eval.commands.soak import bench_soak
 
 
 @click.group()
@@ -23,6 +24,6 @@ def bench() -> None:
 for command in (
     bench_ttft, bench_quality, bench_heatmap, bench_load, bench_simulate, bench_batch, bench_all, bench_peers,
     bench_report, bench_table, bench_retrieval, bench_chain, bench_hints, bench_order, bench_selection, bench_store,
-    bench_packing, bench_serve,
+    bench_packing, bench_serve, bench_soak,
 ):  # fmt: skip
     bench.add_command(command)

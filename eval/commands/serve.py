@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from chunkcache.cli.console import progress, status
-from chunkcache.errors import missing_extra
+from chunkcache.errors import InputError, missing_extra
 from chunkcache.eval.commands.inputs import about
 from chunkcache.eval.commands.options import (
+    FOLDER,
     FilledCaseOptions,
     ModelOptions,
     OutputOptions,
@@ -20,6 +22,10 @@ from chunkcache.eval.commands.options import (
 )
 from chunkcache.eval.commands.show import show_summary
 
+if TYPE_CHECKING:
+    from chunkcache.eval.data import Case
+    from chunkcache.eval.serving_rates import Rivals
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeBenchOptions(FilledCaseOptions):
@@ -29,6 +35,12 @@ class ServeBenchOptions(FilledCaseOptions):
     clients: Annotated[int, count("Clients at once.", least=2)] = 8
     answer_tokens: Annotated[int, count("Length of every answer.", least=2)] = 32
     policy: Annotated[str, option(help="Policy of the server.")] = "query"
+    peers: Annotated[str, option(metavar="NAME,...", help="Servers to compare with, under requests that arrive at a "
+                                 "rate: transformers, llama.cpp, llama.cpp-reuse, kvboost.")] = ""  # fmt: skip
+    peers_in: Annotated[Path | None, option(type=FOLDER, help="Folder of their environments, made where they are "
+                                            "missing.")] = None  # fmt: skip
+    arrivals: Annotated[int, count("Requests at each rate.", least=10)] = 40
+    skew: Annotated[float, option(help="Exponent of the Zipf law of documents at a rate.")] = 0.9
     model: ModelOptions
     output: OutputOptions
 
@@ -36,6 +48,9 @@ class ServeBenchOptions(FilledCaseOptions):
 @command("serve")
 def bench_serve(options: ServeBenchOptions) -> None:
     """Measure `chunkcache serve` on the prompts of DATA: its overhead, its throughput, and how evenly it decodes."""
+    names = [name.strip() for name in options.peers.split(",") if name.strip()]
+    if names and options.peers_in is None:
+        raise InputError("--peers wants --peers-in: a folder for their environments")
     try:
         from chunkcache.eval.serving import BENCH, Clients, ServeBench, server
     except ImportError as error:
@@ -43,9 +58,12 @@ def bench_serve(options: ServeBenchOptions) -> None:
     from chunkcache.eval import Results
     from chunkcache.eval.data import cut
     from chunkcache.eval.machine import ran_on
+    from chunkcache.eval.peers.servers import server_of
     from chunkcache.eval.serving_summary import summary
     from chunkcache.llm import wrap
 
+    for name in names:
+        server_of(name)
     cases = options.read(options.data)
     model, tokenizer = options.model.load()
     cases = cut(cases, options.chunk_tokens, tokenizer)
@@ -53,10 +71,17 @@ def bench_serve(options: ServeBenchOptions) -> None:
         **about(options.data), "chunks": options.chunks, "prompts": options.prompts, "skip": options.skip,
         "fill": options.fill, "clients": options.clients,
         "answer_tokens": options.answer_tokens, "policy": options.policy, "chunk_tokens": options.chunk_tokens,
+        "peers": names, "arrivals": options.arrivals, "skew": options.skew,
     }  # fmt: skip
     with wrap(model, tokenizer, store="memory://?max_bytes=4GiB", policy=options.policy) as llm:
         path = options.output.path(f"serve-{options.data.stem}")
         with Results.open(path, BENCH, settings, ran_on(model)) as results:
+            rivals: list[dict[str, Any]] = []
+            search = _rivals(options, cases, model, tokenizer) if names else None
+            with status("asking the peers"), Clients(options.clients) as clients:
+                for row in search.rows(names, clients) if search is not None else ():
+                    rivals.append(row)
+                    results.add(row)
             with status("starting the server"):
                 running = server(
                     options.model.model_name, "--policy", options.policy, "--store", "memory://?max_bytes=4GiB"
@@ -66,4 +91,25 @@ def bench_serve(options: ServeBenchOptions) -> None:
                 for number, row in enumerate(bench.rows()):
                     results.add(row)
                     on_step(number + 1, bench.steps)
+                ours = None if search is None else search.ours(url, rivals, clients)
+                if ours is not None:
+                    results.add(ours)
         show_summary(summary(results), options.output.as_json)
+
+
+def _rivals(options: ServeBenchOptions, cases: Sequence[Case], model: Any, tokenizer: Any) -> Rivals:
+    import torch
+
+    from chunkcache.eval.peers.weights import weights_as
+    from chunkcache.eval.serving_rates import Load, Rivals
+
+    chunks = min(len(case.chunks) for case in cases)
+    load = Load(
+        cases=cases, chunks=chunks, tokens=options.answer_tokens, requests=options.arrivals, skew=options.skew
+    )
+    folder = (options.peers_in or Path()).absolute()
+
+    def weights(name: str, form: str) -> Path:
+        return weights_as(form, name, folder, options.model.model_name, model, tokenizer)
+
+    return Rivals(load, folder, weights, torch.get_num_threads(), options.clients)

@@ -55,13 +55,21 @@ def setup_peers(
         PeerError: there is no peer of a name. One that cannot be set up raises nothing: it is skipped.
     """
     specs = {name: spec_of(name) for name in (names or PEERS)}
+    found = setup_environments(folder, specs.values(), on_status)
+    return [SetUp(name, *found[spec.environment]) for name, spec in specs.items()]
+
+
+def setup_environments(
+    folder: Path, specs: Iterable[PeerSpec], on_status: Callable[[str], None] | None = None
+) -> dict[str, tuple[dict[str, str], str | None]]:
+    """Make environments in `folder`; return of each, by its name, the versions in it and why it could not be made."""
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, tuple[dict[str, str], str | None]] = {}
     with FileLock(folder / ".lock"):
-        for spec in specs.values():
+        for spec in specs:
             if spec.environment not in found:
                 found[spec.environment] = _environment(folder, spec, on_status or (lambda line: None))
-    return [SetUp(name, *found[spec.environment]) for name, spec in specs.items()]
+    return found
 
 
 def _environment(folder: Path, spec: PeerSpec, on_status: Callable[[str], None]) -> tuple[dict[str, str], str | None]:

@@ -32,9 +32,16 @@ def peer_weights(
     Raises:
         PeerError: the peer reads GGUF files, and the model was not loaded from one or is not float32.
     """
+    return weights_as(spec_of(name).weights, name, folder, model_name, model, tokenizer)
+
+
+def weights_as(
+    form: str, name: str, folder: Path, model_name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Return the path of a model in the form of `PeerSpec.weights`, as `peer_weights` does."""
     made = folder / "models"
     made.mkdir(parents=True, exist_ok=True)
-    if spec_of(name).weights == "folder":
+    if form == "folder":
         path = made / fingerprint(model, tokenizer)[:16]
         with FileLock(f"{path}.lock"):
             if not path.is_dir():

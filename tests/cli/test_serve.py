@@ -29,7 +29,7 @@ def run(command_line):
 def test_a_process_is_asked_and_stopped(model, drain):
     port = free_port()
     command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "tiny"]
-    command += ["--drain", drain]
+    command += ["--drain", drain, "--log-format", "json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHUNKCACHE_API_KEY": "a-key-for-this-test"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         url = f"http://127.0.0.1:{port}"
@@ -53,13 +53,30 @@ def test_a_process_is_asked_and_stopped(model, drain):
             events += asking.stdout.read().splitlines(keepends=True)
         if drain == "0":
             assert len(events) < 2 * 300
+            assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "server_is_shutting_down"
         else:
             assert events[-2:] == ["data: [DONE]\n", "\n"]
             assert len(events) > 2 * 100  # the answer went on to its end
         _, told = server.communicate(timeout=60)
     assert server.returncode == 0
     assert f"at {url}/v1" in " ".join(told.split())
-    assert drain == "0" or "Traceback" not in told  # uvicorn tells of what it cuts short
+    assert "Traceback" not in told
+    lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    [line] = [line for line in lines if line["event"] == "request" and line["route"] == "/v1/completions"]
+    assert (line["status"], line["completion_tokens"] < 300) == (200, drain == "0")
+
+
+def test_sigterm_ends_a_server_that_loads_its_model(run, monkeypatch):
+    def load(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        raise AssertionError("it loads on")
+
+    monkeypatch.setattr("chunkcache.cli.serve.load", load)
+    before = signal.getsignal(signal.SIGTERM)
+    code, told, error = run("serve", "/no/such/model")
+    assert (code, told, error) == (0, "", "")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -2,44 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
+from support.browser import CONTRASTS, LOOKS, launched
 from support.report import heatmap, load_section, requests
 
 from chunkcache.eval.report import build_report, write_report
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-LOOKS = [
-    pytest.param((size, theme), id=f"{size[0]}-{theme}")
-    for size in ((1440, 900), (390, 844))
-    for theme in ("light", "dark")
-]
-CONTRASTS = """() => {
-  const channels = (colour) => {
-    const found = colour.match(/[\\d.]+/g).map(Number);
-    const scale = colour.startsWith("color(") ? 1 : 255;
-    return [...found.slice(0, 3).map((c) => c / scale), found[3] ?? 1];
-  };
-  const over = ([r, g, b, a], below) => [r, g, b].map((c, n) => c * a + below[n] * (1 - a));
-  const light = (c) => c.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
-  const paper = channels(getComputedStyle(document.body).backgroundColor);
-  return [...document.querySelectorAll("svg text, p, a, h1, h2, h3, dt, dd, th, td, small, mark, button, figcaption")]
-    .map((element) => {
-      const style = getComputedStyle(element);
-      const below = over(channels(style.backgroundColor), paper);
-      const text = over(channels(element instanceof SVGElement ? style.fill : style.color), below);
-      const [low, high] = [light(text), light(below)].sort((a, b) => a - b);
-      return [(high + 0.05) / (low + 0.05), element.tagName + " " + element.textContent.trim().slice(0, 40)];
-    }).filter(([ratio]) => ratio < 4.5);
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +19,8 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(params=LOOKS)

@@ -89,7 +89,7 @@ def test_the_prefix_is_stored_once():
     first = library.prefix(PREFIX)
     assert first.position == 0
     assert_same(first, own_kv("llama", PREFIX, 0))
-    assert library.prefix(PREFIX) is library.prefix(PREFIX)
+    assert library.prefix(PREFIX).layers is library.prefix(PREFIX).layers
 
 
 def test_context_and_tenant_are_part_of_the_key():

@@ -242,3 +242,36 @@ def test_a_template_that_drops_a_message_is_refused():
 def test_a_template_that_refuses_is_quoted():
     with pytest.raises(PromptError, match="roles must alternate"):
         builder(STRICT)[0].build([message("assistant", "x"), message("user", "y")])
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None, STRICT], ids=["trims", "none", "folds"])
+def test_passages_stay_where_they_are_given(template):
+    messages, prompts, tokenizer = builder(template, known=TEXTS[2:])
+    first, second = (PromptChunk(text, in_place=True) for text in TEXTS[:2])
+    content = [f"\nRead this. {TEXTS[2]} And this:", first, "And that:", second, QUESTION]
+    said = [message("system", "Be brief."), message("user", content)]
+    prompt = messages.build(said)
+    text = tokenizer.decode(prompt.token_ids)
+    places = [text.index(each) for each in (TEXTS[2], "And this:", TEXTS[0], "And that:", TEXTS[1], QUESTION)]
+    assert places == sorted(places)
+    assert INSTRUCTION not in text
+    own = [prompts.chunk(each) for each in (TEXTS[2], *TEXTS[:2])]
+    assert [span.chunk_ids for span in prompt.spans] == own
+    if template is not None:
+        flat = f"Read this. {TEXTS[2]} And this:\n{TEXTS[0]}\n\nAnd that:\n{TEXTS[1]}\n\n{QUESTION}"
+        folded = template == STRICT
+        plain = [message("user", f"Be brief.\n\n{flat}")] if folded else [said[0], message("user", flat)]
+        assert text == rendered(tokenizer, plain)
+
+
+def test_a_passage_may_end_its_message():
+    messages, _, tokenizer = builder()
+    prompt = messages.build([message("user", ["Read this:", PromptChunk(TEXTS[0], in_place=True)])])
+    assert len(prompt.spans) == 1
+    assert tokenizer.decode(prompt.token_ids) == rendered(tokenizer, [message("user", f"Read this:\n{TEXTS[0]}")])
+
+
+def test_a_template_that_rewrites_a_passage_in_its_place_is_told():
+    messages, _, _ = builder(CHAT_TEMPLATE.replace("| trim", "| replace('bridge', 'tunnel')"))
+    with pytest.raises(PromptError, match="rewrites"):
+        messages.build([message("user", ["Read this:", PromptChunk(TEXTS[0], in_place=True)])])

@@ -45,7 +45,7 @@ def test_documents_reach_the_template():
     ("options", "says"),
     [
         ({"enable_thinkin": False}, r"does not read 'enable_thinkin'; it reads .*enable_thinking"),
-        ({"tools": []}, "tools are not served"),
+        ({"tools": [{"type": "function"}]}, "does not read 'tools'"),
         ("enable_thinking", "template_options is a str; pass a mapping"),
         ({"add_generation_prompt": False}, "'add_generation_prompt' is chunkcache's own"),
     ],

@@ -180,7 +180,7 @@ def test_models_health_and_metrics(server, client):
     client.chat.completions.create(**ASK, extra_body={"documents": DOCUMENTS})
     text = httpx.get(f"{server[0]}/metrics").text
     assert "chunkcache_time_to_first_token_seconds_count" in text
-    assert 'chunkcache_prompt_tokens_by_source_total{source="exact"}' in text
+    assert 'chunkcache_prompt_tokens_by_fidelity_total{fidelity="exact"}' in text
     assert "bridge" not in text
 
 
