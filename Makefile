@@ -1,13 +1,17 @@
 # Everything runs in .venv, which is set up on first use and again when the dependencies change. The tests of the
 # LMCache tier run in .venv/lmcache, those of adapters and quantised models in .venv/adapters, those of the Triton
-# kernels in .venv/triton, those of Ray Serve in .venv/ray, all on top of it.
+# kernels in .venv/triton, those of Ray Serve in .venv/ray, those in vLLM in .venv/vllm, and some with the oldest
+# transformers in .venv/oldest, all on top of it.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 STAMP  := .venv/.installed
+STACKED := $(patsubst %,.venv/%/.installed,lmcache adapters triton ray oldest vllm)
+OLDEST := tests/models/test_packaged.py tests/prompt/test_builder.py tests/prompt/test_messages.py tests/blend/test_full.py \
+	tests/blend/test_selfcheck.py tests/library/test_fingerprint.py tests/serve/test_edges.py tests/test_llm.py
 
-.PHONY: help demo docs report test test-lmcache test-adapters test-triton test-ray gpu-check lint check clean
+.PHONY: help demo docs report test test-lmcache test-adapters test-triton test-ray test-oldest test-vllm gpu-check lint check clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -36,6 +40,12 @@ test-triton: .venv/triton/.installed    ## run the tests of the kernels in Trito
 test-ray: .venv/ray/.installed    ## run the tests of the router under Ray Serve, likewise
 	@.venv/ray/bin/python -m pytest tests/serve/test_ray.py
 
+test-oldest: .venv/oldest/.installed    ## run some of the tests with the oldest transformers that will do, likewise
+	@.venv/oldest/bin/python -m pytest $(OLDEST)
+
+test-vllm: .venv/vllm/.installed    ## run the tests in vLLM's engine, likewise; VLLM_TESTS=FILE for a part
+	@.venv/vllm/bin/python -m pytest $(or $(VLLM_TESTS),tests/vllm)
+
 gpu-check:    ## check and measure on a GPU, in at most 8 minutes; GPU_OPTIONS=--smoke for toy sizes on the CPU
 	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m chunkcache.eval.gpu $(GPU_OPTIONS)
 
@@ -63,7 +73,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Packages that want a GPU's libraries only to be installed, not to run: they go in without these, on top of .venv.
-.venv/lmcache/.installed .venv/adapters/.installed .venv/triton/.installed .venv/ray/.installed: .venv/%/.installed: .ci/%.txt $(STAMP)
+$(STACKED): .venv/%/.installed: .ci/%.txt $(STAMP)
 	@rm -rf .venv/$*
 	@$(PYTHON) -m venv --without-pip .venv/$*
 	@$(BIN)/python -m pip --disable-pip-version-check --python .venv/$*/bin/python install -qq --no-deps -r $<

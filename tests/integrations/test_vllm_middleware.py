@@ -159,6 +159,7 @@ async def test_a_client_may_choose_the_policy_and_tell_other_connectors_somethin
     asked = server.seen[0][1]
     assert asked["max_tokens"] == 7
     assert asked["kv_transfer_params"]["other"] == {"a": 1}
+    assert asked["kv_transfer_params"]["lmcache.skip_save"] is True  # fused KV are not exact
     assert asked["kv_transfer_params"]["chunkcache"]["policy"].startswith("link")
 
 

@@ -26,6 +26,8 @@ _REFUSED = (  # fields that change the prompt, or the answer in a way that a com
     "reasoning_effort", "media_io_kwargs", "mm_processor_kwargs", "prompt_logprobs", "return_prompt_text",
 )  # fmt: skip
 
+_NOT_SAVED = "lmcache.skip_save"  # else an LMCache beside it would take fused KV for exact
+
 
 class _NoTexts:
     def find_text(self, content: str) -> Sequence[FoundText]:
@@ -150,7 +152,7 @@ def _transfer(prompt: Prompt, given: Any) -> dict[str, Any]:
     if policy is not None and not isinstance(policy, str):
         raise PromptError("kv_transfer_params.chunkcache.policy is no text; pass one such as 'query'")
     params = request_params(prompt, policy, warm=bool(warm))["kv_transfer_params"]
-    return {**others, NAME: params[NAME]}
+    return {_NOT_SAVED: True, **others, NAME: params[NAME]}
 
 
 def chat_answer(completion: Mapping[str, Any], likeliest: int = 0) -> dict[str, Any]:
