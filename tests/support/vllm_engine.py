@@ -85,8 +85,8 @@ def engine(folder, store="memory://?max_bytes=256MiB", connector=True, extra=Non
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={"store": store, **(extra or {})},
         )
-    options.setdefault("max_model_len", 2048)
-    llm = LLM(folder, dtype="float32", enforce_eager=True, disable_log_stats=False, seed=0, **options)
+    options = {"max_model_len": 2048, "dtype": "float32", **options}
+    llm = LLM(folder, enforce_eager=True, disable_log_stats=False, seed=0, **options)
     try:
         yield llm
     finally:

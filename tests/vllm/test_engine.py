@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support.vllm_engine import Reference, ask, drain, engine, ids_of, made_prompt, sides
 
+from chunkcache.errors import SelfCheckError
 from chunkcache.integrations.vllm import request_params
 
 POLICY = "link:k=4"
@@ -171,8 +172,29 @@ def test_an_aborted_request_leaves_nothing_behind(llm):
     assert worker._working._found == {}
 
 
+@pytest.mark.parametrize("sabotaged", ["stored rows", "rotation"])
+def test_the_self_check_refuses_what_is_not_right(sabotaged, llm, monkeypatch):
+    from chunkcache.integrations.vllm.outline import check
+
+    served = sides(llm)[1]._working._served
+    monkeypatch.setattr(served.outline, "rotaries", list(served.outline.rotaries))
+    if sabotaged == "rotation":
+        rotary = served.outline.rotaries[0]
+        monkeypatch.setattr(rotary, "shift", lambda keys, delta, out: out.copy_(keys.flip(-1)))
+    else:
+        monkeypatch.setattr(served.paged, "write", lambda *_: None)
+    with pytest.raises(SelfCheckError):
+        check(served.paged, served.outline, 512)
+
+
 def test_counters_are_among_the_engines_metrics(llm):
-    counts = {metric.name: metric.value for metric in llm.get_metrics() if "chunkcache" in metric.name}
-    assert counts["vllm:chunkcache_fused"] > 5
-    assert counts["vllm:chunkcache_failed"] >= 1
-    assert counts["vllm:chunkcache_malformed"] >= 10
+    def counts():
+        return {metric.name: metric.value for metric in llm.get_metrics() if "chunkcache" in metric.name}
+
+    prompt, before = made_prompt(13, pool=13), counts()
+    ask(llm, (prompt, POLICY), warm=True)
+    after = {name: value - before[name] for name, value in counts().items()}
+    assert after["vllm:chunkcache_fused"] == 1
+    assert after["vllm:chunkcache_hits"] == after["vllm:chunkcache_misses"] == 4
+    assert after["vllm:chunkcache_computed"] == 5  # the prefix, too
+    assert after["vllm:chunkcache_failed"] == 0

@@ -22,3 +22,9 @@ def test_answers_are_those_of_chunkcache(family, folders):
         outputs = [ask(llm, (prompt, None))[0] for prompt in prompts]
         assert [ids_of(output) for output in outputs] == full
         assert outputs[0].num_cached_tokens == 0  # what was fused is served to no other
+
+
+def test_bfloat16_passes_the_self_check_and_is_fused(folders):
+    with engine(folders("llama"), dtype="bfloat16") as llm:
+        (output,) = ask(llm, (made_prompt(0), POLICIES[-1]), warm=True)
+    assert output.kv_transfer_params["chunkcache"]["hits"] == 4

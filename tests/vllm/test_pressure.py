@@ -8,6 +8,7 @@ import torch
 from support.vllm_engine import NEW, Reference, ask, drain, engine, ids_of, made_prompt
 
 POLICY = "link:k=4"
+ALONE = {"share": False}  # without asking transformers, which takes half of the time
 
 
 def test_small_steps_and_too_few_blocks(folders):
@@ -29,7 +30,7 @@ def test_a_store_on_disk_that_is_damaged_and_removed(folders, tmp_path):
     reference = Reference(folders("llama"))
     wanted = [reference.answer(prompt, POLICY) for prompt in prompts]
     full = [reference.answer(prompt, "full") for prompt in prompts]
-    with engine(folders("llama"), f"disk://{tmp_path}/kv") as llm:
+    with engine(folders("llama"), f"disk://{tmp_path}/kv", extra=ALONE) as llm:
         ask(llm, (prompts[0], POLICY), warm=True)
         drain(llm)
         assert [ids_of(output) for output in ask(llm, *((prompt, POLICY) for prompt in prompts))] == wanted
@@ -59,7 +60,7 @@ def test_two_models_that_share_their_norms_share_no_chunks(folders, tmp_path):
     AutoTokenizer.from_pretrained(folders("llama")).save_pretrained(tuned)
     for folder in (folders("llama"), tuned):
         wanted = Reference(folder).answer(prompt, POLICY)
-        with engine(folder, f"disk://{tmp_path}/kv") as llm:
+        with engine(folder, f"disk://{tmp_path}/kv", extra=ALONE) as llm:
             (first,) = ask(llm, (prompt, POLICY))
             assert first.kv_transfer_params is None  # nothing of the other model was found
             drain(llm)
@@ -70,11 +71,26 @@ def test_an_engine_started_again_finds_its_chunks_on_disk(folders, tmp_path):
     prompt = made_prompt(1, pool=4)
     answers = []
     for hits in (None, 4):
-        with engine(folders("llama"), f"disk://{tmp_path}/kv") as llm:
+        with engine(folders("llama"), f"disk://{tmp_path}/kv", extra=ALONE) as llm:
             (output,) = ask(llm, (prompt, POLICY), warm=hits is None)
             answers.append(ids_of(output))
             assert hits is None or output.kv_transfer_params["chunkcache"]["hits"] == hits
     assert answers[0] == answers[1]
+
+
+def test_chunks_that_transformers_computed_are_found_by_the_engine(folders, tmp_path, monkeypatch):
+    import chunkcache
+
+    monkeypatch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    prompt, policy = made_prompt(1, pool=6), "query:ratio=0.1,lead=64"
+    model, tokenizer = chunkcache.load_model(folders("llama"), device="cpu", dtype="float32")
+    with chunkcache.wrap(model, tokenizer, store=f"disk://{tmp_path}/kv", policy=policy) as llm:
+        request = llm.engine.prepare(lambda: prompt, policy, NEW, {"do_sample": False})
+        wanted = list(llm.engine.generate(request).token_ids)
+    with engine(folders("llama"), f"disk://{tmp_path}/kv") as llm:
+        (output,) = ask(llm, (prompt, policy))
+        assert output.kv_transfer_params["chunkcache"]["hits"] == 4
+        assert ids_of(output) == wanted
 
 
 def test_what_cannot_be_served_is_served_without_reuse(folders):

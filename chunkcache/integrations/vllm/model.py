@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
@@ -16,10 +18,12 @@ from chunkcache.integrations.vllm.identity import identity
 from chunkcache.integrations.vllm.options import Options
 from chunkcache.integrations.vllm.outline import Outline, check
 from chunkcache.integrations.vllm.paged import PagedModel
+from chunkcache.integrations.vllm.twin import shared_name
 from chunkcache.kv import hashed_label
 from chunkcache.library import ChunkLibrary
+from chunkcache.library.registry import warn_once
 from chunkcache.prompt import Prompt, PromptBuilder
-from chunkcache.store import open_store
+from chunkcache.store import MemoryStore, open_store
 
 logger = logging.getLogger("chunkcache")
 
@@ -54,9 +58,11 @@ class ServedPages:
         errors = check(self.paged, self.outline, config.get_vocab_size())
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        name = identity(vllm_config, tokenizer, rank, ranks)
         self.encoder = PagedEncoder(self.paged, self.outline)
         self.store = open_store(options.store)
+        name = identity(vllm_config, tokenizer, rank, ranks)
+        if ranks == 1 and options.share and not isinstance(self.store, MemoryStore):
+            name = self._agreed_name(config, name)
         self.library = ChunkLibrary(
             self.outline,
             self.store,
@@ -67,6 +73,17 @@ class ServedPages:
         )
         self.tuning = Tuning(name, options.calibration, len(self.paged.heads))
         logger.info("chunkcache serves %s as %s; self-check %s", type(self.paged.model).__name__, name[:12], errors)
+
+    def _agreed_name(self, config: Any, own: str) -> str:
+        """Return the name that Hugging Face processes have for this model if their KV are the same, else `own`."""
+        try:
+            name = shared_name(config, own, self.encoder)
+        except (OSError, subprocess.CalledProcessError, SafetensorError) as error:
+            warn_once("chunk KV are not shared with transformers: %s", type(error).__name__)
+            return own
+        if name is None:
+            warn_once("chunk KV are not shared with transformers, which computes others from this checkpoint")
+        return name or own
 
     def register(self, prompt: Prompt) -> None:
         """Give the chunks of a prompt the trust label of this engine, if it has one."""

@@ -112,6 +112,8 @@ def request_params(prompt: Prompt, policy: str | Policy | None = None, *, warm: 
     """
     if prompt.head is not None or prompt.context_ids != prompt.token_ids[: len(prompt.context_ids)]:
         raise PromptError("a prompt that goes on from a conversation cannot be sent to vLLM: build it as a whole")
+    if not prompt.spans:
+        return {}
     spec: dict[str, Any] = {"prefix": prompt.prefix_tokens, "spans": []}
     for span in prompt.spans:
         part = span.offset > 0 or len(span) < len(span.chunk_ids)
