@@ -145,6 +145,8 @@ def _transfer(prompt: Prompt, given: Any) -> dict[str, Any]:
     """Return `kv_transfer_params`: what other connectors are told, and where the chunks stand."""
     others = dict(given) if isinstance(given, Mapping) else {}
     wanted = others.get(NAME)
+    if wanted is False:
+        return {**others, NAME: False}
     wanted = wanted if isinstance(wanted, Mapping) else {}
     shared = common(prompt.context_ids, prompt.token_ids)  # chunks of a later turn stand behind other turns
     prompt = replace(prompt, context_ids=prompt.token_ids[:shared])

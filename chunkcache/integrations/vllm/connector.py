@@ -113,14 +113,25 @@ class ChunkCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # --- in a worker
 
-    @safely(None)
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Take hold of the model; where it cannot be served right, nothing is reused."""
+        """Take hold of the model; where it cannot be served right on all ranks, nothing is reused."""
+        working = self._served()
+        if agree([working is not None])[0]:
+            self._working = working
+        elif working is not None:
+            working.close()
+
+    @safely(None)
+    def _served(self) -> Any:
         from chunkcache.integrations.vllm.model import ServedPages
         from chunkcache.integrations.vllm.worker import Working
 
         served = ServedPages(self._vllm_config, self._kv_cache_config, self._options)
-        self._working = Working(served, agree, tensor_model_parallel_all_reduce)
+        return Working(served, agree, tensor_model_parallel_all_reduce)
+
+    def reset_cache(self) -> bool:
+        """Return False: stored KV are those of the weights that the engine began with, and are not made anew."""
+        return False
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Do what is ordered."""

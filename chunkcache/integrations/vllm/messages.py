@@ -30,11 +30,13 @@ class Load:
         request_id: which one.
         block_ids: its blocks, as the block manager counts them.
         missing: numbers of the spans that some rank has no KV of.
+        exact: numbers of those whose KV are exact on all ranks.
     """
 
     request_id: str
     block_ids: list[int]
     missing: frozenset[int]
+    exact: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,23 @@ class Report:
     Attributes:
         missing: numbers of the spans that some rank has no KV of.
         reused: tokens that KV are there for.
+        exact: numbers of the spans whose KV are exact on all ranks.
         ranks: how many ranks have reported.
     """
 
     missing: frozenset[int] = frozenset()
     reused: int = 0
+    exact: frozenset[int] = frozenset()
     ranks: int = 1
 
     def with_rank(self, other: Report) -> Report:
         """Return what all ranks have."""
-        return Report(self.missing | other.missing, min(self.reused, other.reused), self.ranks + other.ranks)
+        return Report(
+            self.missing | other.missing,
+            min(self.reused, other.reused),
+            self.exact & other.exact,
+            self.ranks + other.ranks,
+        )
 
 
 @dataclass

@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from chunkcache.engine.tuning import Tuning
-from chunkcache.errors import UnsupportedModelError
+from chunkcache.errors import InputError, UnsupportedModelError
 from chunkcache.integrations.vllm.encoder import PagedEncoder
 from chunkcache.integrations.vllm.identity import identity
 from chunkcache.integrations.vllm.options import Options
 from chunkcache.integrations.vllm.outline import Outline, check
 from chunkcache.integrations.vllm.paged import PagedModel
 from chunkcache.integrations.vllm.twin import shared_name
-from chunkcache.kv import hashed_label
+from chunkcache.kv import ChunkRef, hashed_label
 from chunkcache.library import ChunkLibrary
 from chunkcache.library.registry import warn_once
 from chunkcache.prompt import Prompt, PromptBuilder
@@ -51,17 +51,19 @@ class ServedPages:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
         self.options = options
-        refuse(vllm_config, kv_cache_config)
+        refuse(vllm_config, kv_cache_config, options)
         config = vllm_config.model_config
         self.paged = PagedModel(find_runner(), vllm_config, kv_cache_config)
+        self._max_tokens, self._vocab = config.max_model_len, config.get_vocab_size()
         self.outline = Outline(config.hf_text_config, config.dtype, self.paged.heads, self.paged.device)
-        errors = check(self.paged, self.outline, config.get_vocab_size())
+        errors = check(self.paged, self.outline, self._vocab)
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
         self.encoder = PagedEncoder(self.paged, self.outline)
         self.store = open_store(options.store)
         name = identity(vllm_config, tokenizer, rank, ranks)
-        if ranks == 1 and options.share and not isinstance(self.store, MemoryStore):
+        as_saved = not (config.revision or config.hf_overrides or config.quantization)
+        if ranks == 1 and options.share and as_saved and not isinstance(self.store, MemoryStore):
             name = self._agreed_name(config, name)
         self.library = ChunkLibrary(
             self.outline,
@@ -78,12 +80,25 @@ class ServedPages:
         """Return the name that Hugging Face processes have for this model if their KV are the same, else `own`."""
         try:
             name = shared_name(config, own, self.encoder)
-        except (OSError, subprocess.CalledProcessError, SafetensorError) as error:
+        except (OSError, InputError, subprocess.CalledProcessError, SafetensorError) as error:
             warn_once("chunk KV are not shared with transformers: %s", type(error).__name__)
             return own
         if name is None:
             warn_once("chunk KV are not shared with transformers, which computes others from this checkpoint")
         return name or own
+
+    def check_length(self, ref: ChunkRef) -> None:
+        """Refuse a chunk that the model has no positions, or no embeddings, for.
+
+        Raises:
+            InputError: it is too long behind its context, or has a token id that the model has not.
+        """
+        tokens = len(ref.context_ids) + len(ref.token_ids)
+        if tokens > self._max_tokens or max(ref.token_ids, default=0) >= self._vocab:
+            raise InputError(
+                f"a chunk of {tokens} tokens with its context does not fit the engine's {self._max_tokens}, or has a "
+                f"token id of {self._vocab} or more"
+            )
 
     def register(self, prompt: Prompt) -> None:
         """Give the chunks of a prompt the trust label of this engine, if it has one."""
@@ -93,7 +108,7 @@ class ServedPages:
                 self.library.registry.add(self.library.ref(span.chunk_ids, prompt.context_ids), trust=label)
 
 
-def refuse(vllm_config: Any, kv_cache_config: Any) -> None:
+def refuse(vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
     """Refuse what selective prefill over paged blocks is not right for.
 
     Raises:
@@ -102,8 +117,11 @@ def refuse(vllm_config: Any, kv_cache_config: Any) -> None:
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     groups = kv_cache_config.kv_cache_groups
     kinds = {type(group.kv_cache_spec).__name__ for group in groups}
-    draft = vllm_config.speculative_config
+    draft, device = vllm_config.speculative_config, vllm_config.device_config.device_type
     reasons = {
+        f"a {device} device, where this has never run (option untested_device)": device != "cpu"
+        and not options.untested_device,
+        "experts over data-parallel ranks": parallel.data_parallel_size > 1 and parallel.is_moe_model is not False,
         "latent attention (MLA)": getattr(config, "use_mla", False),
         f"KV caches of kind {', '.join(sorted(kinds))}": kinds != {"FullAttentionSpec"} or len(groups) != 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

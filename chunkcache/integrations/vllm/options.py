@@ -26,8 +26,11 @@ class Options:
         share: whether a store that others can reach is shared with Hugging Face processes, if both agree.
         fresh_tokens: tokens that nothing is stored of, at most, for a request to be fused.
         step_tokens: prompt tokens that are fused in one step, at most, if there are several requests.
-        warm_tokens: tokens of missing chunks that are computed in one step; the last chunk may go over it.
+        warm_tokens: tokens of missing chunks that are computed in one step; the last chunk may go over it, and what
+            the first chunk behind a new prefix has before it is computed with it.
         lookup_s: seconds after which a request is served without what has not been found.
+        share_salted: whether requests with a `cache_salt` of their own are fused: their chunks are shared by all.
+        untested_device: whether another device than a CPU is accepted, where this has never run.
         untested_vllm: whether a version of vLLM is accepted that this was not tested with.
     """
 
@@ -42,6 +45,8 @@ class Options:
     step_tokens: int = 8192
     warm_tokens: int = 512
     lookup_s: float = 5.0
+    share_salted: bool = False
+    untested_device: bool = False
     untested_vllm: bool = False
 
     @classmethod

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from chunkcache.errors import UnsupportedModelError
+from chunkcache.errors import InputError, UnsupportedModelError
 
 See = Callable[[Tensor, Tensor, Tensor], None]  # query, key, value of a layer, `[rows, heads, head_dim]` each
 _INDEX = re.compile(r"\.(\d+)\.")
@@ -149,6 +149,8 @@ class PagedModel:
     @contextmanager
     def scratch(self, blocks: int) -> Iterator[None]:
         """Let all layers share one small cache meanwhile: each has its own KV in it while it is computed."""
+        if blocks > len(self.attentions[0].kv_cache):
+            raise InputError(f"a chunk of {blocks} blocks does not fit the engine's cache; cut it")
         shared: dict[Any, Tensor] = {}
         own = [layer.kv_cache for layer in self.attentions]
         try:

@@ -19,6 +19,8 @@ from chunkcache.kv import ChunkKey, ChunkRef, TokenIds
 from chunkcache.library.registry import ChunkRegistry, warn_once
 
 PREFIXES = 64  # different beginnings of prompts that are remembered
+LOOKING = 8  # requests whose KV are in memory before they are fused
+QUEUED = 256  # chunks that wait to be computed; others are found missing by the next request that has them
 
 
 @dataclass
@@ -33,6 +35,7 @@ class _Request:
         report: what the workers have found so far.
         waits_for: chunks that are computed before it is looked up again.
         promised: preemptions it had had when it was last promised; None before.
+        queued: whether its missing chunks wait to be computed.
         plain: whether it is left to vLLM.
     """
 
@@ -43,6 +46,7 @@ class _Request:
     report: Report | None = None
     waits_for: set[Missing] | None = None
     promised: int | None = None
+    queued: bool = False
     plain: bool = False
 
 
@@ -63,6 +67,7 @@ class Scheduling:
         self._orders = Orders()
         self._fused_tokens = 0  # in this step
         self._queue: dict[Missing, None] = {}
+        self._looking: set[str] = set()
         self._known = ChunkRegistry()
         self._prefixes: dict[TokenIds, None] = {}
         self._done: dict[str, dict[str, Any]] = {}
@@ -78,7 +83,7 @@ class Scheduling:
         given = (request.kv_transfer_params or {}).get(NAME)
         if given is False or (given is None and not self._options.find):
             return
-        reason = _refusal(request)
+        reason = _refusal(request, self._options.share_salted)
         if reason is not None:
             if given is not None:
                 self.counts["refused"] += 1
@@ -94,8 +99,9 @@ class Scheduling:
             warn_once("a request is served without reuse: %s", error)
             return
         if spec is not None:
-            known = self._requests[request.request_id] = _Request(spec, ids, request.cache_salt)
+            known = _Request(spec, ids, request.cache_salt)
             _salt(request, self._salt_of(request, known))
+            self._requests[request.request_id] = known
 
     def matched(self, request: Any, computed: int) -> int | None:
         """Return how many tokens will be loaded beyond the `computed` ones; None to be asked again."""
@@ -115,15 +121,22 @@ class Scheduling:
                 return None
             known.waits_for, known.asked, known.report = set(), 0.0, None
         if not known.asked:
-            known.asked = time.monotonic()
-            self._orders.lookups.append(Lookup(request.request_id, known.token_ids, known.spec))
+            self._look_up(request.request_id, known)
             return None
         if known.report is None or known.report.ranks < self._ranks:
             if time.monotonic() - known.asked < self._options.lookup_s:
                 return None
             self.counts["timeouts"] += 1
-            return self._leave(request, known)
+            self._leave(request, known)
+            return None
         return self._decide(request, known, known.report)
+
+    def _look_up(self, name: str, known: _Request) -> None:
+        """Have the workers look a request up, unless they hold enough of others."""
+        if len(self._looking) < LOOKING:
+            self._looking.add(name)
+            known.asked = time.monotonic()
+            self._orders.lookups.append(Lookup(name, known.token_ids, known.spec))
 
     @staticmethod
     def _salt_of(request: Any, known: _Request) -> str:
@@ -132,25 +145,32 @@ class Scheduling:
     def _decide(self, request: Any, known: _Request, report: Report) -> int | None:
         missing = self._missing(known, report)
         if missing and known.spec.warm and known.waits_for is None:
-            known.waits_for = set(missing)
+            known.waits_for, known.queued = set(missing), True
             self._queue = {**dict.fromkeys(missing), **self._queue}
+            self._drop(request.request_id)
             return None
-        if not known.waits_for:
-            self._queue.update(dict.fromkeys(missing))
+        if not known.queued:
+            known.queued = True
+            self._queue.update(dict.fromkeys(missing[: max(0, QUEUED - len(self._queue))]))
         tokens = len(known.token_ids)
         if not report.reused or tokens - report.reused > self._options.fresh_tokens:
             self.counts["cold"] += 1
-            return self._leave(request, known)
+            self._leave(request, known)
+            return None
         if self._fused_tokens and self._fused_tokens + tokens > self._options.step_tokens:
             return None
         return tokens - 1
 
-    def _leave(self, request: Any, known: _Request) -> int:
-        """Leave a request to vLLM, whose blocks are exact then and may serve others."""
+    def _leave(self, request: Any, known: _Request) -> None:
+        """Leave a request to vLLM, whose blocks are exact then, may serve others, and are looked for anew."""
         known.plain = True
-        self._orders.forget.append(request.request_id)
+        self._drop(request.request_id)
         _salt(request, known.salt)
-        return 0
+
+    def _drop(self, name: str) -> None:
+        """Have the workers let go of what they found of a request."""
+        self._looking.discard(name)
+        self._orders.forget.append(name)
 
     def allocated(self, request: Any, block_ids: list[int], tokens: int) -> None:
         """Fuse a request in this step, whose blocks are there now."""
@@ -158,8 +178,10 @@ class Scheduling:
         if known is None or tokens <= 0 or known.report is None:
             return
         known.promised = request.num_preemptions
+        self._looking.discard(request.request_id)
         self._fused_tokens += len(known.token_ids)
-        self._orders.loads.append(Load(request.request_id, block_ids, known.report.missing))
+        report = known.report
+        self._orders.loads.append(Load(request.request_id, block_ids, report.missing, report.exact))
 
     def orders(self) -> Orders:
         """Return what the workers are to do in this step."""
@@ -185,7 +207,7 @@ class Scheduling:
         name = request.request_id
         if self._requests.pop(name, None) is None:
             return None
-        self._orders.forget.append(name)
+        self._drop(name)
         done = self._done.pop(name, None)
         return None if done is None else {NAME: done}
 
@@ -219,8 +241,10 @@ class Scheduling:
         return ChunkSpec(prefix, tuple((s.start, s.stop) for s in spans), wholes, prefix) if spans else None
 
 
-def _refusal(request: Any) -> str | None:
+def _refusal(request: Any, share_salted: bool) -> str | None:
     """Return why a request cannot be fused, or None."""
+    if request.cache_salt is not None and not share_salted:
+        return "it has a cache_salt, and chunks are shared by all clients of the engine (option share_salted)"
     if request.lora_request is not None:
         return "it has a LoRA adapter, whose KV are others"
     if request.prompt_token_ids is None or getattr(request, "mm_features", None):

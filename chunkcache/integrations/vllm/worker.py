@@ -143,10 +143,11 @@ class Working:
         absent = {index for index, span in enumerate(chunks) if span.kv is None}
         if plan.prefix is None and lookup.spec.prefix:
             absent.add(PREFIX)
+        exact = frozenset(index for index, span in enumerate(chunks) if span.exact)
         hits = sum(span.kv is not None for span in chunks)
         reused = sum(map(len, plan.reused)) if hits else 0
         self.counts.update(hits=hits, misses=len(chunks) - hits)
-        return _Found(plan, policy, Report(frozenset(absent), reused), hits, len(chunks))
+        return _Found(plan, policy, Report(frozenset(absent), reused, exact), hits, len(chunks))
 
     # --- fuse
 
@@ -160,7 +161,7 @@ class Working:
             try:
                 if each is None or not there:
                     raise LookupError("what was looked up of a request is gone")
-                fused = self._fusion.run(_restricted(each.plan, load.missing), each.policy, load.block_ids)
+                fused = self._fusion.run(_restricted(each.plan, load), each.policy, load.block_ids)
             except Exception as error:  # noqa: BLE001 - vLLM computes it
                 self.failed("fuse", error)
                 failed.append(load)
@@ -191,6 +192,7 @@ class Working:
     def _store(self, ref: ChunkRef) -> None:
         """Compute and store a chunk, unless all ranks have it."""
         library = self._served.library
+        self._served.check_length(ref)
         if self._agree([library.holds(ref)])[0]:
             return
         started = time.time()
@@ -215,9 +217,10 @@ def _loaded(span: Span) -> Span:
         return replace(span, kv=None, exact=False)
 
 
-def _restricted(plan: Plan, missing: frozenset[int]) -> Plan:
-    """Return the plan without the KV that another rank is missing."""
+def _restricted(plan: Plan, load: Load) -> Plan:
+    """Return the plan as all ranks have it: without KV that one is missing, exact where all have exact KV."""
     chunks = [
-        replace(span, kv=None, exact=False) if index in missing else span for index, span in enumerate(plan.chunks)
+        replace(span, kv=None if index in load.missing else span.kv, exact=index in load.exact - load.missing)
+        for index, span in enumerate(plan.chunks)
     ]
-    return Plan.of(plan.token_ids, chunks, None if PREFIX in missing else plan.prefix)
+    return Plan.of(plan.token_ids, chunks, None if PREFIX in load.missing else plan.prefix)
