@@ -56,7 +56,8 @@ class ServeCommand:
         False
     )
     threads: Annotated[int | None, count("CPU threads of PyTorch, for a prefill and for a decoding step each; they "
-                                         "run beside one another. PyTorch chooses by default.")] = None  # fmt: skip
+                                         "run beside one another. By default OMP_NUM_THREADS, or half of the cores.")
+    ] = None  # fmt: skip
     adapters: Annotated[tuple[str, ...], option("--adapter", metavar="NAME=PATH", help="Adapter of peft, served as "
                                                 "model NAME. May be given several times.")] = ()  # fmt: skip
     adapter_dir: Annotated[Path | None, option(type=FOLDER, help="Folder of adapters that requests may load.")] = None
@@ -77,6 +78,14 @@ def serve(options: ServeCommand) -> None:
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, before)
         _serve(options, stack)
+
+
+def default_threads() -> int:
+    """Return how many CPU threads a prefill and a decoding step have each: together no more than there are cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else max(1, threads // 2)
 
 
 def _serve(options: ServeCommand, stack: ExitStack) -> None:
@@ -123,8 +132,7 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
         adapter_dir=options.adapter_dir,
         adapter_updates=options.allow_adapter_updates,
     )
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or default_threads())
     policy, store = parse_policy(options.policy), open_store(options.store)
     stack.enter_context(closing(store))
     model, tokenizer = load(options.model_name, options.device, options.dtype)

@@ -55,6 +55,9 @@ def bench_serve(options: ServeBenchOptions) -> None:
         from chunkcache.eval.serving import BENCH, Clients, ServeBench, server
     except ImportError as error:
         raise missing_extra("eval", "bench serve", error) from error
+    import torch
+
+    from chunkcache.cli.serve import default_threads
     from chunkcache.eval import Results
     from chunkcache.eval.data import cut
     from chunkcache.eval.machine import ran_on
@@ -64,6 +67,7 @@ def bench_serve(options: ServeBenchOptions) -> None:
 
     for name in names:
         server_of(name)
+    torch.set_num_threads(default_threads())  # as the server has
     cases = options.read(options.data)
     model, tokenizer = options.model.load()
     cases = cut(cases, options.chunk_tokens, tokenizer)
