@@ -114,7 +114,8 @@ class ServedModel:
     @property
     def fingerprints(self) -> tuple[str, ...]:
         """All fingerprints that the model has had, the latest last."""
-        return tuple(self._checked)
+        with self._lock:
+            return tuple(self._checked)
 
     def for_tenant(self, tenant: str) -> ServedModel:
         """Return the same model with the chunks of another tenant; what was found of the model is not found again."""
@@ -208,7 +209,8 @@ class ServedMethods(ABC):
     @property
     def fingerprint(self) -> str:
         """Identity of model and tokenizer as they are now."""
-        return self.engine.served.current().library.fingerprint
+        with self._session() as library:
+            return library.fingerprint
 
     @property
     def self_check(self) -> SelfCheck:
@@ -237,6 +239,5 @@ class ServedMethods(ABC):
             yield served.library
 
     def _libraries(self) -> list[ChunkLibrary]:
-        served = self.engine.served
-        library = served.current().library
-        return [library.of_model(name) for name in served.fingerprints]
+        with self._session() as library:  # in it no adapter becomes active, which would have another name
+            return [library.of_model(name) for name in self.engine.served.fingerprints]

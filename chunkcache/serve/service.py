@@ -34,6 +34,7 @@ from chunkcache.serve.tools import Calling, calling
 VIEWS = 256  # salts of one tenant whose known texts are kept; those of others are found by their documents only
 WARMED = 16  # tenants whose lead-in is computed when the server starts
 _WARM_S = 600.0
+_DIGITS = 10  # of a token id
 _GREEDY = 1e-5  # temperatures below it, by which logits would overflow
 
 
@@ -171,10 +172,6 @@ class Service:
             guide = partial(self._guides.lark, may_call.grammar)
         elif schema is not None:
             guide = partial(self._guides.json, schema)
-        named = {
-            llm.prompts.chunk(passage_of(each)): name for each in asked.documents or () if (name := name_of(each))
-        }
-        shown = frozenset() if may_call is None else may_call.shown
         choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
         named = {llm.prompts.chunk(passage_of(d)): name for d in asked.documents or () if (name := name_of(d))}
         shown = frozenset() if may_call is None else may_call.shown
@@ -287,7 +284,7 @@ def _options(asked: Sampling) -> dict[str, Any]:
     elif options.keys() - {"repetition_penalty"}:
         options["do_sample"] = True
     if asked.logit_bias:
-        if not all(name.isdecimal() for name in asked.logit_bias):
+        if not all(name.isdecimal() and len(name) < _DIGITS for name in asked.logit_bias):
             raise HTTPError(400, "logit_bias maps token ids to numbers", param="logit_bias")
         options["sequence_bias"] = [[[int(name)], value] for name, value in asked.logit_bias.items()]
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,3 +130,15 @@ def test_what_cannot_be_loaded_is_told(llm, folders, tmp_path):
         adapters.add("wide", tmp_path / "wide")
     assert adapters.names == ["legal", "medical"]
     assert llm.generate(QUESTION, TEXTS, max_new_tokens=12, **OPTIONS).token_ids == alone(None, folders)
+
+
+def test_a_deletion_while_an_adapter_is_active_does_not_take_the_model_for_another(llm):
+    base, name = llm.engine.served, llm.fingerprint
+    deleted = threading.Thread(target=llm.delete, kwargs={"texts": TEXTS[:1]})
+    with base.held("legal"):
+        base.latest = replace(base.latest, state=-1)  # so that it looks at the model anew
+        deleted.start()
+        deleted.join(0.3)
+    deleted.join(30)
+    assert not deleted.is_alive()
+    assert base.latest.library.fingerprint == llm.fingerprint == name

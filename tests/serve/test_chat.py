@@ -161,6 +161,7 @@ def test_an_answer_follows_a_schema(client):
         ({"response_format": {"type": "json_schema"}}, 400, None, "json_schema"),
         ({"presence_penalty": 1.0}, 400, "unsupported_parameter", "presence_penalty"),
         ({"logit_bias": {"x": 1}}, 400, None, "token ids"),
+        ({"logit_bias": {"1" * 5000: 1}}, 400, None, "token ids"),
         ({"documents": [""]}, 400, None, "empty"),
     ],
 )
