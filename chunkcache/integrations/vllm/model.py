@@ -54,7 +54,7 @@ class ServedPages:
         refuse(vllm_config, kv_cache_config, options)
         config = vllm_config.model_config
         self.paged = PagedModel(find_runner(), vllm_config, kv_cache_config)
-        self._max_tokens, self._vocab = config.max_model_len, config.get_vocab_size()
+        self._vocab = config.get_vocab_size()
         self.outline = Outline(config.hf_text_config, config.dtype, self.paged.heads, self.paged.device)
         errors = check(self.paged, self.outline, self._vocab)
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -94,9 +94,10 @@ class ServedPages:
             InputError: it is too long behind its context, or has a token id that the model has not.
         """
         tokens = len(ref.context_ids) + len(ref.token_ids)
-        if tokens > self._max_tokens or max(ref.token_ids, default=0) >= self._vocab:
+        most = self.outline.max_tokens
+        if tokens > most or max(ref.token_ids, default=0) >= self._vocab:
             raise InputError(
-                f"a chunk of {tokens} tokens with its context does not fit the engine's {self._max_tokens}, or has a "
+                f"a chunk of {tokens} tokens with its context does not fit the model's {most}, or has a "
                 f"token id of {self._vocab} or more"
             )
 
