@@ -221,7 +221,7 @@ async def _refused(request: Request, error: Any) -> JSONResponse:
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    return _server(request).told(HTTPError.of(error), request.url.path)
+    return _server(request).told(HTTPError.of(error), request.scope["path"])
 
 
 class _Stream(StreamingResponse):

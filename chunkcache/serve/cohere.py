@@ -56,6 +56,7 @@ class CohereChat(Form):
     def __init__(self, asked: CohereRequest, service: Service) -> None:
         self._service = service
         self._sources = asked.sources()
+        self._texts = [passage(source) for source in self._sources]  # what is cited of each
         said = [message.said() for message in asked.messages if message.role == "user"]
         self._question = said[-1] if said else ""
         self._cited = asked.citation_options is None or asked.citation_options.mode not in _UNCITED
@@ -70,6 +71,7 @@ class CohereChat(Form):
         if found is not None:
             for document, told in zip(found.documents, found.told, strict=True):
                 self._sources.append({**told, "text": document.text})
+                self._texts.append(document.text or "")  # its place and score are not of the document
         return choices
 
     def __call__(self, shape: Shape) -> CohereChat:
@@ -143,7 +145,7 @@ class CohereChat(Form):
                 "content_index": 0,
                 "type": "TEXT_CONTENT",
             }
-            for found in cite(text, [passage(source) for source in self._sources], self._question)
+            for found in cite(text, self._texts, self._question)
         ]
 
     @staticmethod

@@ -100,7 +100,7 @@ class Ring:
 
 def _local(request: Request, server: AServer) -> None:
     """Refuse a page of somebody else's that has taken over a name of this machine, where no key is asked for."""
-    if not server.options.tenants and request.url.hostname not in _LOCAL:
+    if not server.options.tenants and request.base_url.hostname not in _LOCAL:
         raise HTTPError(403, "without API keys the dashboard is for this machine alone: open it as 127.0.0.1")
 
 

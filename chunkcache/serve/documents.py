@@ -69,8 +69,11 @@ async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AS
 async def put(request: Request, tenant: Who, server: AServer) -> dict[str, Any]:
     """Add documents to an index, or update those that it has; as JSON, or as files in a form."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
-        async with request.form(max_files=FILES, max_fields=FIELDS, max_part_size=FIELD_BYTES) as form:
+        form = await _form(request)
+        try:
             asked, read = await _uploaded(form)
+        finally:
+            await form.close()
     else:
         asked = _validated(await request.body())
         read = partial(_given, asked)
@@ -140,6 +143,13 @@ def _checked(given: Any) -> DocumentsRequest:
 
 def _given(asked: DocumentsRequest) -> list[Document]:
     return [Document(each.id, each.title or each.id, each.text) for each in asked.documents]
+
+
+async def _form(request: Request) -> FormData:
+    try:
+        return await request.form(max_files=FILES, max_fields=FIELDS, max_part_size=FIELD_BYTES)
+    except (UnicodeError, LookupError):  # of the charset that the content type names
+        raise HTTPError(400, "the form cannot be read in the charset that it names; send it as UTF-8") from None
 
 
 async def _uploaded(form: FormData) -> tuple[DocumentsRequest, Callable[[], Sequence[Document]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from chunkcache.engine.faults import log_fault
@@ -65,3 +66,12 @@ class HTTPError(Exception):
         }
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self._param, "code": self._code}}
+
+
+def stream_error(error: HTTPError, path: str) -> bytes:
+    """Return the events that end a stream which has begun: as Cohere's end at its paths, else as OpenAI's."""
+    body = error.body(path)
+    if path.startswith("/v2/"):
+        ended = {"type": "message-end", "delta": {"finish_reason": "ERROR", "error": body["message"]}}
+        return f"event: message-end\ndata: {json.dumps(ended, separators=(',', ':'))}\n\n".encode()
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\ndata: [DONE]\n\n".encode()

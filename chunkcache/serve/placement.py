@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 PREFIX = 1024  # characters of a request without chunks by which it is placed
+CHUNKS = 256  # of a request by which it is placed
 BOUND = 1.25  # times the mean load that a replica may have, and one request more
 Weights = Mapping[bytes, int]  # of each chunk: how long it is
 
@@ -27,18 +29,19 @@ def weights_of(body: bytes, who: str = "") -> Weights:
         who: tells tenants apart, whose chunks are never shared.
 
     Returns:
-        its documents and the parts with `prompt_cache_breakpoint`; for `rag`, its index; where there is none of
-        these, the beginning of the text, which is what requests without chunks may have in common.
+        its documents and the parts with `prompt_cache_breakpoint`, the first `CHUNKS` of them; for `rag`, its index;
+        where there is none of these, the beginning of the text, which is what requests without chunks may have in
+        common.
     """
     try:
         asked = json.loads(body)
-    except ValueError:
+        if not isinstance(asked, dict):
+            return {}
+        seed = repr((who, asked.get("cache_salt"), asked.get("prompt_cache_key")))
+        texts = list(islice(_chunks(asked), CHUNKS)) or [_text(asked)[:PREFIX]]
+        return {_digest(seed, text): max(1, len(text)) for text in texts}
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply to be read or written
         return {}
-    if not isinstance(asked, dict):
-        return {}
-    seed = repr((who, asked.get("cache_salt"), asked.get("prompt_cache_key")))
-    texts = list(_chunks(asked)) or [_text(asked)[:PREFIX]]
-    return {_digest(seed, text): max(1, len(text)) for text in texts}
 
 
 def ranked(weights: Weights, loads: Mapping[str, int]) -> list[str]:

@@ -4,13 +4,14 @@ A request goes where most of its chunks belong (`placement`), over HTTP, and its
 What changes chunks goes to all. The router keeps nothing of a request, and knows no keys: replicas do.
 
 A replica that dies is left out until it answers again. What it had under way is asked of another one, once, if no
-text of the answer has been passed on yet; else the answer ends with an error, in OpenAI's shape.
+text of the answer has been passed on yet; else the answer ends with an error, in the shape of its API.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import posixpath
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import aclosing, suppress
@@ -20,8 +21,7 @@ from typing import Any
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from chunkcache.serve.errors import HTTPError
-from chunkcache.serve.openai import data
+from chunkcache.serve.errors import HTTPError, stream_error
 from chunkcache.serve.placement import ranked, weights_of
 from chunkcache.serve.replicas import Replica, Replicas
 
@@ -116,15 +116,24 @@ class Router:
         body = await self._read(receive)
         if body is None:
             message = f"the request is larger than {self._body_bytes} bytes; send less"
-            await _tell(send, HTTPError(413, message))
+            await _tell(send, HTTPError(413, message), scope["path"])
             return
         query = scope.get("query_string", b"").decode("latin-1")
         path = scope.get("raw_path", scope["path"].encode()).partition(b"?")[0].decode("latin-1")
         if not path.startswith("/"):  # such as `@elsewhere`, which would end the URL of a replica in another host
             await _tell(send, HTTPError(400, "the path of a request begins with /"))
             return
+        target = f"{path}?{query}" if query else path
+        try:
+            hidden = _is_dashboard(target)
+        except httpx.InvalidURL:
+            await _tell(send, HTTPError(400, "the path or query of the request is no valid one, or too long"), path)
+            return
+        if hidden:
+            await _tell(send, HTTPError(404, "a dashboard is at the port of its server, not at the router's"))
+            return
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _OF_ONE_HOP]
-        call = _Call(scope["method"], f"{path}?{query}" if query else path, headers, body)
+        call = _Call(scope["method"], target, headers, body)
         answering = asyncio.create_task(self._answer(call, send))
         leaving = asyncio.create_task(_gone(receive))
         try:
@@ -177,7 +186,7 @@ class Router:
                 self._lost.labels("asked again" if again else "refused").inc()
             finally:
                 best[0].load -= 1
-        await _tell(send, _unserved())
+        await _tell(send, _unserved(), call.path)
 
     async def _exchange(self, call: _Call, replica: Replica, send: Send) -> None:
         """Pass a request to a replica, and its answer back."""
@@ -218,7 +227,7 @@ class Router:
                 raise _LostError from error
             self._lost.labels("cut short").inc()
             lost = HTTPError(502, "the replica that answered went away; ask again", "replica_lost")
-            await _send(send, data(lost.body()) + b"data: [DONE]\n\n", last=True)
+            await _send(send, stream_error(lost, call.path), last=True)
 
     async def _change(self, call: _Call, send: Send) -> None:
         """Pass a request to all replicas, one after the other; tell what the last says, or the first that refuses it.
@@ -284,6 +293,16 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         yield rest
 
 
+def _is_dashboard(target: str) -> bool:
+    """Return whether the path of a request, as it would be sent on, is one of a dashboard.
+
+    Without keys a dashboard is for those who open it under a loopback name, and what a replica sees is the name by
+    which the router asks for it.
+    """
+    sent = "/" + posixpath.normpath(httpx.URL(f"http://replica{target}").path).lstrip("/")
+    return sent == "/" or sent.startswith("/dashboard")
+
+
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -302,6 +321,6 @@ async def _respond(send: Send, status: int, headers: Headers, body: bytes) -> No
     await _send(send, body, last=True)
 
 
-async def _tell(send: Send, error: HTTPError) -> None:
+async def _tell(send: Send, error: HTTPError, path: str = "") -> None:
     headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-    await _respond(send, error.status, [*_JSON, *headers], json.dumps(error.body()).encode())
+    await _respond(send, error.status, [*_JSON, *headers], json.dumps(error.body(path)).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -12,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from chunkcache.errors import QueueFullError
-from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.errors import HTTPError, stream_error
 from chunkcache.serve.record import Record, Recorder
 
 PARTING_S = 1.0  # that the end of an answer which is cut short may take
@@ -67,12 +66,11 @@ class Seen:
         told = HTTPError.of(error)
         if answer.complete or (answer.begun and not answer.streams):
             return
-        body = told.body(scope["path"])
         self._failed(told.status)
         if answer.begun:
-            await answer.send({"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode()})
+            await answer.send({"type": "http.response.body", "body": stream_error(told, scope["path"])})
         else:
-            await JSONResponse(body, told.status, told.headers)(scope, _nothing, answer.send)
+            await JSONResponse(told.body(scope["path"]), told.status, told.headers)(scope, _nothing, answer.send)
 
 
 class _Answer:

@@ -100,6 +100,18 @@ def test_what_is_found_in_an_index_is_cited(client, server, parrot):
     assert last.chunkcache["documents"][0]["id"] == "bridge.md"
 
 
+def test_a_number_that_tells_of_a_find_is_not_cited_from_it(client, server, monkeypatch):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    put = {"index": "numbers", "documents": [{"id": "keeper.md", "title": "Keeper", "text": TEXTS[2]}]}
+    httpx.post(f"{server[0]}/v1/documents", json=put, headers=headers, timeout=60).raise_for_status()
+    more = {"additional_body_parameters": {"rag": {"index": "numbers"}}}
+    [found] = client.chat(**ASK, request_options=more).chunkcache["documents"]
+    said = f"It is {found['chunk']} or {found['score']}, and {TEXTS[2][:43]}"
+    monkeypatch.setattr(CohereChat, "_citations", _citing(CohereChat._citations, said))
+    [citation] = client.chat(**ASK, request_options=more).message.citations
+    assert citation.start == said.index(TEXTS[2][:43])
+
+
 def test_a_conversation_goes_on_with_what_the_client_got(client):
     first = client.chat(**ASK, documents=DOCUMENTS)
     messages = [

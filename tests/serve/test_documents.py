@@ -250,6 +250,15 @@ def test_forms_are_bounded(http, data, files, status, says):
     assert ask(http[0], "x").status_code == 404  # nothing was made
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "no-such-charset", "zlib", '"'])
+def test_a_form_in_a_charset_that_is_none_is_refused(http, charset):
+    field = b'--x\r\nContent-Disposition: form-data; name="index"\r\n\r\n\\\xff\r\n'
+    file = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\nt\r\n--x--\r\n'
+    headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    response = http[0].post("/v1/documents", content=field + file, headers=headers)
+    assert response.status_code == 400, response.text
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

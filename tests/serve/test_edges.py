@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -13,6 +14,7 @@ from support.server import MODEL, served
 
 from chunkcache.engine.scheduler import Limits
 from chunkcache.errors import InputError
+from chunkcache.serve.app import ServeOptions, create_app
 from chunkcache.serve.openai import data
 from chunkcache.serve.service import Service
 
@@ -90,6 +92,35 @@ def test_a_method_that_there_is_not(server):
         response = httpx.request(method, f"{server[0]}/v1/chat/completions")
         assert response.status_code == 405
         assert response.headers["allow"] == "POST"
+
+
+def test_a_query_that_is_no_utf8_is_answered():
+    """Some servers beneath hand on raw bytes, so the application is asked itself."""
+    service = Service(wrapped(), MODEL)
+    app = create_app(service, ServeOptions(dashboard=True))
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def status(path):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"a=\xff",
+            "headers": [(b"host", b"127.0.0.1")], "server": ("127.0.0.1", 80), "http_version": "1.1",
+        }  # fmt: skip
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    async def statuses():
+        return [await status(path) for path in ("/nothing", "/dashboard/nothing", "/dashboard/page.js")]
+
+    assert asyncio.run(statuses()) == [404, 404, 200]
+    service.background.close()
+    service.scheduler.close()
 
 
 def test_a_temperature_next_to_zero_is_greedy(server):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from chunkcache.serve.placement import ranked, weights_of
+import pytest
+
+from chunkcache.serve.placement import CHUNKS, ranked, weights_of
 
 IDLE = {"a": 0, "b": 0, "c": 0}
 
@@ -79,5 +81,22 @@ def test_what_cannot_be_read_is_left_to_the_replica():
         b"null",
         b'{"documents": 3, "messages": [4, {"content": [5]}], "rag": 1}',
         b"\xff",
+        b"[" * 100_000,
+        b'{"documents": [' + b"[" * 100_000,
     ):
         assert ranked(weights_of(body), IDLE)
+
+
+@pytest.mark.parametrize("field", ["documents", "cache_salt", "prompt"])
+def test_a_body_of_any_depth_is_placed(field):
+    for depth in (100, 900, 2_000, 5_000, 20_000, 100_000):  # the deepest are not read, those before not written
+        nested = "[" * depth + "]" * depth
+        asked = f'{{"{field}": [{nested}]}}' if field == "documents" else f'{{"{field}": {nested}}}'
+        assert sorted(ranked(weights_of(asked.encode()), IDLE)) == sorted(IDLE)
+
+
+def test_a_request_of_very_many_chunks_is_placed_by_the_first_of_them():
+    texts = [str(number) for number in range(2 * CHUNKS)]
+    weights = weights_of(json.dumps({"documents": texts}).encode())
+    assert len(weights) == CHUNKS
+    assert weights == weights_of(json.dumps({"documents": texts[:CHUNKS]}).encode())

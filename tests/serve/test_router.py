@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import httpx
 import openai
 import pytest
-from support.fleet import ASK, CHAT, LONG, ServeProcess, Stream, for_each, routed, until
+from support.fleet import ASK, CHAT, LONG, ServeProcess, Stream, for_each, routed, running, until
 from support.llm import QUESTION, TEXTS, saved_model, wrapped
 from support.server import MODEL, served
 
@@ -111,6 +111,61 @@ def test_a_request_goes_to_no_other_host(two):
         with pytest.raises(TimeoutError):
             elsewhere.accept()
     assert all(replica.up for replica in router.replicas)
+
+
+def test_no_dashboard_is_reached_through_the_router():
+    with served(dashboard=True) as (direct, _), routed(direct) as (url, _):
+        assert httpx.get(f"{direct}/dashboard/api/state").status_code == 200
+        host, _, port = url.removeprefix("http://").partition(":")
+        for target in (
+            "/", "/?a=b", "//", "/dashboard", "/dashboard/api/state", "/dashboard/page.js", "/%64ashboard/api/state",
+            "/v1/../dashboard/api/state", "/v1/%2e%2e/dashboard/api/state", "/.//dashboard/api/state",
+            "/dashboard/api/state#/../../../v1/models",
+        ):  # fmt: skip
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(f"GET {target} HTTP/1.1\r\nHost: evil\r\nConnection: close\r\n\r\n".encode())
+                assert connection.recv(64).startswith(b"HTTP/1.1 404"), target
+        assert httpx.delete(f"{url}/dashboard/api/store", params={"document": "a"}).status_code == 404
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"GET /x?" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert connection.recv(64).startswith(b"HTTP/1.1 4")
+
+
+async def breaks_off(scope, receive, send):
+    """Answer as a replica that goes away within its answer."""
+    assert scope["type"] == "http"
+    streams = scope["path"] != "/health"
+    headers = [(b"content-type", b"text/event-stream" if streams else b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send(
+        {"type": "http.response.body", "body": b'data: {"a":1}\n\n' if streams else b"{}", "more_body": streams}
+    )
+    if streams:
+        raise ConnectionError
+
+
+def test_a_stream_that_is_cut_ends_as_its_api_ends_streams():
+    with running(breaks_off) as replica, routed(replica) as (url, router):
+        texts = []
+        for path in (CHAT, "/v2/chat"):
+            until(lambda: all(each.up for each in router.replicas))
+            texts.append(httpx.post(url + path, json={**ASK, "stream": True}).text)
+    of_openai, of_cohere = texts
+    assert events(of_openai)[-1] == "[DONE]"
+    assert json.loads(events(of_openai)[-2])["error"]["code"] == "replica_lost"
+    assert of_cohere.split("\n\n")[-2].startswith("event: message-end\n")
+    told = json.loads(events(of_cohere)[-1])
+    assert (told["type"], told["delta"]["finish_reason"]) == ("message-end", "ERROR")
+    assert "went away" in told["delta"]["error"]
+
+
+def test_the_routers_own_errors_have_the_shape_of_the_api():
+    with routed(body_bytes=100) as (url, _):
+        for content, status in ((b"{}", 503), (b"x" * 101, 413)):
+            told = httpx.post(f"{url}/v2/chat", content=content)
+            assert (told.status_code, list(told.json())) == (status, ["message"])
+            assert list(httpx.post(url + CHAT, content=content).json()) == ["error"]
 
 
 def test_what_the_router_tells_of_itself(two):

@@ -31,14 +31,21 @@ LONG = {**ASK, "logit_bias": {"2": -100}, "max_tokens": 380, "stream": True}
 def routed(*urls: str, **options: Any) -> Iterator[tuple[str, Router]]:
     """Run a router; yield its URL and itself."""
     router = Router(urls, **options)
-    server = uvicorn.Server(uvicorn.Config(router, port=0, log_level="warning"))
+    with running(router) as url:
+        yield url, router
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """Run an ASGI application; yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", router
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()
