@@ -11,8 +11,7 @@ from rich.markup import escape
 from chunkcache.cli.console import err
 from chunkcache.cli.options import argument, command, option
 from chunkcache.errors import InputError, missing_extra
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from chunkcache.serve.loopback import LOOPBACK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from chunkcache.cli.console import err
 from chunkcache.cli.inputs import load
 from chunkcache.cli.options import FOLDER, STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
 from chunkcache.errors import InputError, missing_extra
+from chunkcache.serve.loopback import LOOPBACK
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 KEY_VARIABLE = "CHUNKCACHE_API_KEY"
 TRACE_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)

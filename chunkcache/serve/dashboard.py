@@ -20,6 +20,7 @@ from chunkcache.engine.provenance import PromptReport
 from chunkcache.kv import ChunkKey, TokenIds, hashed_label
 from chunkcache.serve.app import AServer, Who
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.loopback import LOOPBACK
 from chunkcache.serve.record import Record, by_chunk
 from chunkcache.serve.service import Service
 from chunkcache.serve.tenants import Tenant
@@ -38,7 +39,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Ring:
 
 def _local(request: Request, server: AServer) -> None:
     """Refuse a page of somebody else's that has taken over a name of this machine, where no key is asked for."""
-    if not server.options.tenants and request.url.hostname not in _LOCAL:
+    if not server.options.tenants and request.url.hostname not in LOOPBACK:
         raise HTTPError(403, "without API keys the dashboard is for this machine alone: open it as 127.0.0.1")
 
 

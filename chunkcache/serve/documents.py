@@ -52,7 +52,7 @@ def _bodies() -> dict[str, Any]:
 
 router = APIRouter()
 _CHANGED = {
-    **schema.errors(400, 401, 404, 413, 429, 499, 500, 503),
+    **schema.errors(400, 401, 403, 404, 413, 429, 499, 500, 503),
     501: {"model": schema.ErrorBody, "description": "The server has no embedding model."},
 }
 
@@ -68,9 +68,12 @@ async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AS
 @router.post("/v1/documents", openapi_extra=_bodies(), responses=_CHANGED)
 async def put(request: Request, tenant: Who, server: AServer) -> dict[str, Any]:
     """Add documents to an index, or update those that it has; as JSON, or as files in a form."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
         async with request.form(max_files=FILES, max_fields=FIELDS, max_part_size=FIELD_BYTES) as form:
             asked, read = await _uploaded(form)
+    elif kind != "application/json":  # a page of another site may send any text, if it does not call it JSON
+        raise HTTPError(400, "send documents as application/json, or files as multipart/form-data")
     else:
         asked = _validated(await request.body())
         read = partial(_given, asked)

@@ -264,7 +264,7 @@ def test_forms_are_bounded(http, data, files, status, says):
     ],
 )
 def test_bad_documents_are_refused(http, body, says):
-    response = http[0].post("/v1/documents", content=body)
+    response = http[0].post("/v1/documents", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400, response.text
     assert says in response.json()["error"]["message"]
 

@@ -40,6 +40,41 @@ def test_who_has_no_key_is_refused_before_the_body_comes():
         ).text  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def keyless():
+    with served() as (url, _), httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "https://example.com"}, 403),
+        ({"Origin": "http://rebound.example.com:8000", "Sec-Fetch-Site": "same-origin"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[::"}, 403),
+        ({"Origin": "http://[::1]:8000", "Sec-Fetch-Site": "same-origin"}, 400),
+        ({"Origin": "http://localhost:8000", "Sec-Fetch-Site": "none"}, 400),
+        ({}, 400),
+    ],
+)
+def test_pages_of_other_sites_ask_nothing_of_a_server_without_keys(keyless, headers, status):
+    response = keyless.post("/v1/chat/completions", json={}, headers=headers)  # 400 is for who is listened to
+    assert response.status_code == status
+    assert (response.json()["error"]["type"] == "permission_error") == (status == 403)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_documents_are_json_only_if_they_are_called_so(keyless, kind):
+    body = b'{"index": "x", "documents": [{"id": "1", "text": "t"}]}'
+    response = keyless.post("/v1/documents", content=body, headers={"Content-Type": kind} if kind else {})
+    assert response.status_code == 400
+    assert "application/json" in response.json()["error"]["message"]
+    assert keyless.get("/v1/documents").json()["data"] == []
+
+
 def test_what_can_be_asked_is_told_to_who_has_a_key():
     with served(tenants=Tenants({digest(KEY): Tenant("one")})) as (url, _):
         assert httpx.get(f"{url}/openapi.json").status_code == 401
