@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from dataclasses import replace
 
 import httpx
 import openai
@@ -172,6 +175,28 @@ def test_what_a_request_computes_of_a_document_that_went_meanwhile_is_not_kept(k
         assert max(stored_chunks(service, TEXTS[2])) > 0
         choice.found.ended()
         assert max(stored_chunks(service, TEXTS[2])) == 0
+
+
+def test_an_answer_does_not_wait_for_what_is_deleted_behind_it(keyed, monkeypatch, caplog):
+    url, service = keyed
+    answered, threads = threading.Event(), []
+
+    def ended():
+        threads.append(threading.current_thread().name)
+        answered.wait(60)
+        raise OSError("the disk is away")
+
+    search = service.indexes.search
+    monkeypatch.setattr(service.indexes, "search", lambda *asked: replace(search(*asked), ended=ended))
+    with _client(url, ONE) as one:
+        put(one, "slow", DOCUMENTS[:1])
+        assert ask(one, "slow").json()["chunkcache"]["documents"]
+        answered.set()
+        while not caplog.records:
+            time.sleep(0.01)
+    assert [each.startswith("chunkcache-") for each in threads] == [False]  # it is none of the scheduler's
+    [said] = caplog.messages
+    assert "could not be deleted" in said
 
 
 def stored_chunks(service, text):
