@@ -174,8 +174,11 @@ async def forget(response: Response, tenant: Who, server: AServer, document: str
     response.headers.update(_HEADERS)
     if not document:
         raise HTTPError(400, "name the document whose KV are to be deleted", param="document")
-    views = server.service.views_of(tenant).values()
-    return {"deleted": await run_in_threadpool(lambda: sum(view.delete(document=document) for view in views))}
+    return {"deleted": await run_in_threadpool(_forget, server.service, tenant, document)}
+
+
+def _forget(service: Service, tenant: Tenant, document: str) -> int:
+    return sum(view.delete(document=document) for view in service.views_of(tenant).values())
 
 
 def _file(name: str) -> bytes:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from chunkcache.errors import DocumentError
@@ -60,7 +61,7 @@ _CHANGED = {
 @router.post("/v1/chunks", responses=_CHANGED)
 async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
     """Compute the KV of texts ahead."""
-    llm = server.service.view(tenant, asked.salts())
+    llm = await run_in_threadpool(server.service.view, tenant, asked.salts())
     adapter = None if asked.model is None else server.service.adapters.adapter_of(asked.model)
     return await _done(request, server, tenant, chunk_steps(llm, asked, server.options.precompute_tokens, adapter))
 
@@ -96,7 +97,7 @@ async def listed(
     indexes, salts = server.service.indexes, _salts(cache_salt, prompt_cache_key)
     if index is None:
         return {"object": "list", "data": indexes.names(tenant, salts), "has_more": False}
-    found = indexes.documents(tenant, salts, index, q, after)
+    found = await run_in_threadpool(indexes.documents, tenant, salts, index, q, after)
     return {"object": "list", "data": [held.body() for held in found[:limit]], "has_more": len(found) > limit}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
@@ -94,6 +96,29 @@ def test_salts_of_one_tenant_leave_the_views_of_others(monkeypatch):
     assert service.view(other) is own  # what a tenant has without a salt stays, too
     assert len(service._views["other"]) == 3
     service.scheduler.close()
+
+
+def test_a_view_that_has_to_wait_holds_up_nobody_else(monkeypatch):
+    with served() as (url, service):
+        going, begun, make = threading.Event(), threading.Event(), service.llm.for_tenant
+
+        def waiting(key):
+            if "/" in key:
+                begun.set()
+                going.wait(60)
+            return make(key)
+
+        monkeypatch.setattr(service.llm, "for_tenant", waiting)
+        with ThreadPoolExecutor(2) as threads:
+            body = {"texts": [TEXTS[0]], "cache_salt": "s"}
+            asked = threads.submit(httpx.post, f"{url}/v1/chunks", json=body, timeout=60)
+            made = threads.submit(service.view, Tenant(), ["s"])
+            assert begun.wait(60)
+            assert httpx.get(f"{url}/health").status_code == 200
+            assert service.view(Tenant("other")) is service.view(Tenant("other"))
+            going.set()
+            assert asked.result().json()["computed"] == 1
+            assert made.result() is service.view(Tenant(), ["s"])  # of two that are made at once one is kept
 
 
 def test_what_the_first_request_would_wait_for_is_there_before_it():
