@@ -205,12 +205,13 @@ def _prompt(shown: Shown, service: Service) -> dict[str, Any]:
 def _stored(service: Service, tenant: Tenant, document: str | None) -> dict[str, Any]:
     """Return the entries of a tenant, the last computed first, and what each tier holds of them."""
     label = None if document is None else hashed_label("document", document)
-    owners = [hashed_label("tenant", name) for name in service.views_of(tenant)]
+    owners = {hashed_label("tenant", name) for name in service.views_of(tenant)}
+    wanted = EntryFilter(document=label)  # each tier is listed once, whatever the number of salts
     tiers: list[dict[str, Any]] = []
     entries: dict[ChunkKey, Entry] = {}
     held: dict[str, list[str]] = {}
     for name, tier in service.llm.store.tiers().items():
-        found = [entry for owner in owners for entry in tier.entries(EntryFilter(tenant=owner, document=label))]
+        found = [entry for entry in tier.entries(wanted) if entry.tenant in owners]
         tiers.append({"tier": name, "entries": len(found), "nbytes": sum(entry.nbytes for entry in found)})
         for entry in found:
             entries.setdefault(entry.key, entry)
