@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from chunkcache.cli.console import progress
 from chunkcache.engine.faults import log_fault
-from chunkcache.errors import InputError, QueueFullError
+from chunkcache.errors import InputError
 from chunkcache.retriever import Document, load_documents
+from chunkcache.serve.background import Steps
 from chunkcache.serve.service import Service
 from chunkcache.serve.tenants import Tenant, Tenants
 
@@ -50,7 +50,8 @@ def read_indexes(specs: Iterable[str], tenants: Tenants) -> list[GivenIndex]:
 
 
 def fill_indexes(service: Service, given: Sequence[GivenIndex]) -> None:
-    """Make indexes; the KV of their chunks are computed in the background, as there is time."""
+    """Make indexes; the KV of their chunks are computed in the background, one index after another."""
+    jobs: list[Steps[dict[str, Any]]] = []
     with progress("indexing documents") as on_progress:
         total, done = sum(len(each.documents) for each in given), 0
         for each in given:
@@ -61,10 +62,15 @@ def fill_indexes(service: Service, given: Sequence[GivenIndex]) -> None:
                 next(steps)
                 done += 1
                 on_progress(done, total)
-            service.background.submit(each.tenant.name, steps).add_done_callback(_tell)
+            jobs.append(steps)
+    if jobs:  # one job, so that any number of indexes finds a place
+        service.background.submit(given[0].tenant.name, _chained(jobs))
 
 
-def _tell(job: Future[Any]) -> None:
-    error = None if job.cancelled() else job.exception()
-    if error is not None and not isinstance(error, QueueFullError):  # that is when the server ends
-        log_fault("the KV of an index could not be computed ahead", error)
+def _chained(jobs: Sequence[Steps[dict[str, Any]]]) -> Steps[None]:
+    """Do one job after another; one that fails is told, and ends no other."""
+    for job in jobs:
+        try:
+            yield from job
+        except Exception as error:  # noqa: BLE001 - told in the log
+            log_fault("the KV of an index could not be computed ahead", error)

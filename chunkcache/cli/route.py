@@ -11,8 +11,9 @@ from rich.markup import escape
 from chunkcache.cli.console import err
 from chunkcache.cli.options import argument, command, option
 from chunkcache.errors import InputError, missing_extra
+from chunkcache.serve.loopback import LOOPBACK
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_CONNECTIONS = 4096  # at once; more are told 503
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +48,6 @@ def route(options: RouteCommand) -> None:
     router = Router(options.urls, parse_bytes(options.max_body), keyed=options.host not in LOOPBACK)
     err.print(f"routing to {len(options.urls)} servers at {escape(f'http://{options.host}:{options.port}/v1')}")
     uvicorn.run(
-        router, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=options.drain
-    )
+        router, host=options.host, port=options.port, log_level="warning",
+        timeout_graceful_shutdown=options.drain, limit_concurrency=_CONNECTIONS,
+    )  # fmt: skip

@@ -18,11 +18,12 @@ from chunkcache.cli.console import err
 from chunkcache.cli.inputs import load
 from chunkcache.cli.options import FOLDER, STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
 from chunkcache.errors import InputError, missing_extra
+from chunkcache.serve.loopback import LOOPBACK
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 KEY_VARIABLE = "CHUNKCACHE_API_KEY"
+_CONNECTIONS = 8  # for each request that is answered or waits; more are told 503
 TRACE_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,7 @@ def _serve(options: ServeCommand, stack: ExitStack) -> None:
     uvicorn.run(
         app, host=options.host, port=options.port, log_config=None,
         timeout_graceful_shutdown=math.ceil(options.drain),
+        limit_concurrency=_CONNECTIONS * (options.running + options.waiting),
     )  # fmt: skip
 
 

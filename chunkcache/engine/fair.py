@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def has_room(waiting: Mapping[str, int], tenant: str, most: int) -> bool:
+    """Return whether one more of a tenant may wait.
+
+    Where `most` wait, a tenant that has less than its share of these places still gets one, until twice as many wait:
+    so one tenant alone cannot keep the others out.
+
+    Args:
+        waiting: how many of each tenant wait.
+        tenant: who asks.
+        most: that wait at once, but for those below their share.
+    """
+    count = sum(waiting.values())
+    share = max(1, most // len({*waiting, tenant}))
+    return count < most or (count < 2 * most and waiting.get(tenant, 0) < share)
 
 
 class FairQueue(Generic[T]):
@@ -17,6 +33,11 @@ class FairQueue(Generic[T]):
 
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many items each tenant has; those without any are left out."""
+        return {tenant: len(items) for tenant, items in self._tenants.items()}
 
     def put(self, tenant: str, item: T) -> None:
         """Append an item of a tenant."""

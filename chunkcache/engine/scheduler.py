@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from chunkcache.blend.ragged import RaggedDecoder
 from chunkcache.engine.engine import Engine, PreparedRequest
-from chunkcache.engine.fair import FairQueue
+from chunkcache.engine.fair import FairQueue, has_room
 from chunkcache.engine.faults import log_fault
 from chunkcache.engine.generation import new_tokens
 from chunkcache.engine.sampling import Sampled, Sampler
@@ -33,7 +33,7 @@ class Limits:
 
     Attributes:
         running: sequences that decode together.
-        waiting: requests that wait for their turn.
+        waiting: requests that wait for their turn; tenants below their share of them get up to as many again.
         kv_bytes: bytes of KV that running sequences may need together, apart from what the store holds; None for no
             bound.
     """
@@ -120,11 +120,30 @@ class Scheduler:
         ticket = Ticket(engine or self._engine, request, sampler, deliver, room, needed, deadline)
         self._sweep()
         with self._changed:
-            if self._draining or len(self._waiting) >= self.limits.waiting:
-                raise QueueFullError(len(self._waiting), self._draining)
+            self._refuse(tenant)
             self._waiting.put(tenant, ticket)
             self._changed.notify_all()
         return ticket
+
+    def check_room(self, tenant: str = "") -> None:
+        """Refuse a tenant's request before anything is done for it.
+
+        Raises:
+            QueueFullError: as in `submit`.
+        """
+        self._sweep()
+        with self._changed:
+            self._refuse(tenant)
+
+    def _refuse(self, tenant: str) -> None:
+        if self._draining or not has_room(self._waiting.counts, tenant, self.limits.waiting):
+            raise QueueFullError(len(self._waiting), self._draining)
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many requests of each tenant wait."""
+        with self._changed:
+            return self._waiting.counts
 
     @property
     def load(self) -> tuple[int, int]:

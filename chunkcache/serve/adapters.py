@@ -96,6 +96,7 @@ class ServedAdapters:
 
         Raises:
             HTTPError: there is none, or its answers do not end.
+            InputError: it cannot be taken off the model, and is served on.
         """
         with self._changed:
             if name not in self._names:
@@ -104,7 +105,13 @@ class ServedAdapters:
             if not self._changed.wait_for(lambda: not self._used[name], _UNLOAD_S):
                 self._names.append(name)
                 raise HTTPError(503, f"answers with {name!r} are still under way; ask again", retry=True)
-        self._adapters.remove(name)
+        try:
+            self._adapters.remove(name)
+        except BaseException:
+            with self._changed:
+                if name in self._adapters.names:
+                    self._names.append(name)
+            raise
 
 
 class LoadAdapter(Strict):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from chunkcache.engine.detokenizer import Detokenizer
+from chunkcache.engine.faults import log_fault
 from chunkcache.engine.sampling import Sampled
 from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
@@ -69,11 +69,14 @@ class Answers:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, event: Event) -> None:
-            found = self.choices[index].found
-            if found is not None and not isinstance(event, Sampled):
-                found.ended()
-            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            ended = not isinstance(event, Sampled) and self.choices[index].found is not None
+            try:
                 loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+                if ended:
+                    loop.call_soon_threadsafe(loop.run_in_executor, None, self._settle, index)
+            except RuntimeError:  # the loop has closed: nobody waits any more
+                if ended:
+                    self._settle(index)
 
         try:
             for index, choice in enumerate(self.choices):
@@ -87,6 +90,15 @@ class Answers:
             raise
         prompts = {id(choice.request): len(choice.request.prompt.token_ids) for choice in self.choices}
         self.prompt_tokens = sum(prompts.values())
+
+    def _settle(self, index: int) -> None:
+        """Delete what an answer that is over computed of documents that went meanwhile; it may wait for a store."""
+        found = self.choices[index].found
+        assert found is not None
+        try:
+            found.ended()
+        except Exception as error:  # noqa: BLE001 - the answer is there, and nobody waits for this
+            log_fault("KV of documents that went during a request could not be deleted", error)
 
     @property
     def tickets(self) -> Sequence[Ticket]:

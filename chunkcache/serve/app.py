@@ -76,6 +76,7 @@ class Server:
         with ExitStack() as stack:
             stack.enter_context(self.options.tenants.admitted(tenant))
             stack.enter_context(self.service.adapters.used(asked.model))
+            self.service.scheduler.check_room(tenant.name)  # `submit` looks again
             choices = await run_in_threadpool(prepare, asked, tenant)
             may_call = self.service.calling(asked)
             parser = None if may_call is None else may_call.parser

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from chunkcache.engine.fair import FairQueue
+from chunkcache.engine.fair import FairQueue, has_room
 from chunkcache.engine.scheduler import Scheduler
 from chunkcache.errors import QueueFullError
 
@@ -43,7 +44,7 @@ class Background:
         self._scheduler = scheduler
         self._lock = threading.Lock()
         self._jobs: FairQueue[_Job] = FairQueue()
-        self._under_way = 0
+        self._under_way: Counter[str] = Counter()  # by tenant
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "chunkcache-background")
 
@@ -55,10 +56,10 @@ class Background:
         """
         job = _Job(tenant, steps)
         with self._lock:
-            waiting = self._scheduler.load[1] + self._under_way
-            if self._closed or waiting >= self._scheduler.limits.waiting:
-                raise QueueFullError(waiting, self._closed)
-            self._under_way += 1
+            waiting = self._under_way + Counter(self._scheduler.waiting)
+            if self._closed or not has_room(waiting, tenant, self._scheduler.limits.waiting):
+                raise QueueFullError(waiting.total(), self._closed)
+            self._under_way[tenant] += 1
             self._queue(job)
         return job.future
 
@@ -66,14 +67,14 @@ class Background:
     def under_way(self) -> int:
         """How many jobs there are, with the one whose step is being done."""
         with self._lock:
-            return self._under_way
+            return self._under_way.total()
 
     def close(self) -> None:
         """Take on nothing more, and end what is under way after its step."""
         with self._lock:
             self._closed = True
             jobs = list(self._jobs.drain())
-            self._under_way -= len(jobs)
+            self._under_way -= Counter(job.tenant for job in jobs)
         for job in jobs:
             _end(job, QueueFullError(0, draining=True))
         self._thread.shutdown()
@@ -96,7 +97,7 @@ class Background:
             if going and not self._closed:
                 self._queue(job)
                 return
-            self._under_way -= 1
+            self._under_way -= Counter([job.tenant])
         if going:
             _end(job, QueueFullError(0, draining=True))
 

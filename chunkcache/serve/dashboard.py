@@ -20,6 +20,7 @@ from chunkcache.engine.provenance import PromptReport
 from chunkcache.kv import ChunkKey, TokenIds, hashed_label
 from chunkcache.serve.app import AServer, Who
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.loopback import LOOPBACK
 from chunkcache.serve.record import Record, by_chunk
 from chunkcache.serve.service import Service
 from chunkcache.serve.tenants import Tenant
@@ -38,7 +39,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Ring:
 
 def _local(request: Request, server: AServer) -> None:
     """Refuse a page of somebody else's that has taken over a name of this machine, where no key is asked for."""
-    if not server.options.tenants and request.base_url.hostname not in _LOCAL:
+    if not server.options.tenants and request.base_url.hostname not in LOOPBACK:
         raise HTTPError(403, "without API keys the dashboard is for this machine alone: open it as 127.0.0.1")
 
 
@@ -174,8 +174,11 @@ async def forget(response: Response, tenant: Who, server: AServer, document: str
     response.headers.update(_HEADERS)
     if not document:
         raise HTTPError(400, "name the document whose KV are to be deleted", param="document")
-    views = server.service.views_of(tenant).values()
-    return {"deleted": await run_in_threadpool(lambda: sum(view.delete(document=document) for view in views))}
+    return {"deleted": await run_in_threadpool(_forget, server.service, tenant, document)}
+
+
+def _forget(service: Service, tenant: Tenant, document: str) -> int:
+    return sum(view.delete(document=document) for view in service.views_of(tenant).values())
 
 
 def _file(name: str) -> bytes:
@@ -202,12 +205,13 @@ def _prompt(shown: Shown, service: Service) -> dict[str, Any]:
 def _stored(service: Service, tenant: Tenant, document: str | None) -> dict[str, Any]:
     """Return the entries of a tenant, the last computed first, and what each tier holds of them."""
     label = None if document is None else hashed_label("document", document)
-    owners = [hashed_label("tenant", name) for name in service.views_of(tenant)]
+    owners = {hashed_label("tenant", name) for name in service.views_of(tenant)}
+    wanted = EntryFilter(document=label)  # each tier is listed once, whatever the number of salts
     tiers: list[dict[str, Any]] = []
     entries: dict[ChunkKey, Entry] = {}
     held: dict[str, list[str]] = {}
     for name, tier in service.llm.store.tiers().items():
-        found = [entry for owner in owners for entry in tier.entries(EntryFilter(tenant=owner, document=label))]
+        found = [entry for entry in tier.entries(wanted) if entry.tenant in owners]
         tiers.append({"tier": name, "entries": len(found), "nbytes": sum(entry.nbytes for entry in found)})
         for entry in found:
             entries.setdefault(entry.key, entry)

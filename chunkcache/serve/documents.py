@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from chunkcache.errors import DocumentError
@@ -52,7 +53,7 @@ def _bodies() -> dict[str, Any]:
 
 router = APIRouter()
 _CHANGED = {
-    **schema.errors(400, 401, 404, 413, 429, 499, 500, 503),
+    **schema.errors(400, 401, 403, 404, 413, 429, 499, 500, 503),
     501: {"model": schema.ErrorBody, "description": "The server has no embedding model."},
 }
 
@@ -60,7 +61,7 @@ _CHANGED = {
 @router.post("/v1/chunks", responses=_CHANGED)
 async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AServer) -> dict[str, int]:
     """Compute the KV of texts ahead."""
-    llm = server.service.view(tenant, asked.salts())
+    llm = await run_in_threadpool(server.service.view, tenant, asked.salts())
     adapter = None if asked.model is None else server.service.adapters.adapter_of(asked.model)
     return await _done(request, server, tenant, chunk_steps(llm, asked, server.options.precompute_tokens, adapter))
 
@@ -68,12 +69,15 @@ async def chunks(request: Request, asked: ChunksRequest, tenant: Who, server: AS
 @router.post("/v1/documents", openapi_extra=_bodies(), responses=_CHANGED)
 async def put(request: Request, tenant: Who, server: AServer) -> dict[str, Any]:
     """Add documents to an index, or update those that it has; as JSON, or as files in a form."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
         form = await _form(request)
         try:
             asked, read = await _uploaded(form)
         finally:
             await form.close()
+    elif kind != "application/json":  # a page of another site may send any text, if it does not call it JSON
+        raise HTTPError(400, "send documents as application/json, or files as multipart/form-data")
     else:
         asked = _validated(await request.body())
         read = partial(_given, asked)
@@ -96,7 +100,7 @@ async def listed(
     indexes, salts = server.service.indexes, _salts(cache_salt, prompt_cache_key)
     if index is None:
         return {"object": "list", "data": indexes.names(tenant, salts), "has_more": False}
-    found = indexes.documents(tenant, salts, index, q, after)
+    found = await run_in_threadpool(indexes.documents, tenant, salts, index, q, after)
     return {"object": "list", "data": [held.body() for held in found[:limit]], "has_more": len(found) > limit}
 
 

@@ -1,14 +1,16 @@
-"""What a request passes before its body is read: whether it has a key, and how large it may be."""
+"""What a request passes before its body is read: whether it has a key, where it comes from, and its size."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from chunkcache.serve.errors import HTTPError
+from chunkcache.serve.loopback import LOOPBACK
 from chunkcache.serve.tenants import Tenants
 
 Scope = MutableMapping[str, Any]
@@ -28,7 +30,7 @@ class _Server(Protocol):
 
 
 class Guarded:
-    """Refuses requests without a key before a byte of their body is read.
+    """Refuses requests without a key before a byte of their body is read; without keys, those of foreign pages.
 
     Args:
         app: what answers the others.
@@ -41,13 +43,38 @@ class Guarded:
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http" and scope["method"] not in _WITHOUT_BODY:
-            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            given = dict(scope["headers"])
+            tenants = self._server.options.tenants
             try:
-                self._server.options.tenants.find(given)
+                tenants.find(given.get(b"authorization", b"").decode("latin-1"))
+                if not tenants:
+                    _check_site(given)
             except HTTPError as error:
                 await self._server.told(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _check_site(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse what a browser sends for a page of another site: it may send forms and text to any address.
+
+    Browsers say in `Sec-Fetch-Site` (Fetch Metadata, W3C) and in `Origin` (RFC 6454) where a request comes from, and
+    pages cannot change either. A page that has taken over a name of this machine has that name as its origin.
+
+    Raises:
+        HTTPError: a page of another site sends it.
+    """
+    site, origin = headers.get(b"sec-fetch-site", b"none"), headers.get(b"origin")
+    if site not in (b"none", b"same-origin") or not (origin is None or _is_loopback(origin.decode("latin-1"))):
+        message = "a page of another site may ask nothing of a server without API keys; set one to let it in"
+        raise HTTPError(403, message, "cross_site_request")
+
+
+def _is_loopback(origin: str) -> bool:
+    try:
+        return urlsplit(origin).hostname in LOOPBACK
+    except ValueError:  # no URL
+        return False
 
 
 class Bounded:

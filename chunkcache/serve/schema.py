@@ -27,7 +27,7 @@ class ErrorBody(BaseModel):
 _ERRORS = {
     400: "The request is wrong, or cannot be served; the message says what to change.",
     401: "The key is none that is known.",
-    403: "The key is not one that may do this.",
+    403: "The key is not one that may do this; or, without keys, a page of another site asks.",
     404: "There is no such model.",
     413: "The request is too large.",
     429: "Too many requests are under way; ask again.",
@@ -55,7 +55,7 @@ NAMED = errors(401, 404, 500)
 POSTED = errors(400, 401, 413, 429, 500, 503)
 ANSWERED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or with `stream` its events.", "content": _ANSWER},
-    **errors(*(status for status in _ERRORS if status != 403)),
+    **errors(*_ERRORS),
 }
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"description": "Metrics for Prometheus.", "content": {"text/plain": {"schema": {"type": "string"}}}},

@@ -104,18 +104,25 @@ class Service:
         return Guides(self.llm.tokenizer, _vocab_size(self.llm), end_ids(self.llm.model, {}))
 
     def view(self, tenant: Tenant, salts: Sequence[str] = ()) -> CachedLLM:
-        """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`)."""
+        """Return what a tenant sees, who may divide it further by salts (vLLM's `cache_salt`).
+
+        It may wait for a call that has an adapter active, so it is not for the event loop.
+        """
         if not tenant.name and not salts:
             return self.llm
         key = "/".join([tenant.name, *(hashlib.sha256(salt.encode()).hexdigest() for salt in salts)])
         with self._lock:
             views = self._views.setdefault(tenant.name, OrderedDict())
-            if key not in views:
-                views[key] = self.llm.for_tenant(key)
-                if len(views) > VIEWS:
-                    del views[next(old for old in views if old != tenant.name)]
+            if key in views:
+                views.move_to_end(key)
+                return views[key]
+        made = self.llm.for_tenant(key)  # it may wait for a call with an adapter, and holds up nobody meanwhile
+        with self._lock:
+            view = views.setdefault(key, made)
             views.move_to_end(key)
-            return views[key]
+            if len(views) > VIEWS:
+                del views[next(old for old in views if old != tenant.name)]
+            return view
 
     def views_of(self, tenant: Tenant) -> dict[str, CachedLLM]:
         """Return the known views of a tenant, its own and those of salts, by what their chunks belong to."""

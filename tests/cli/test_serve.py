@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 from support.llm import saved_model
@@ -29,7 +31,7 @@ def run(command_line):
 def test_a_process_is_asked_and_stopped(model, drain):
     port = free_port()
     command = [sys.executable, "-m", "chunkcache", "serve", model, "--port", str(port), "--name", "tiny"]
-    command += ["--drain", drain, "--log-format", "json"]
+    command += ["--drain", drain, "--log-format", "json", "--running", "1", "--waiting", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHUNKCACHE_API_KEY": "a-key-for-this-test"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         url = f"http://127.0.0.1:{port}"
@@ -37,6 +39,12 @@ def test_a_process_is_asked_and_stopped(model, drain):
         while not is_up(url):
             assert server.poll() is None, server.stderr.read()
             assert time.monotonic() < end
+            time.sleep(0.1)
+        with ExitStack() as connections:
+            for _ in range(16):
+                connections.enter_context(socket.create_connection(("127.0.0.1", port)))
+            assert not is_up(url)  # 503
+        while not is_up(url):
             time.sleep(0.1)
         asked = {
             "model": "tiny",

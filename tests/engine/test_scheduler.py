@@ -117,6 +117,26 @@ def test_too_many_are_refused(llm):
         Asked(llm, scheduler, QUESTION, TEXTS)
 
 
+def test_one_tenant_does_not_keep_the_others_out(llm):
+    scheduler = Scheduler(llm.engine, Limits(running=1, waiting=2))
+    running = Asked(llm, scheduler, QUESTION, TEXTS, tenant="a", max_new_tokens=360, min_new_tokens=350)
+    running.events.get(timeout=60)
+    taken, refused = [], []
+    for tenant in ("a", "a", "a", "b", "b", "a", "c", "d"):  # `c` takes the last place that there is at all
+        try:
+            taken.append((tenant, Asked(llm, scheduler, QUESTION, TEXTS, tenant=tenant)))
+        except QueueFullError:
+            refused.append(tenant)
+            with pytest.raises(QueueFullError):
+                scheduler.check_room(tenant)
+    assert [tenant for tenant, _ in taken] == ["a", "a", "b", "c"]
+    assert refused == ["a", "b", "a", "d"]
+    assert scheduler.waiting == {"a": 2, "b": 1, "c": 1}
+    taken[0][1].ticket.cancel()
+    scheduler.check_room("d")  # in the place of one that waits in vain
+    scheduler.close()
+
+
 def test_those_that_wait_in_vain_give_up_their_place(llm):
     scheduler = Scheduler(llm.engine, Limits(running=1, waiting=1))
     running = Asked(llm, scheduler, QUESTION, TEXTS, max_new_tokens=360, min_new_tokens=350)

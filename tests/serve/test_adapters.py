@@ -12,6 +12,8 @@ from support.llm import QUESTION, TEXTS, VOCAB, chat_tokenizer
 from support.server import MODEL, served
 
 import chunkcache
+from chunkcache.errors import InputError
+from chunkcache.serve.service import Service
 from chunkcache.serve.tenants import Tenant, Tenants, digest
 
 peft = pytest.importorskip("peft", reason="needs peft: run make test-adapters")
@@ -114,6 +116,22 @@ def test_adapters_come_answer_and_go(server, folder):
 )
 def test_what_is_refused(server, path, asked, status, key):
     assert post(server, path, asked, key).status_code == status
+
+
+def test_an_adapter_that_cannot_go_is_served_on(folder):
+    peft_model = peft.PeftModel.from_pretrained(zoo.new("llama", vocab_size=VOCAB), folder / "medical").eval()
+    llm = chunkcache.wrap(peft_model, chat_tokenizer())
+    service = Service(llm, MODEL)
+    service.adapters.load("legal", folder / "legal")
+    peft_model.set_adapter("legal")  # by somebody beside the server
+    with pytest.raises(InputError, match="is active"):
+        service.adapters.unload("legal")
+    assert service.adapters.names == ["legal"]
+    peft_model.set_adapter("default")
+    service.adapters.unload("legal")
+    assert service.adapters.names == []
+    service.background.close()
+    service.scheduler.close()
 
 
 def test_without_the_option_there_are_no_such_routes():

@@ -67,6 +67,21 @@ def test_one_too_many_is_told_to_come_back(background):
     until(lambda: client.post("/v1/chunks", json={"texts": MANY[:1]}).status_code == 200)
 
 
+def test_one_tenant_does_not_keep_the_jobs_of_others_out(background):
+    _, service = background
+    gate = threading.Event()
+    jobs = [service.background.submit("one", steps([], "", 1, gate)) for _ in range(3)]
+    with pytest.raises(QueueFullError, match="3 requests wait"):
+        service.background.submit("one", steps([], "", 1))
+    jobs.append(service.background.submit("two", steps([], "", 1)))
+    with pytest.raises(QueueFullError, match="4 requests wait"):
+        service.background.submit("two", steps([], "", 1))
+    gate.set()
+    for job in jobs:
+        job.result(30)
+    until(lambda: service.background.under_way == 0)
+
+
 def test_a_client_that_goes_away_ends_its_job(background):
     client, service = background
     with pytest.raises(httpx.ReadTimeout):

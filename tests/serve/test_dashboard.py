@@ -100,12 +100,17 @@ def test_nothing_is_told_without_a_key(server, path):
     assert httpx.delete(f"{server[0]}/dashboard/api/store", params={"document": "doc-0"}).status_code == 401
 
 
-def test_what_is_stored_is_found_and_deleted_by_document():
+def test_what_is_stored_is_found_and_deleted_by_document(monkeypatch):
     with served(wrapped(policy=POLICY), dashboard=True) as running:
         chunks = {"texts": list(TEXTS), "documents": ["a", "a", "b"]}
         httpx.post(f"{running[0]}/v1/chunks", json={**chunks, "cache_salt": "salted"})
         httpx.post(f"{running[0]}/v1/chunks", json=chunks)
-        everything = get(running, "store").json()["total"]
+        [tier] = running[1].llm.store.tiers().values()
+        entries, listed = tier.entries, []
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tier), "entries", lambda _, wanted: listed.append(wanted) or entries(wanted))
+            everything = get(running, "store").json()["total"]
+        assert len(listed) == 1  # for both salts
         assert get(running, "store", params={"document": "a"}).json()["total"] == 4
         assert get(running, "store", params={"document": "none"}).json()["total"] == 0
         address = f"{running[0]}/dashboard/api/store"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from dataclasses import replace
 
 import httpx
 import openai
@@ -174,6 +177,28 @@ def test_what_a_request_computes_of_a_document_that_went_meanwhile_is_not_kept(k
         assert max(stored_chunks(service, TEXTS[2])) == 0
 
 
+def test_an_answer_does_not_wait_for_what_is_deleted_behind_it(keyed, monkeypatch, caplog):
+    url, service = keyed
+    answered, threads = threading.Event(), []
+
+    def ended():
+        threads.append(threading.current_thread().name)
+        answered.wait(60)
+        raise OSError("the disk is away")
+
+    search = service.indexes.search
+    monkeypatch.setattr(service.indexes, "search", lambda *asked: replace(search(*asked), ended=ended))
+    with _client(url, ONE) as one:
+        put(one, "slow", DOCUMENTS[:1])
+        assert ask(one, "slow").json()["chunkcache"]["documents"]
+        answered.set()
+        while not caplog.records:
+            time.sleep(0.01)
+    assert [each.startswith("chunkcache-") for each in threads] == [False]  # it is none of the scheduler's
+    [said] = caplog.messages
+    assert "could not be deleted" in said
+
+
 def stored_chunks(service, text):
     """Return in how many entries of each tier a text is for the second tenant."""
     llm = service.view(Tenant("two"))
@@ -273,7 +298,7 @@ def test_a_form_in_a_charset_that_is_none_is_refused(http, charset):
     ],
 )
 def test_bad_documents_are_refused(http, body, says):
-    response = http[0].post("/v1/documents", content=body)
+    response = http[0].post("/v1/documents", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400, response.text
     assert says in response.json()["error"]["message"]
 

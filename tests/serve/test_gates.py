@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
@@ -40,6 +42,41 @@ def test_who_has_no_key_is_refused_before_the_body_comes():
         ).text  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def keyless():
+    with served() as (url, _), httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "https://example.com"}, 403),
+        ({"Origin": "http://rebound.example.com:8000", "Sec-Fetch-Site": "same-origin"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[::"}, 403),
+        ({"Origin": "http://[::1]:8000", "Sec-Fetch-Site": "same-origin"}, 400),
+        ({"Origin": "http://localhost:8000", "Sec-Fetch-Site": "none"}, 400),
+        ({}, 400),
+    ],
+)
+def test_pages_of_other_sites_ask_nothing_of_a_server_without_keys(keyless, headers, status):
+    response = keyless.post("/v1/chat/completions", json={}, headers=headers)  # 400 is for who is listened to
+    assert response.status_code == status
+    assert (response.json()["error"]["type"] == "permission_error") == (status == 403)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_documents_are_json_only_if_they_are_called_so(keyless, kind):
+    body = b'{"index": "x", "documents": [{"id": "1", "text": "t"}]}'
+    response = keyless.post("/v1/documents", content=body, headers={"Content-Type": kind} if kind else {})
+    assert response.status_code == 400
+    assert "application/json" in response.json()["error"]["message"]
+    assert keyless.get("/v1/documents").json()["data"] == []
+
+
 def test_what_can_be_asked_is_told_to_who_has_a_key():
     with served(tenants=Tenants({digest(KEY): Tenant("one")})) as (url, _):
         assert httpx.get(f"{url}/openapi.json").status_code == 401
@@ -59,6 +96,29 @@ def test_salts_of_one_tenant_leave_the_views_of_others(monkeypatch):
     assert service.view(other) is own  # what a tenant has without a salt stays, too
     assert len(service._views["other"]) == 3
     service.scheduler.close()
+
+
+def test_a_view_that_has_to_wait_holds_up_nobody_else(monkeypatch):
+    with served() as (url, service):
+        going, begun, make = threading.Event(), threading.Event(), service.llm.for_tenant
+
+        def waiting(key):
+            if "/" in key:
+                begun.set()
+                going.wait(60)
+            return make(key)
+
+        monkeypatch.setattr(service.llm, "for_tenant", waiting)
+        with ThreadPoolExecutor(2) as threads:
+            body = {"texts": [TEXTS[0]], "cache_salt": "s"}
+            asked = threads.submit(httpx.post, f"{url}/v1/chunks", json=body, timeout=60)
+            made = threads.submit(service.view, Tenant(), ["s"])
+            assert begun.wait(60)
+            assert httpx.get(f"{url}/health").status_code == 200
+            assert service.view(Tenant("other")) is service.view(Tenant("other"))
+            going.set()
+            assert asked.result().json()["computed"] == 1
+            assert made.result() is service.view(Tenant(), ["s"])  # of two that are made at once one is kept
 
 
 def test_what_the_first_request_would_wait_for_is_there_before_it():

@@ -112,6 +112,19 @@ def test_one_too_many_is_told_to_come_back():
         assert ask(url).status_code == 200
 
 
+def test_one_tenant_does_not_keep_another_out_and_is_refused_early(monkeypatch):
+    tenants = Tenants({digest(ONE): Tenant("one"), digest(TWO): Tenant("two")})
+    limits = Limits(running=1, waiting=4)
+    with served(tenants=tenants, limits=limits) as (url, service), begun(url, ONE), begun(url, ONE, n=4):
+        prepared, chat = [], service.chat
+        monkeypatch.setattr(service, "chat", lambda *asked: prepared.append(asked[1].name) or chat(*asked))
+        assert ask(url, ONE).status_code == 429
+        assert prepared == []
+        with begun(url, TWO, n=2):
+            assert ask(url, TWO).status_code == 429
+        assert prepared == ["two"]
+
+
 def test_openais_client_tries_again_where_it_is_told_to():
     with served(limits=Limits(running=2, waiting=1)) as (url, _):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8) as client:
