@@ -34,6 +34,7 @@ COMMON = {
 }
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
     "phi3": ("Phi3Config", {}),
     "gemma3": (
