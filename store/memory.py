@@ -58,6 +58,7 @@ class MemoryStore(BudgetedTier):
         self._held: dict[ChunkKey, _Held] = {}
         self._evicted: list[tuple[ChunkKey, ChunkKV]] = []  # by the `_write` that holds the lock
         self._put_off: dict[ChunkKey, Entry] = {}  # what is held on a device still
+        self._homing = threading.Lock()
         self._lossless = codec == "raw"
         self._arena: Arena | None = None
         self._copies = WriteBehind(1, 0)
@@ -135,19 +136,20 @@ class MemoryStore(BudgetedTier):
             self._put_off[entry.key] = entry
 
     def _bring_home(self) -> None:
-        """Copy what is put off into the host's memory."""
-        while True:
-            with self._lock:
-                if not self._put_off:
-                    return
-                key = next(iter(self._put_off))
-                entry, held = self._put_off.pop(key), self._held[key]
-            kept = self._pinned(held[0])
-            with self._lock:
-                if self._held.get(key) is held:  # it was neither removed nor replaced meanwhile
-                    self._held[key] = (kept, held[1])
-                    if kept.nbytes != entry.nbytes:
-                        self._ledger.add(replace(entry, nbytes=kept.nbytes))
+        """Copy what is put off into the host's memory; what another thread is copying is waited for."""
+        with self._homing:
+            while True:
+                with self._lock:
+                    if not self._put_off:
+                        return
+                    key = next(iter(self._put_off))
+                    entry, held = self._put_off.pop(key), self._held[key]
+                kept = self._pinned(held[0])
+                with self._lock:
+                    if self._held.get(key) is held:  # it was neither removed nor replaced meanwhile
+                        self._held[key] = (kept, held[1])
+                        if kept.nbytes != entry.nbytes:
+                            self._ledger.add(replace(entry, nbytes=kept.nbytes))
 
     def _coded(self, kv: ChunkKV) -> ChunkKV:
         """Return KV of a device as they are to be kept, and when they are made."""

@@ -61,7 +61,8 @@ def test_a_process_is_asked_and_stopped(model, drain):
             events += asking.stdout.read().splitlines(keepends=True)
         if drain == "0":
             assert len(events) < 2 * 300
-            assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "server_is_shutting_down"
+            assert json.loads(events[-4].removeprefix("data: "))["error"]["code"] == "server_is_shutting_down"
+            assert events[-2:] == ["data: [DONE]\n", "\n"]
         else:
             assert events[-2:] == ["data: [DONE]\n", "\n"]
             assert len(events) > 2 * 100  # the answer went on to its end

@@ -220,6 +220,24 @@ def test_flush_waits_for_a_copy_that_is_on_its_way(device, monkeypatch):
     assert isinstance(store._held[key(1)][0].layers, transfer.PinnedLayers)
 
 
+def test_what_is_being_copied_is_not_copied_again_for_the_tier_below(device, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow_pin(*args):
+        started.set()
+        go_on.wait(5)
+        return transfer.pin(*args)
+
+    monkeypatch.setattr(memory, "pin", slow_pin)
+    store = memory_store()
+    store.put(key(1), kv_there())
+    store.catch_up()
+    assert started.wait(5)
+    threading.Timer(0.05, go_on.set).start()
+    assert store.copy_of(key(1)).layers[0].device.type == "cpu"
+    store.close()
+
+
 def test_much_that_is_put_off_is_not_put_off_for_longer(device, monkeypatch):
     monkeypatch.setattr(memory, "PUT_OFF_BYTES", 1)
     store = memory_store()
