@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import httpx
 from chunkcache.errors import ChunkCacheError
 from chunkcache.eval.data import Case
 from chunkcache.llm import CachedLLM
+from chunkcache.serve.probe import free_port, is_up
 
 BENCH = "serve"
 FUSED, OFF = "fused", "off"
@@ -215,22 +215,6 @@ def _client(url: str, asked: Sequence[Ask], ready: Any, model: str) -> tuple[lis
 
 def _has_text(event: dict[str, Any]) -> bool:
     return any(choice["delta"].get("content") for choice in event.get("choices", ()))
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def is_up(url: str) -> bool:
-    """Return whether a server answers."""
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 class ServeBench:

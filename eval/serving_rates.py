@@ -19,9 +19,10 @@ from chunkcache.errors import PeerError
 from chunkcache.eval.data import Case
 from chunkcache.eval.peers.environments import setup_environments
 from chunkcache.eval.peers.servers import peer_server, server_of
-from chunkcache.eval.serving import FUSED, Ask, Clients, Shot, free_port
+from chunkcache.eval.serving import FUSED, Ask, Clients, Shot
 from chunkcache.eval.serving_summary import LIMIT_S, OURS, best_peer, passed
 from chunkcache.eval.workload import Workload, at_rate, poisson, zipf_workload
+from chunkcache.serve.probe import free_port
 
 FACTOR, STEPS = 1.5, 12  # how the rate grows, and how often
 

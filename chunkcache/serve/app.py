@@ -78,8 +78,6 @@ class Server:
             stack.enter_context(self.service.adapters.used(asked.model))
             self.service.scheduler.check_room(tenant.name)  # `submit` looks again
             choices = await run_in_threadpool(prepare, asked, tenant)
-            may_call = self.service.calling(asked)
-            parser = None if may_call is None else may_call.parser
             record: Record = request.state.record
             answers = Answers(
                 self.service.scheduler,
@@ -92,9 +90,8 @@ class Server:
             record.model, record.kind, record.answers = asked.model, kind.operation, answers
             answers.submit()
             stack.callback(answers.cancel)
-            form: Form = kind(
-                Shape(asked.model, self.service.token_text, asked.likeliest() is not None, calls=parser)
-            )
+            told = asked.likeliest() is not None
+            form: Form = kind(Shape(asked.model, self.service.token_text, told, calls=choices[0].calls))
             if not asked.stream:
                 return JSONResponse(await or_gone(request, gathered(form, answers)))
             usage = asked.stream_options is not None and asked.stream_options.include_usage

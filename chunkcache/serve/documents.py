@@ -26,7 +26,7 @@ from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.fields import IndexName, Salt
 from chunkcache.serve.index_protocol import DocumentsRequest
 from chunkcache.serve.precompute import chunk_steps
-from chunkcache.serve.protocol import ChunksRequest
+from chunkcache.serve.protocol import ChunksRequest, salts_of
 from chunkcache.serve.tenants import Tenant
 
 SUFFIXES = tuple(sorted(set(READERS) - CORPUS_SUFFIXES))
@@ -97,7 +97,7 @@ async def listed(
     prompt_cache_key: Salted = None,
 ) -> dict[str, Any]:
     """List the documents of an index by id."""
-    indexes, salts = server.service.indexes, _salts(cache_salt, prompt_cache_key)
+    indexes, salts = server.service.indexes, salts_of(cache_salt, prompt_cache_key)
     if index is None:
         return {"object": "list", "data": indexes.names(tenant, salts), "has_more": False}
     found = await run_in_threadpool(indexes.documents, tenant, salts, index, q, after)
@@ -115,7 +115,7 @@ async def delete(
     prompt_cache_key: Salted = None,
 ) -> dict[str, Any]:
     """Delete a document from an index, and its KV from every tier."""
-    steps = server.service.indexes.delete(tenant, _salts(cache_salt, prompt_cache_key), index, document)
+    steps = server.service.indexes.delete(tenant, salts_of(cache_salt, prompt_cache_key), index, document)
     return await _done(request, server, tenant, steps)
 
 
@@ -124,10 +124,6 @@ async def _done(request: Request, server: Server, tenant: Tenant, steps: Steps[d
     with server.options.tenants.admitted(tenant):
         job = server.service.background.submit(tenant.name, steps)
         return await or_gone(request, asyncio.wrap_future(job))
-
-
-def _salts(*given: str | None) -> list[str]:
-    return [salt for salt in given if salt is not None]
 
 
 def _validated(body: bytes) -> DocumentsRequest:

@@ -23,7 +23,12 @@ class Salted(_Strict):
 
     def salts(self) -> list[str]:
         """Return the salts that are given."""
-        return [salt for salt in (self.cache_salt, self.prompt_cache_key) if salt is not None]
+        return salts_of(self.cache_salt, self.prompt_cache_key)
+
+
+def salts_of(*given: str | None) -> list[str]:
+    """Return those of a `cache_salt` and a `prompt_cache_key` that are given."""
+    return [salt for salt in given if salt is not None]
 
 
 class _Asked(Salted):

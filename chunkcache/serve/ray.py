@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from chunkcache.errors import ChunkCacheError, InputError, missing_extra
+from chunkcache.serve.probe import free_port, is_up
 from chunkcache.serve.router import Router
 
 try:
@@ -128,13 +126,13 @@ class Server:
     """
 
     def __init__(self, model: str, options: list[str], host: str) -> None:
-        port = _free_port(host)
+        port = free_port(host)
         self._url = f"http://{LOOPBACK if host == LOOPBACK else _own_address()}:{port}"
         command = [sys.executable, "-m", "chunkcache.serve.child", "serve", model]
         command += ["--host", host, "--port", str(port), *options]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         end = time.monotonic() + START_S
-        while not _is_up(self._url):
+        while not is_up(self._url):
             if self._process.poll() is not None or time.monotonic() > end:
                 self._process.kill()
                 raise ChunkCacheError(f"the server of {model} did not come up; its log says why")
@@ -158,17 +156,3 @@ class Server:
 
 def _own_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def _is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
-    except httpx.TransportError:
-        return False

@@ -29,6 +29,7 @@ from chunkcache.serve.messages import messages_of, name_of, passage_of
 from chunkcache.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from chunkcache.serve.rag import Found, Indexes
 from chunkcache.serve.tenants import Tenant
+from chunkcache.serve.tool_parser import CallParser
 from chunkcache.serve.tools import Calling, calling
 
 VIEWS = 256  # salts of one tenant whose known texts are kept; those of others are found by their documents only
@@ -49,6 +50,7 @@ class Choice:
         documents: what the client calls the documents that chunks are, by the token ids of these.
         found: what was found for it in an index.
         shown: special tokens that are part of its text.
+        calls: makes what finds its tool calls; None where it may call nothing.
     """
 
     llm: CachedLLM
@@ -57,6 +59,7 @@ class Choice:
     documents: Mapping[TokenIds, str] = field(default_factory=dict, repr=False)
     found: Found | None = field(default=None, repr=False)
     shown: frozenset[int] = frozenset()
+    calls: Callable[[], CallParser] | None = field(default=None, repr=False)
 
 
 class Service:
@@ -170,7 +173,7 @@ class Service:
             asked = asked.model_copy(update={"documents": [*(asked.documents or ()), *found.documents]})
         messages = messages_of(asked.messages, asked.documents or ())
         llm = self.view(tenant, asked.salts())
-        may_call = self.calling(asked)
+        may_call = self._calling(asked)
         if may_call is not None:
             given["tools"] = may_call.tools
         schema = None if asked.response_format is None else asked.response_format.to_follow()
@@ -182,16 +185,10 @@ class Service:
         choices = self._choices(llm, asked, [partial(llm.chat_prompt, messages, given)], guide)
         named = {llm.prompts.chunk(passage_of(d)): name for d in asked.documents or () if (name := name_of(d))}
         shown = frozenset() if may_call is None else may_call.shown
-        return [replace(choice, documents=named, found=found, shown=shown) for choice in choices]
+        calls = None if may_call is None else may_call.parser
+        return [replace(choice, documents=named, found=found, shown=shown, calls=calls) for choice in choices]
 
-    def calling(self, asked: Sampling) -> Calling | None:
-        """Return what a request may call; None where it may call nothing.
-
-        Raises:
-            HTTPError, InputError: the model cannot, or the request contradicts itself.
-        """
-        if not isinstance(asked, ChatRequest):
-            return None
+    def _calling(self, asked: ChatRequest) -> Calling | None:
         prompts = self.llm.prompts.with_options(asked.chat_template_kwargs)
         template = prompts.template.source_for(tools=bool(asked.tools))
         return calling(asked, template, self.llm.tokenizer)

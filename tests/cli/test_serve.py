@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 from support.llm import saved_model
 
-from chunkcache.eval.serving import free_port, is_up
+from chunkcache.serve.probe import free_port, is_up
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from support.fleet import ASK, CHAT, LONG, Stream, for_each, until
 from support.llm import saved_model
 
 from chunkcache.errors import InputError
-from chunkcache.eval.serving import free_port
+from chunkcache.serve.probe import free_port
 
 pytest.importorskip("grpc", reason="Ray Serve's packages are not installed: .ci/ray.txt")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own

@@ -202,7 +202,9 @@ def test_an_entry_that_was_removed_or_replaced_meanwhile_is_not_brought_home(dev
     assert store.stats().nbytes == plain_kv(tokens=5).nbytes
 
 
-def test_flush_waits_for_a_copy_that_is_on_its_way(device, monkeypatch):
+@pytest.fixture
+def copying(device, monkeypatch):
+    """A memory tier whose copy of an entry is on its way, and takes a moment."""
     started, go_on = threading.Event(), threading.Event()
 
     def slow_pin(*args):
@@ -216,26 +218,17 @@ def test_flush_waits_for_a_copy_that_is_on_its_way(device, monkeypatch):
     store.catch_up()
     assert started.wait(5)
     threading.Timer(0.05, go_on.set).start()
-    store.flush()
-    assert isinstance(store._held[key(1)][0].layers, transfer.PinnedLayers)
+    return store
 
 
-def test_what_is_being_copied_is_not_copied_again_for_the_tier_below(device, monkeypatch):
-    started, go_on = threading.Event(), threading.Event()
+def test_flush_waits_for_a_copy_that_is_on_its_way(copying):
+    copying.flush()
+    assert isinstance(copying._held[key(1)][0].layers, transfer.PinnedLayers)
 
-    def slow_pin(*args):
-        started.set()
-        go_on.wait(5)
-        return transfer.pin(*args)
 
-    monkeypatch.setattr(memory, "pin", slow_pin)
-    store = memory_store()
-    store.put(key(1), kv_there())
-    store.catch_up()
-    assert started.wait(5)
-    threading.Timer(0.05, go_on.set).start()
-    assert store.copy_of(key(1)).layers[0].device.type == "cpu"
-    store.close()
+def test_what_is_being_copied_is_not_copied_again_for_the_tier_below(copying):
+    assert copying.copy_of(key(1)).layers[0].device.type == "cpu"
+    copying.close()
 
 
 def test_much_that_is_put_off_is_not_put_off_for_longer(device, monkeypatch):

@@ -18,8 +18,8 @@ import uvicorn
 from support.llm import QUESTION
 from support.server import MODEL
 
-from chunkcache.eval.serving import free_port, is_up
 from chunkcache.serve.placement import ranked, weights_of
+from chunkcache.serve.probe import free_port, is_up
 from chunkcache.serve.router import Router
 
 CHAT = "/v1/chat/completions"
