@@ -54,15 +54,11 @@ class Arm:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
+        from chunkcache.integrations.vllm import transfer_config
+
         options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 8192}
         if connector:
-            options["kv_transfer_config"] = KVTransferConfig(
-                kv_connector="ChunkCacheConnector",
-                kv_connector_module_path="chunkcache.integrations.vllm",
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config={"store": STORE},
-            )
+            options["kv_transfer_config"] = KVTransferConfig(**transfer_config(store=STORE))
         self._llm = LLM(model, **options)
 
     def ask(self, asked: list[tuple[list[int], Any]], new: int) -> tuple[float, list[Any]]:

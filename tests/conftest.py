@@ -40,3 +40,12 @@ def command_line(monkeypatch, capsys):
         return left.value.code or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The Chromium that is installed; tests of pages are skipped where there is none."""
+    from support.browser import launched
+
+    with launched() as started:
+        yield started

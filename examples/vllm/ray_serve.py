@@ -32,15 +32,10 @@ class Engine:
         from vllm.config import KVTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from chunkcache.integrations.vllm import transfer_config
         from chunkcache.prompt import PromptBuilder
 
-        transfer = KVTransferConfig(
-            kv_connector="ChunkCacheConnector",
-            kv_connector_module_path="chunkcache.integrations.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"store": store, "policy": "query"},
-        )
+        transfer = KVTransferConfig(**transfer_config(store=store, policy="query"))
         self.prompts = PromptBuilder(AutoTokenizer.from_pretrained(model))
         args = AsyncEngineArgs(
             model, dtype="float32", max_model_len=2048, enforce_eager=True, kv_transfer_config=transfer

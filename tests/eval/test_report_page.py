@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.browser import CONTRASTS, LOOKS, launched
+from support.browser import CONTRASTS, LOOKS
 from support.report import heatmap, load_section, requests
 
 from chunkcache.eval.report import build_report, write_report
@@ -15,12 +15,6 @@ def address(tmp_path_factory):
     report = build_report(results, command="chunkcache bench all")
     report["sections"].insert(2, load_section())
     return write_report(report, tmp_path_factory.mktemp("report") / "report.html")[0].as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as started:
-        yield started
 
 
 @pytest.fixture(params=LOOKS)

@@ -6,7 +6,7 @@ import time
 
 import httpx
 import pytest
-from support.browser import CONTRASTS, LOOKS, launched
+from support.browser import CONTRASTS, LOOKS
 from support.llm import QUESTION, TEXTS, chat_tokenizer, wrapped
 from support.server import MODEL, served
 
@@ -214,12 +214,6 @@ def test_a_request_that_runs_is_told_without_its_text():
 
 
 # --- the page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as started:
-        yield started
 
 
 @pytest.fixture(params=LOOKS)

@@ -78,14 +78,10 @@ def engine(folder, store="memory://?max_bytes=256MiB", connector=True, extra=Non
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+    from chunkcache.integrations.vllm import transfer_config
+
     if connector:
-        options["kv_transfer_config"] = KVTransferConfig(
-            kv_connector="ChunkCacheConnector",
-            kv_connector_module_path="chunkcache.integrations.vllm",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"store": store, **(extra or {})},
-        )
+        options["kv_transfer_config"] = KVTransferConfig(**transfer_config(store=store, **(extra or {})))
     options = {"max_model_len": 2048, "dtype": "float32", **options}
     llm = LLM(folder, enforce_eager=True, disable_log_stats=False, seed=0, **options)
     try:

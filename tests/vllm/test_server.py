@@ -15,6 +15,7 @@ from helpers_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import chunkcache
+from chunkcache.integrations.vllm import transfer_config
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -56,11 +57,7 @@ def client(folder, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    transfer = {
-        "kv_connector": "ChunkCacheConnector", "kv_connector_module_path": "chunkcache.integrations.vllm",
-        "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"store": "memory://?max_bytes=64MiB", "policy": "query"},
-    }  # fmt: skip
+    transfer = transfer_config(store="memory://?max_bytes=64MiB", policy="query")
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--served-model-name", "m",
