@@ -121,9 +121,9 @@ class Indexes:
         hits = index.corpus.search(query, asked.rag.k)
         by_text = {hit.chunk.text: hit for hit in reversed(hits)}
         hits = [by_text[passage.text] for passage in index.corpus.passages(hits)]
-        with self._lock:
-            titles = {name: held.title for name, held in index.held.items()}
         names = [hit.chunk.document_id.partition("/")[2] for hit in hits]
+        with self._lock:
+            titles = {name: index.held[name].title for name in names if name in index.held}
         return Found(
             [Document(id=name, text=hit.chunk.text) for name, hit in zip(names, hits, strict=True)],
             [_told(hit, name, titles.get(name, "")) for name, hit in zip(names, hits, strict=True)],
