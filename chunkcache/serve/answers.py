@@ -15,7 +15,7 @@ from chunkcache.engine.scheduler import Scheduler
 from chunkcache.engine.stats import RequestStats
 from chunkcache.engine.ticket import Event, Failed, Finished, Ticket
 from chunkcache.errors import QueueFullError
-from chunkcache.serve.record import by_chunk
+from chunkcache.serve.record import by_chunk, stages_s
 from chunkcache.serve.service import Choice
 
 
@@ -216,5 +216,5 @@ def _told(stats: RequestStats, choice: Choice) -> dict[str, Any]:
         "guard_full": stats.guard_full,
         "by_chunk": by_chunk(stats, choice),
         "ttft_s": round(stats.ttft_s, 6),
-        "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages(queued=True).items()},
+        "stages_s": stages_s(stats),
     }

@@ -125,7 +125,7 @@ class Record:
             told |= {
                 "recomputed_share": round(stats.recomputed_share, 6),
                 "ttft_s": round(stats.ttft_s, 6),
-                "stages_s": {name: round(seconds, 6) for name, seconds in stats.stages(queued=True).items()},
+                "stages_s": stages_s(stats),
             }
         return {name: value for name, value in told.items() if value not in (None, "", [])}
 
@@ -175,6 +175,11 @@ class Recorder:
     def running(self) -> list[Record]:
         """The requests that run, as they came."""
         return list(self._running.values())
+
+
+def stages_s(stats: RequestStats) -> dict[str, float]:
+    """Return where the time to the first token went, in seconds as clients and logs are told."""
+    return {name: round(seconds, 6) for name, seconds in stats.stages(queued=True).items()}
 
 
 def by_chunk(stats: RequestStats, choice: Choice) -> list[dict[str, Any]]:
