@@ -110,23 +110,31 @@ def made_prompt(seed, chunks=4, length=160, question=24, prefix=20, pool=0):
     return ids.build(prefix)
 
 
-def ask(llm, *asked, new=NEW, **options):
+def ask(llm, *asked, new=NEW, lora=None, **options):
     """Ask prompts together, each `(prompt, policy)`; return vLLM's outputs.
 
-    With None for a policy nothing is said of chunks, with False that there are to be none.
+    With None for a policy nothing is said of chunks, with False that there are to be none. `lora` has an adapter, or
+    None, for each.
     """
+    prompts, params = zip(*(generation(prompt, policy, new, **options) for prompt, policy in asked), strict=True)
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+
+
+def generation(prompt, policy, new=NEW, **options):
+    """Return what vLLM is given for one prompt: it, and its sampling params."""
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(
-            max_tokens=new,
-            temperature=0,
-            ignore_eos=True,
-            extra_args=_extra(prompt, policy, options),
-        )
-        for prompt, policy in asked
-    ]
-    return llm.generate([{"prompt_token_ids": list(prompt.token_ids)} for prompt, _ in asked], params, use_tqdm=False)
+    extra = _extra(prompt, policy, options)
+    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=extra)
+    return {"prompt_token_ids": list(prompt.token_ids)}, params
+
+
+def finish(llm):
+    """Step until all requests are answered; return their outputs."""
+    outputs = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += [output for output in llm.llm_engine.step() if output.finished]
+    return outputs
 
 
 def _extra(prompt, policy, options):
@@ -148,6 +156,11 @@ def drain(llm):
 def ids_of(output):
     """Return the token ids of an answer."""
     return list(output.outputs[0].token_ids)
+
+
+def figures(output):
+    """Return what the connector tells of a request, None where nothing was reused."""
+    return (output.kv_transfer_params or {}).get("chunkcache")
 
 
 def sides(llm):

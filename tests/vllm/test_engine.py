@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from support.vllm_engine import Reference, ask, drain, engine, ids_of, made_prompt, sides
+from support.vllm_engine import Reference, ask, drain, engine, figures, ids_of, made_prompt, sides
 
 from chunkcache.errors import SelfCheckError
 from chunkcache.integrations.vllm import request_params
@@ -20,10 +22,6 @@ def reference(folders):
 def llm(folders):
     with engine(folders("llama"), extra={"policy": POLICY, "find": True, "fresh_tokens": 400}) as llm:
         yield llm
-
-
-def figures(output):
-    return (output.kv_transfer_params or {}).get("chunkcache")
 
 
 def test_what_is_not_stored_is_left_to_the_engine_and_computed_afterwards(llm, reference):
@@ -106,7 +104,7 @@ def test_no_error_of_the_schedulers_side_ends_the_engine(side, llm, reference, m
         if side in ("allocated", "orders"):
             ask(llm, (prompt, False))  # fused requests cannot do without them
         else:
-            patch.setattr(scheduling._options.__class__, "lookup_s", 0.2)
+            patch.setattr(scheduling, "_options", replace(scheduling._options, lookup_s=0.2))
             assert len(ids_of(ask(llm, (prompt, POLICY))[0])) > 0
     assert ids_of(ask(llm, (prompt, False))[0]) == reference.answer(prompt, "full")
 
