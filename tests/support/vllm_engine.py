@@ -45,6 +45,11 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"] * 3,
         },
     ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "mistral-wide": ("MistralConfig", {"sliding_window": 2048}),
     "mistral-sliding": ("MistralConfig", {"sliding_window": 200}),
 }
 
@@ -120,12 +125,12 @@ def ask(llm, *asked, new=NEW, lora=None, **options):
     return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
 
 
-def generation(prompt, policy, new=NEW, **options):
+def generation(prompt, policy, new=NEW, logprobs=None, **options):
     """Return what vLLM is given for one prompt: it, and its sampling params."""
     from vllm import SamplingParams
 
     extra = _extra(prompt, policy, options)
-    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=extra)
+    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=extra, logprobs=logprobs)
     return {"prompt_token_ids": list(prompt.token_ids)}, params
 
 
@@ -170,14 +175,29 @@ def sides(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()
 
 
+def counted(llm):
+    """Return the counters of engine and connector, by name and tier; None for a tier where there is none."""
+    counts = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value"):
+            label = metric.labels.get("tier") or metric.labels.get("source")
+            counts[metric.name.removeprefix("vllm:"), label] = metric.value
+    return counts
+
+
 class Reference:
     """What chunkcache itself answers, on the same weights in transformers."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, dtype="float32"):
         import chunkcache
 
-        self.llm = chunkcache.wrap(*chunkcache.load_model(folder, device="cpu", dtype="float32"))
+        self.llm = chunkcache.wrap(*chunkcache.load_model(folder, device="cpu", dtype=dtype))
 
     def answer(self, prompt, policy, new=NEW):
         request = self.llm.engine.prepare(lambda: prompt, policy, new, {"do_sample": False})
         return list(self.llm.engine.generate(request).token_ids)
+
+    def log_probs(self, prompt, policy):
+        """Return the log-probabilities `[vocab]` of the first token of an answer."""
+        request = self.llm.engine.prepare(lambda: prompt, policy, 1, {"do_sample": False})
+        return self.llm.engine.prefill(request).logits.float().log_softmax(-1)

@@ -9,6 +9,7 @@ import pytest
 from support.vllm_engine import (
     Reference,
     ask,
+    counted,
     drain,
     engine,
     figures,
@@ -39,16 +40,6 @@ def llm(folders):
 @pytest.fixture
 def scheduling(llm):
     return sides(llm)[0]._scheduling
-
-
-def counted(llm):
-    """Return the counters of the connector, and some of vLLM's own; those with labels under name and tier."""
-    counts = {}
-    for metric in llm.get_metrics():
-        if hasattr(metric, "value"):
-            label = metric.labels.get("tier") or metric.labels.get("source")
-            counts[metric.name.removeprefix("vllm:"), label] = metric.value
-    return counts
 
 
 def grown(llm, before):
@@ -137,8 +128,9 @@ def test_a_request_that_leaves_frees_everything(steps, warm, llm, scheduling):
         (name,) = llm.enqueue(*generation(prompt, POLICY, 50, warm=warm), use_tqdm=False)
         for _ in range(steps):
             llm.llm_engine.step()
-        llm.llm_engine.abort_request([name])
-    finish(llm)
+        llm.llm_engine.abort_request([name], internal=True)
+    assert not llm.llm_engine.has_unfinished_requests()
+    llm.llm_engine.step()
     drain(llm)
     held = scheduling._requests, scheduling._looking, scheduling._done, scheduling._queue
     assert not any((*held, working._found, working._reading, working._done))

@@ -95,9 +95,10 @@ def test_chunks_that_transformers_computed_are_found_by_the_engine(folders, tmp_
         assert ids_of(output) == wanted
 
 
-def test_what_cannot_be_served_is_served_without_reuse(folders):
+def test_what_cannot_be_served_is_served_without_reuse(folders, caplog):
     prompt = made_prompt(1, pool=5)
     with engine(folders("mistral-sliding")) as llm:
+        assert "SlidingWindowSpec: not served" in caplog.text
         (output,) = ask(llm, (prompt, POLICY), warm=True)
         assert output.kv_transfer_params is None
         assert ids_of(output) == Reference(folders("mistral-sliding")).answer(prompt, "full")

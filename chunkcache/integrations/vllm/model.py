@@ -121,7 +121,7 @@ def refuse(vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
     """
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     groups = kv_cache_config.kv_cache_groups
-    kinds = {type(group.kv_cache_spec).__name__ for group in groups}
+    kinds = {_kind(group.kv_cache_spec, config.max_model_len) for group in groups}
     draft, device = vllm_config.speculative_config, vllm_config.device_config.device_type
     reasons = {
         f"a {device} device, where this has never run (option untested_device)": device != "cpu"
@@ -139,6 +139,12 @@ def refuse(vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
     named = [reason for reason, there in reasons.items() if there]
     if named:
         raise UnsupportedModelError(f"{', '.join(named)}: not served")
+
+
+def _kind(spec: Any, longest: int) -> str:
+    """Return the kind of a KV cache; one with a window that no prompt goes beyond is a full one."""
+    window = getattr(spec, "sliding_window", None)
+    return "FullAttentionSpec" if window is not None and window >= longest else type(spec).__name__
 
 
 def find_runner() -> Any:
