@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
+
 from chunkcache.cli.console import progress, status
 from chunkcache.errors import InputError, missing_extra
 from chunkcache.eval.commands.inputs import about
@@ -40,6 +42,8 @@ class ServeBenchOptions(FilledCaseOptions):
     peers_in: Annotated[Path | None, option(type=FOLDER, help="Folder of their environments, made where they are "
                                             "missing.")] = None  # fmt: skip
     arrivals: Annotated[int, count("Requests at each rate.", least=10)] = 40
+    first_rate: Annotated[float, option(type=click.FloatRange(0, min_open=True), help="Rate to begin with, in "
+                                        "requests per second.")] = 0.25  # fmt: skip
     skew: Annotated[float, option(help="Exponent of the Zipf law of documents at a rate.")] = 0.9
     model: ModelOptions
     output: OutputOptions
@@ -67,7 +71,8 @@ def bench_serve(options: ServeBenchOptions) -> None:
 
     for name in names:
         server_of(name)
-    torch.set_num_threads(default_threads())  # as the server has
+    cores = torch.get_num_threads()
+    torch.set_num_threads(default_threads())  # of a prefill of the server; its decoding has as many beside it
     cases = options.read(options.data)
     model, tokenizer = options.model.load()
     cases = cut(cases, options.chunk_tokens, tokenizer)
@@ -75,13 +80,14 @@ def bench_serve(options: ServeBenchOptions) -> None:
         **about(options.data), "chunks": options.chunks, "prompts": options.prompts, "skip": options.skip,
         "fill": options.fill, "clients": options.clients,
         "answer_tokens": options.answer_tokens, "policy": options.policy, "chunk_tokens": options.chunk_tokens,
-        "peers": names, "arrivals": options.arrivals, "skew": options.skew,
+        "peers": names, "arrivals": options.arrivals, "first_rate": options.first_rate,
+        "skew": options.skew,
     }  # fmt: skip
     with wrap(model, tokenizer, store="memory://?max_bytes=4GiB", policy=options.policy) as llm:
         path = options.output.path(f"serve-{options.data.stem}")
         with Results.open(path, BENCH, settings, ran_on(model)) as results:
             rivals: list[dict[str, Any]] = []
-            search = _rivals(options, cases, model, tokenizer) if names else None
+            search = _rivals(options, cases, model, tokenizer, cores) if names else None
             with status("asking the peers"), Clients(options.clients) as clients:
                 for row in search.rows(names, clients) if search is not None else ():
                     rivals.append(row)
@@ -101,19 +107,22 @@ def bench_serve(options: ServeBenchOptions) -> None:
         show_summary(summary(results), options.output.as_json)
 
 
-def _rivals(options: ServeBenchOptions, cases: Sequence[Case], model: Any, tokenizer: Any) -> Rivals:
-    import torch
-
+def _rivals(options: ServeBenchOptions, cases: Sequence[Case], model: Any, tokenizer: Any, threads: int) -> Rivals:
     from chunkcache.eval.peers.weights import weights_as
     from chunkcache.eval.serving_rates import Load, Rivals
 
     chunks = min(len(case.chunks) for case in cases)
     load = Load(
-        cases=cases, chunks=chunks, tokens=options.answer_tokens, requests=options.arrivals, skew=options.skew
+        cases=cases,
+        chunks=chunks,
+        tokens=options.answer_tokens,
+        requests=options.arrivals,
+        skew=options.skew,
+        first=options.first_rate,
     )
     folder = (options.peers_in or Path()).absolute()
 
     def weights(name: str, form: str) -> Path:
         return weights_as(form, name, folder, options.model.model_name, model, tokenizer)
 
-    return Rivals(load, folder, weights, torch.get_num_threads(), options.clients)
+    return Rivals(load, folder, weights, threads, options.clients)

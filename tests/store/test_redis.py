@@ -770,7 +770,7 @@ def test_the_nodes_of_a_cluster_are_asked_in_turn_until_one_answers(nodes, open_
 def test_behind_sentinels_the_new_master_is_found(open_at):
     with replicated() as [first, second], sentinel(first) as port:
         store = open_at(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/store", pause_s=0.01)
-        assert store.put(key(1), kv(1))
+        eventually(lambda: store.put(key(1), kv(1)))  # once the sentinel knows who is the master
         eventually(lambda: second.client.exists(f"chunkcache:{{{key(1).digest}}}:h"))
         first.kill()
         assert same(eventually(lambda: store.get(key(1), [1]), seconds=30), kv(1))
