@@ -92,6 +92,37 @@ def test_a_rank_that_has_let_go_of_a_request_is_followed_by_the_other(llm, refer
     assert ids_of(output) == reference.answer(prompt, "full")
 
 
+def test_a_rank_that_cannot_place_kv_does_not_leave_the_other_waiting(llm, reference):
+    prompt = made_prompt(5, pool=3)
+    ask(llm, (prompt, POLICY), warm=True)
+
+    def breaks(worker):
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        def fails_once(*_):
+            del fusion._place
+            raise OSError("gone")
+
+        if worker.rank == 1:
+            fusion = get_kv_transfer_group()._working._fusion
+            fusion._place = fails_once
+
+    llm.collective_rpc(breaks)
+    (output,) = ask(llm, (prompt, POLICY))
+    assert figures(output) is None
+    assert ids_of(output) == reference.answer(prompt, "full")
+    assert ids_of(ask(llm, (prompt, POLICY))[0]) == reference.answer(prompt, POLICY)
+
+
+def test_what_ranks_found_differently_is_what_all_of_them_found():
+    from chunkcache.integrations.vllm.messages import News, Report
+
+    one = Report(frozenset({1}), 500, frozenset({0, 2}), {0: "memory", 2: "disk", 3: "disk"})
+    other = Report(frozenset({3}), 400, frozenset({0, 1}), {0: "memory", 1: "disk", 2: "disk"})
+    both = News({"a": one}).aggregate(News({"a": other})).reports["a"]
+    assert (both.missing, both.reused, both.exact, both.ranks) == (frozenset({1, 3}), 400, frozenset({0}), 2)
+
+
 def losing(ranks):
     """Return what removes chunks from the stores of some ranks, and says how many."""
 

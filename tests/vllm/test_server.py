@@ -167,3 +167,14 @@ def test_what_is_wrong_is_told(client):
         client.post("/v1/chat/completions", json={"documents": ["a"]}, headers={"Authorization": "x"}).status_code
         == 401
     )
+
+
+def test_what_was_reused_is_among_the_servers_metrics(client):
+    fields = {"kv_transfer_params": {"chunkcache": {"policy": "reuse", "warm": True}}}
+    ask(client, **fields)
+    placed = ask(client, **fields).json()["kv_transfer_params"]["chunkcache"]["placed"]
+    lines = client.get("/metrics").text.splitlines()
+    told = {line.split("{")[0]: line for line in lines if line.startswith("vllm:chunkcache_")}
+    assert float(told["vllm:chunkcache_fused_total"].split()[-1]) > 0
+    assert 'tier="memory"' in told["vllm:chunkcache_tier_tokens_total"]
+    assert float(told["vllm:chunkcache_tier_tokens_total"].split()[-1]) >= placed > 0

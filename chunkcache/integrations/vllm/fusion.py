@@ -73,12 +73,19 @@ class Fusion:
         decoder: says how keys are rotated, and which layers see the whole prompt.
         dtype: of keys and values.
         reduce: sums a tensor over all tensor-parallel ranks; all of them have to choose the same rows.
+        agree: returns for each of some flags whether all ranks have it set.
     """
 
     def __init__(
-        self, paged: PagedModel, decoder: Decoder, dtype: torch.dtype, reduce: Callable[[Tensor], Tensor]
+        self,
+        paged: PagedModel,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        reduce: Callable[[Tensor], Tensor],
+        agree: Callable[[Sequence[bool]], list[bool]],
     ) -> None:
-        self._paged, self._decoder, self._dtype, self._reduce = paged, decoder, dtype, reduce
+        self._paged, self._decoder, self._dtype = paged, decoder, dtype
+        self._reduce, self._agree = reduce, agree
 
     @torch.inference_mode()
     def run(
@@ -93,7 +100,7 @@ class Fusion:
             guard: of a guarded policy.
 
         Raises:
-            EntryLostError: stored KV went away.
+            RuntimeError: a rank could not put the stored KV into place.
             NotAcceptedError: the guard wants all of the prompt computed.
         """
         table, last = self._paged.table(block_ids), len(plan) - 1
@@ -101,7 +108,7 @@ class Fusion:
             return self._guarded(plan, policy, table, guard)
         looking = scout_layers(self._decoder, policy) if len(plan.inexact) else ()
         looking = looking if looking and policy.wants_attention(plan) else ()
-        keys = self._place(plan, table, looking)
+        keys = self._placed_by_all(plan, table, looking)
         carried: dict[str, Any] = {}
         if looking:
             carry = policy.carries() and len(plan.fresh) > 2 * LAST
@@ -119,7 +126,7 @@ class Fusion:
         return Fused(sum(map(len, plan.reused)), len(selected), len(plan.fresh))
 
     def _guarded(self, plan: Plan, policy: Policy, table: Tensor, guard: GuardedSelection) -> Fused:
-        keys = self._place(plan, table, scout_layers(self._decoder, policy))
+        keys = self._placed_by_all(plan, table, scout_layers(self._decoder, policy))
         outcome = guard.decide(self._steps(plan, policy.escalation(), table, keys))
         if outcome.full:
             raise NotAcceptedError
@@ -138,6 +145,17 @@ class Fusion:
             after = self._paged.log_probs(self._paged.forward(ids[rows], runs_of(rows, table)))
             yield GuardStep(selected, after, Signals.between(before, after))
             before = after
+
+    def _placed_by_all(self, plan: Plan, table: Tensor, looking: Sequence[int]) -> dict[int, Tensor]:
+        """Place stored KV as `_place` does: on all ranks, or none goes on, to wait for the others for ever."""
+        failure, keys = None, {}
+        try:
+            keys = self._place(plan, table, looking)
+        except Exception as error:  # noqa: BLE001 - raised once the other ranks know
+            failure = error
+        if not self._agree([failure is None])[0]:
+            raise RuntimeError("a rank could not put stored KV into place") from failure
+        return keys
 
     def _place(self, plan: Plan, table: Tensor, looking: Sequence[int]) -> dict[int, Tensor]:
         """Write stored KV to their places; return the keys `[kv_heads, tokens, head_dim]` of some layers."""

@@ -69,7 +69,7 @@ class Working:
         reduce: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._served, self._agree = served, agree
-        self._fusion = Fusion(served.paged, served.outline, served.outline.dtype, reduce)
+        self._fusion = Fusion(served.paged, served.outline, served.outline.dtype, reduce, agree)
         self._found: dict[str, _Found] = {}
         self._reports: dict[str, Report] = {}
         self._done: dict[str, dict[str, Any]] = {}
