@@ -47,6 +47,10 @@ FAMILIES = {
     ),
     "qwen3-moe": (
         "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-all": (  # all experts: rounding cannot flip a router's choice
+        "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
     ),
     "mistral-wide": ("MistralConfig", {"sliding_window": 2048}),
