@@ -34,8 +34,8 @@ class DeletionMethods(ABC):
         """Return the stored KV of a chunk, or None."""
 
     @abstractmethod
-    def put(self, ref: ChunkRef, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> None:
-        """Store `kv` of a chunk, and make it findable."""
+    def put(self, ref: ChunkRef, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> bool:
+        """Store `kv` of a chunk, and make it findable; return whether the store took it."""
 
     def drop(self, key: ChunkKey) -> None:
         """Delete one entry."""

@@ -179,8 +179,8 @@ class ChunkLibrary(DeletionMethods):
 
     # --- compute and store
 
-    def put(self, ref: ChunkRef, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> None:
-        """Store `kv` of a chunk or of a part of one, and make it findable.
+    def put(self, ref: ChunkRef, kv: ChunkKV, chunks: Sequence[TokenIds] = ()) -> bool:
+        """Store `kv` of a chunk or of a part of one, and make it findable; return whether the store took it.
 
         Args:
             ref: what it is stored as.
@@ -188,11 +188,13 @@ class ChunkLibrary(DeletionMethods):
             chunks: the whole chunk that it is of, and those that stand in its context; () if it is a chunk itself,
                 and no other stands there. Behind one of another trust label it is not made findable.
         """
-        if self._may_store(kv):
-            kv = self.with_origin(kv, chunks)
-            self._store.put(ref.key, kv)
-            if self._is_trusted(kv):
-                self.registry.add(ref, model=self.fingerprint)
+        if not self._may_store(kv):
+            return False
+        kv = self.with_origin(kv, chunks)
+        taken = self._store.put(ref.key, kv)
+        if self._is_trusted(kv):
+            self.registry.add(ref, model=self.fingerprint)
+        return taken
 
     def trusts(self, chunks: Sequence[TokenIds]) -> bool:
         """Return whether the first of some chunks may be used elsewhere as it was computed behind the others."""
