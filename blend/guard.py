@@ -41,6 +41,13 @@ class Signals:
     moved: float
     entropy: float
 
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor) -> Signals:
+        """Return those of a pass, by the log-probabilities `[vocab]` that the pass before and this one came to."""
+        both = (after.exp() * (after - before)).sum(), -(after.exp() * after).sum()
+        moved, entropy = torch.stack(both).tolist()  # one wait for the device
+        return cls(moved, entropy)
+
     def features(self) -> tuple[float, float, float]:
         """Return what the prediction is linear in."""
         return 1.0, math.log(max(self.moved, LEAST)), self.entropy
@@ -171,17 +178,24 @@ class GuardedSelection:
         """
         if not len(plan.inexact):
             return plan.fresh
+        outcome = self.decide(guard_steps(decoder, plan, prompt_tokens, cache, policy.escalation()))
+        if outcome.full:
+            return torch.cat((plan.fresh, plan.inexact)).sort().values
+        return torch.arange(prompt_tokens - 1, len(plan))
+
+    def decide(self, steps: Generator[GuardStep, None, None]) -> Guarded:
+        """Take passes until one is accepted; return what was done, which is `outcome` then."""
         passes, tried = 0, []
-        with closing(guard_steps(decoder, plan, prompt_tokens, cache, policy.escalation())) as steps:
+        with closing(steps):
             for step in steps:
                 predicted = self.model.predict(passes, step.signals, self._bound)
                 passes += 1
                 tried.append(step.selected)
                 if predicted <= self._bound:
                     self.outcome = Guarded(self._bound, passes, predicted, full=False, selected=tuple(tried))
-                    return torch.arange(prompt_tokens - 1, len(plan))
+                    return self.outcome
         self.outcome = Guarded(self._bound, passes, 0.0, full=True)
-        return torch.cat((plan.fresh, plan.inexact)).sort().values
+        return self.outcome
 
 
 def guard_steps(
@@ -212,9 +226,7 @@ def guard_steps(
         for policy in policies:
             selected = policy.select_by_attention(plan, cache.seen)
             log_probs = _log_probs(decoder, plan, cache, torch.cat((fresh, selected)).sort().values)
-            both = (log_probs.exp() * (log_probs - before)).sum(), -(log_probs.exp() * log_probs).sum()
-            moved, entropy = torch.stack(both).tolist()  # one wait for the device
-            yield GuardStep(selected, log_probs, Signals(moved, entropy))
+            yield GuardStep(selected, log_probs, Signals.between(before, log_probs))
             before = log_probs
     finally:
         cache.scouting = False

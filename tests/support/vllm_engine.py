@@ -45,6 +45,11 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"] * 3,
         },
     ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "mistral-wide": ("MistralConfig", {"sliding_window": 2048}),
     "mistral-sliding": ("MistralConfig", {"sliding_window": 200}),
 }
 
@@ -110,23 +115,31 @@ def made_prompt(seed, chunks=4, length=160, question=24, prefix=20, pool=0):
     return ids.build(prefix)
 
 
-def ask(llm, *asked, new=NEW, **options):
+def ask(llm, *asked, new=NEW, lora=None, **options):
     """Ask prompts together, each `(prompt, policy)`; return vLLM's outputs.
 
-    With None for a policy nothing is said of chunks, with False that there are to be none.
+    With None for a policy nothing is said of chunks, with False that there are to be none. `lora` has an adapter, or
+    None, for each.
     """
+    prompts, params = zip(*(generation(prompt, policy, new, **options) for prompt, policy in asked), strict=True)
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+
+
+def generation(prompt, policy, new=NEW, logprobs=None, **options):
+    """Return what vLLM is given for one prompt: it, and its sampling params."""
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(
-            max_tokens=new,
-            temperature=0,
-            ignore_eos=True,
-            extra_args=_extra(prompt, policy, options),
-        )
-        for prompt, policy in asked
-    ]
-    return llm.generate([{"prompt_token_ids": list(prompt.token_ids)} for prompt, _ in asked], params, use_tqdm=False)
+    extra = _extra(prompt, policy, options)
+    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=extra, logprobs=logprobs)
+    return {"prompt_token_ids": list(prompt.token_ids)}, params
+
+
+def finish(llm):
+    """Step until all requests are answered; return their outputs."""
+    outputs = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += [output for output in llm.llm_engine.step() if output.finished]
+    return outputs
 
 
 def _extra(prompt, policy, options):
@@ -150,6 +163,11 @@ def ids_of(output):
     return list(output.outputs[0].token_ids)
 
 
+def figures(output):
+    """Return what the connector tells of a request, None where nothing was reused."""
+    return (output.kv_transfer_params or {}).get("chunkcache")
+
+
 def sides(llm):
     """Return the connector beside the scheduler and the one in the worker."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -157,14 +175,29 @@ def sides(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()
 
 
+def counted(llm):
+    """Return the counters of engine and connector, by name and tier; None for a tier where there is none."""
+    counts = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value"):
+            label = metric.labels.get("tier") or metric.labels.get("source")
+            counts[metric.name.removeprefix("vllm:"), label] = metric.value
+    return counts
+
+
 class Reference:
     """What chunkcache itself answers, on the same weights in transformers."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, dtype="float32"):
         import chunkcache
 
-        self.llm = chunkcache.wrap(*chunkcache.load_model(folder, device="cpu", dtype="float32"))
+        self.llm = chunkcache.wrap(*chunkcache.load_model(folder, device="cpu", dtype=dtype))
 
     def answer(self, prompt, policy, new=NEW):
         request = self.llm.engine.prepare(lambda: prompt, policy, new, {"do_sample": False})
         return list(self.llm.engine.generate(request).token_ids)
+
+    def log_probs(self, prompt, policy):
+        """Return the log-probabilities `[vocab]` of the first token of an answer."""
+        request = self.llm.engine.prepare(lambda: prompt, policy, 1, {"do_sample": False})
+        return self.llm.engine.prefill(request).logits.float().log_softmax(-1)

@@ -7,6 +7,8 @@ import shutil
 import torch
 from support.vllm_engine import NEW, Reference, ask, drain, engine, ids_of, made_prompt
 
+from chunkcache.engine.calibration import Calibration
+
 POLICY = "link:k=4"
 ALONE = {"share": False}  # without asking transformers, which takes half of the time
 
@@ -93,9 +95,26 @@ def test_chunks_that_transformers_computed_are_found_by_the_engine(folders, tmp_
         assert ids_of(output) == wanted
 
 
-def test_what_cannot_be_served_is_served_without_reuse(folders):
+def test_what_cannot_be_served_is_served_without_reuse(folders, caplog):
     prompt = made_prompt(1, pool=5)
     with engine(folders("mistral-sliding")) as llm:
+        assert "SlidingWindowSpec: not served" in caplog.text
         (output,) = ask(llm, (prompt, POLICY), warm=True)
         assert output.kv_transfer_params is None
         assert ids_of(output) == Reference(folders("mistral-sliding")).answer(prompt, "full")
+
+
+def test_a_guard_without_a_calibration_is_served_without_reuse(folders):
+    prompt = made_prompt(1, pool=7)
+    with engine(folders("llama")) as llm:
+        (output,) = ask(llm, (prompt, "query:ratio=0.1,lead=64,guard=1"), warm=True)
+        assert output.kv_transfer_params is None
+        assert ids_of(output) == Reference(folders("llama")).answer(prompt, "full")
+
+
+def test_another_models_calibration_is_told_at_the_start(folders, tmp_path, caplog):
+    prompt = made_prompt(1, pool=7)
+    Calibration("0" * 64, lead=64).save(tmp_path / "other.json")
+    with engine(folders("llama"), extra={"calibration": str(tmp_path / "other.json"), "share": False}) as llm:
+        assert ask(llm, (prompt, "reuse"), warm=True)[0].kv_transfer_params is None
+    assert "was made for another model" in caplog.text

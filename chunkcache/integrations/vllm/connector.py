@@ -21,8 +21,9 @@ from vllm.distributed import (
 )
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from chunkcache.integrations.vllm.messages import News, Orders, Report
+from chunkcache.integrations.vllm.messages import Load, News, Orders, Report
 from chunkcache.integrations.vllm.metrics import ChunkCacheStats, Prometheus
 from chunkcache.integrations.vllm.options import Options, check_engine
 from chunkcache.integrations.vllm.scheduler import Scheduling
@@ -96,6 +97,11 @@ class ChunkCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Take note of a request's blocks."""
         self._scheduling.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 
+    @safely(dict)
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        """Return how many of the promised tokens come from which tier."""
+        return self._scheduling.sources(request, num_external_tokens)
+
     @safely(Orders)
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         """Return the workers' orders."""
@@ -142,7 +148,7 @@ class ChunkCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Do what is ordered."""
         orders = self._get_connector_metadata()
         if isinstance(orders, Orders) and not self._obey(orders):
-            self._report_failed(orders)
+            self._report_failed(orders.loads)
 
     @safely(False)
     def _obey(self, orders: Orders) -> bool:
@@ -150,17 +156,17 @@ class ChunkCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if working is None:
             self._news.reports.update({lookup.request_id: Report() for lookup in orders.lookups})
             return not orders.loads
-        for load in working.fuse(orders.loads) if orders.loads else ():
-            self._bad_blocks.update(load.block_ids)
+        self._report_failed(working.fuse(orders.loads) if orders.loads else ())
         working.forget(orders.forget)
         working.look_up(orders.lookups)
         working.compute(orders.missing)
         return True
 
-    def _report_failed(self, orders: Orders) -> None:
+    def _report_failed(self, loads: Sequence[Load]) -> None:
         """Have vLLM compute what was promised."""
-        for load in orders.loads:
+        for load in loads:
             self._bad_blocks.update(load.block_ids)
+            self._news.unloaded.add(load.request_id)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Return at once: all is loaded before the forward."""
@@ -183,7 +189,8 @@ class ChunkCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._working is not None:
             news.reports.update(self._working.reports())
             news.done.update(self._working.done())
-        return news if news.reports or news.done else None
+            news.unstored.update(self._working.unstored())
+        return news or None
 
     def shutdown(self) -> None:
         """Close the store."""

@@ -7,7 +7,7 @@ vLLM, whose logits are the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from chunkcache.blend import Decoder, Plan, Policy
 from chunkcache.blend.attention import LOOK_ROWS
 from chunkcache.blend.carried import LAST
+from chunkcache.blend.guard import GuardedSelection, GuardStep, Signals
 from chunkcache.blend.scout import scout_layers
 from chunkcache.blend.stored import stored_layers
 from chunkcache.integrations.vllm.paged import PagedModel, runs_of
@@ -26,6 +27,10 @@ from chunkcache.integrations.vllm.paged import PagedModel, runs_of
 
 class _Seen(Exception):  # noqa: N818 - a jump out of the model, not an error
     """The scout has seen what it was to see."""
+
+
+class NotAcceptedError(Exception):
+    """The guard has accepted no pass: all of the prompt is to be computed."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Fused:
     fresh: int
 
 
-def refusal(policy: Policy, layers: int) -> str | None:
-    """Return why a policy cannot be run here, or None."""
+def refusal(policy: Policy, layers: int, ranks: int) -> str | None:
+    """Return why a policy cannot be run here, by this many tensor-parallel ranks, or None."""
     if not policy.reuses:
         return "it reuses nothing"
     if policy.filter_layers(layers) or policy.watched_layers(layers):
@@ -55,8 +60,8 @@ def refusal(policy: Policy, layers: int) -> str | None:
         return "its scout is blind to the chunks"
     if policy.versioned or policy.stores_in_context:
         return "it stores chunks as they come out of their prompt"
-    if policy.guarded() is not None:
-        return "it is guarded"
+    if policy.guarded() is not None and ranks > 1:
+        return "it is guarded, and one rank alone has the logits"
     return None
 
 
@@ -76,20 +81,31 @@ class Fusion:
         self._paged, self._decoder, self._dtype, self._reduce = paged, decoder, dtype, reduce
 
     @torch.inference_mode()
-    def run(self, plan: Plan, policy: Policy, block_ids: Sequence[int]) -> Fused:
+    def run(
+        self, plan: Plan, policy: Policy, block_ids: Sequence[int], guard: GuardedSelection | None = None
+    ) -> Fused:
         """Write the fused KV of all tokens of `plan` but the last into a request's blocks.
+
+        Args:
+            plan: what is reused.
+            policy: what of it is computed anew.
+            block_ids: the blocks, as the block manager counts them.
+            guard: of a guarded policy.
 
         Raises:
             EntryLostError: stored KV went away.
+            NotAcceptedError: the guard wants all of the prompt computed.
         """
         table, last = self._paged.table(block_ids), len(plan) - 1
+        if guard is not None and len(plan.inexact):
+            return self._guarded(plan, policy, table, guard)
         looking = scout_layers(self._decoder, policy) if len(plan.inexact) else ()
         looking = looking if looking and policy.wants_attention(plan) else ()
         keys = self._place(plan, table, looking)
         carried: dict[str, Any] = {}
         if looking:
             carry = policy.carries() and len(plan.fresh) > 2 * LAST
-            seen = self._scout(plan, table, policy, keys, carried if carry else None)
+            seen, _ = self._scout(plan, table, policy, keys, carried if carry else None)
             selected = policy.select_by_attention(plan, seen)
         else:
             selected = policy.select(plan)
@@ -101,6 +117,27 @@ class Fusion:
         elif len(rows):
             self._paged.forward(ids[rows], runs_of(rows, table))
         return Fused(sum(map(len, plan.reused)), len(selected), len(plan.fresh))
+
+    def _guarded(self, plan: Plan, policy: Policy, table: Tensor, guard: GuardedSelection) -> Fused:
+        keys = self._place(plan, table, scout_layers(self._decoder, policy))
+        outcome = guard.decide(self._steps(plan, policy.escalation(), table, keys))
+        if outcome.full:
+            raise NotAcceptedError
+        return Fused(sum(map(len, plan.reused)), len(outcome.selected[-1]), len(plan.fresh))
+
+    def _steps(
+        self, plan: Plan, policies: Sequence[Policy], table: Tensor, keys: dict[int, Tensor]
+    ) -> Generator[GuardStep, None, None]:
+        """Yield the passes of a guarded fusion, each over what the one before left; see `blend.guard.guard_steps`."""
+        ids = torch.tensor(plan.token_ids)
+        seen, hidden = self._scout(plan, table, policies[0], keys, None, to_the_end=True)
+        before = self._paged.log_probs(hidden)
+        for policy in policies:
+            selected = policy.select_by_attention(plan, seen)
+            rows = torch.cat((plan.fresh, selected)).sort().values
+            after = self._paged.log_probs(self._paged.forward(ids[rows], runs_of(rows, table)))
+            yield GuardStep(selected, after, Signals.between(before, after))
+            before = after
 
     def _place(self, plan: Plan, table: Tensor, looking: Sequence[int]) -> dict[int, Tensor]:
         """Write stored KV to their places; return the keys `[kv_heads, tokens, head_dim]` of some layers."""
@@ -117,9 +154,20 @@ class Fusion:
         return keys
 
     def _scout(
-        self, plan: Plan, table: Tensor, policy: Policy, keys: dict[int, Tensor], carried: dict[str, Any] | None
-    ) -> Tensor:
-        """Run the question over what is placed; return its attention `[layers, tokens]` in the layers of `keys`."""
+        self,
+        plan: Plan,
+        table: Tensor,
+        policy: Policy,
+        keys: dict[int, Tensor],
+        carried: dict[str, Any] | None,
+        to_the_end: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the question over what is placed, up to the last layer of `keys` or `to_the_end`.
+
+        Returns:
+            its attention `[layers, tokens]` in the layers of `keys`; and the hidden states `[rows, hidden]` at the
+            end, of no rows where it does not come there.
+        """
         count = min(len(plan) - plan.end, LOOK_ROWS)
         fresh = plan.fresh.to(self._paged.device)
         later = torch.arange(len(plan), device=fresh.device) > torch.arange(
@@ -132,7 +180,7 @@ class Fusion:
             held[:, fresh] = key.transpose(0, 1)
             weights = _weights(query[-count:], held, later, self._paged.attentions[index].impl.scale)
             seen.append(self._reduce(policy.pool(weights)))
-            if len(seen) == len(looking) and carried is None:
+            if len(seen) == len(looking) and carried is None and not to_the_end:
                 raise _Seen
 
         looking = sorted(keys)
@@ -145,9 +193,10 @@ class Fusion:
                 raise _Seen
 
             handle = self._paged.layers[following].register_forward_pre_hook(stop, with_kwargs=True)
+        hidden = torch.empty(0)
         try:
             with suppress(_Seen):
-                self._paged.forward(
+                hidden = self._paged.forward(
                     torch.tensor(plan.token_ids)[plan.fresh],
                     runs_of(plan.fresh, table),
                     see={index: partial(see, index) for index in looking},
@@ -155,7 +204,7 @@ class Fusion:
         finally:
             if handle is not None:
                 handle.remove()
-        return torch.stack(seen)
+        return torch.stack(seen), hidden
 
     def _go_on(self, ids: Tensor, plan: Plan, rows: Tensor, table: Tensor, carried: dict[str, Any]) -> None:
         """Compute `rows`, those of the question's beginning only from where the scout stopped; see `CarriedRows`."""

@@ -57,6 +57,10 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     missing: list[Missing] = field(default_factory=list)
     forget: list[str] = field(default_factory=list)
 
+    def anon_repr(self) -> str:
+        """Return what vLLM writes of this to its log when a step fails: no token ids."""
+        return repr(self)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -66,12 +70,14 @@ class Report:
         missing: numbers of the spans that some rank has no KV of.
         reused: tokens that KV are there for.
         exact: numbers of the spans whose KV are exact on all ranks.
+        sources: by number of a span, the kind of tier that its KV came from.
         ranks: how many ranks have reported.
     """
 
     missing: frozenset[int] = frozenset()
     reused: int = 0
     exact: frozenset[int] = frozenset()
+    sources: dict[int, str] = field(default_factory=dict)
     ranks: int = 1
 
     def with_rank(self, other: Report) -> Report:
@@ -80,6 +86,7 @@ class Report:
             self.missing | other.missing,
             min(self.reused, other.reused),
             self.exact & other.exact,
+            {**other.sources, **self.sources},
             self.ranks + other.ranks,
         )
 
@@ -91,14 +98,24 @@ class News(KVConnectorWorkerMetadata):  # type: ignore[misc]
     Attributes:
         reports: what was looked up.
         done: figures of the requests that were fused.
+        unloaded: requests whose promised KV could not be put in place.
+        unstored: what was computed in vain, or not at all.
     """
 
     reports: dict[str, Report] = field(default_factory=dict)
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unloaded: set[str] = field(default_factory=set)
+    unstored: set[Missing] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        """Return whether there is something to tell."""
+        return bool(self.reports or self.done or self.unloaded or self.unstored)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Return what two ranks have to say."""
         reports = dict(self.reports)
         for request, report in other.reports.items():
             reports[request] = reports[request].with_rank(report) if request in reports else report
-        return News(reports, {**other.done, **self.done})
+        return News(
+            reports, {**other.done, **self.done}, self.unloaded | other.unloaded, self.unstored | other.unstored
+        )

@@ -14,12 +14,14 @@ COUNTERS = {
     "hits": "chunks that were found",
     "misses": "chunks that were not found",
     "computed": "chunks and prefixes that were computed and stored",
+    "unaccepted": "requests whose guard wanted all of the prompt computed",
     "cold": "requests with too little stored to be fused",
     "refused": "requests with chunks that cannot be fused",
     "malformed": "requests that said wrongly where their chunks stand",
     "timeouts": "requests whose chunks could not be looked up in time",
     "failed": "failures that a request was served in spite of",
 }
+TIER = "tier:"  # before the kind of a tier, in the name of a count of tokens
 
 
 class ChunkCacheStats(KVConnectorStats):  # type: ignore[misc]
@@ -54,9 +56,17 @@ class Prometheus(KVConnectorPromMetrics):  # type: ignore[misc]
             )
             labelled = {engine: counter.labels(*values) for engine, values in self.per_engine_labelvalues.items()}
             self._counters[name] = labelled
+        self._by_tier = self._counter_cls(
+            name="vllm:chunkcache_tier_tokens",
+            documentation="chunkcache: placed tokens by the tier that their KV came from.",
+            labelnames=[*self._labelnames, "tier"],
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add counts."""
         for name, count in transfer_stats_data.items():
             if name in self._counters:
                 self._counters[name][engine_idx].inc(count)
+            elif name.startswith(TIER):
+                values = self.per_engine_labelvalues[engine_idx]
+                self._by_tier.labels(*values, name.removeprefix(TIER)).inc(count)

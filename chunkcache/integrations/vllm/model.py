@@ -38,6 +38,7 @@ class ServedPages:
 
     Attributes:
         options: as given.
+        ranks: how many tensor-parallel ranks there are.
         paged: runs the model.
         outline: what the library knows of it.
         encoder: computes chunks.
@@ -47,6 +48,7 @@ class ServedPages:
 
     Raises:
         UnsupportedModelError: the model cannot be served right; the message says why.
+        CalibrationError: the calibration is not this model's.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
@@ -57,23 +59,25 @@ class ServedPages:
         self._vocab = config.get_vocab_size()
         self.outline = Outline(config.hf_text_config, config.dtype, self.paged.heads, self.paged.device)
         errors = check(self.paged, self.outline, self._vocab)
-        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
         self.encoder = PagedEncoder(self.paged, self.outline)
         self.store = open_store(options.store)
-        name = identity(vllm_config, tokenizer, rank, ranks)
+        own = name = identity(vllm_config, tokenizer, rank, self.ranks)
         as_saved = not (config.revision or config.hf_overrides or config.quantization)
-        if ranks == 1 and options.share and as_saved and not isinstance(self.store, MemoryStore):
-            name = self._agreed_name(config, name)
+        share = options.share and not isinstance(self.store, MemoryStore)
+        if self.ranks == 1 and as_saved and (share or options.calibration is not None):
+            name = self._agreed_name(config, own)
         self.library = ChunkLibrary(
             self.outline,
             self.store,
-            name,
+            name if share else own,
             options.tenant,
             PromptBuilder(tokenizer).lead_in,
             encoder=self.encoder,
         )
         self.tuning = Tuning(name, options.calibration, len(self.paged.heads))
+        _ = self.tuning.calibration  # what is wrong with it is told now
         logger.info("chunkcache serves %s as %s; self-check %s", type(self.paged.model).__name__, name[:12], errors)
 
     def _agreed_name(self, config: Any, own: str) -> str:
@@ -117,7 +121,7 @@ def refuse(vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
     """
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     groups = kv_cache_config.kv_cache_groups
-    kinds = {type(group.kv_cache_spec).__name__ for group in groups}
+    kinds = {_kind(group.kv_cache_spec, config.max_model_len) for group in groups}
     draft, device = vllm_config.speculative_config, vllm_config.device_config.device_type
     reasons = {
         f"a {device} device, where this has never run (option untested_device)": device != "cpu"
@@ -135,6 +139,12 @@ def refuse(vllm_config: Any, kv_cache_config: Any, options: Options) -> None:
     named = [reason for reason, there in reasons.items() if there]
     if named:
         raise UnsupportedModelError(f"{', '.join(named)}: not served")
+
+
+def _kind(spec: Any, longest: int) -> str:
+    """Return the kind of a KV cache; one with a window that no prompt goes beyond is a full one."""
+    window = getattr(spec, "sliding_window", None)
+    return "FullAttentionSpec" if window is not None and window >= longest else type(spec).__name__
 
 
 def find_runner() -> Any:

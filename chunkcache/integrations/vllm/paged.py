@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import set_forward_context
+from vllm.lora.layers import LoRAMapping
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from chunkcache.errors import InputError, UnsupportedModelError
@@ -132,6 +133,7 @@ class PagedModel:
             slots.update({name: lower_slots[name] for name in self.names[:first]})
         positions = torch.cat([torch.arange(run.start, run.stop) for run in (runs if below is None else lower)])
         with ExitStack() as stack:
+            stack.enter_context(self._without_adapters(len(ids)))
             for index, each in (see or {}).items():
                 stack.enter_context(self._seeing(index, each))
             stack.enter_context(
@@ -145,6 +147,12 @@ class PagedModel:
                 intermediate_tensors=None,
             )
         return hidden
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Return the log-probabilities `[vocab]` of the token behind the last of rows `[rows, hidden]`."""
+        with self._without_adapters(1):
+            logits: Tensor = self.model.compute_logits(hidden[-1:])
+        return logits[0].float().log_softmax(-1)
 
     @contextmanager
     def scratch(self, blocks: int) -> Iterator[None]:
@@ -197,6 +205,22 @@ class PagedModel:
             built = group.get_metadata_builder(0).build(common_prefix_len=0, common_attn_metadata=common)
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata, dict.fromkeys(metadata, slots)
+
+    @contextmanager
+    def _without_adapters(self, rows: int) -> Iterator[None]:
+        """Compute `rows` with the model's own weights: the engine's step may be set up for rows of LoRA adapters."""
+        lora = getattr(self._runner, "lora_manager", None)
+        if lora is None:
+            yield
+            return
+        adapters = lora._adapter_manager
+        own = adapters._last_mapping
+        adapters.set_adapter_mapping(LoRAMapping((0,) * rows, (0,), is_prefill=True))
+        try:
+            yield
+        finally:
+            if own is not None:
+                adapters.set_adapter_mapping(own)
 
     @contextmanager
     def _seeing(self, index: int, see: See) -> Iterator[None]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from chunkcache.errors import InputError
 from chunkcache.integrations.vllm.messages import PREFIX, Load, Lookup, Missing, News, Orders, Report
@@ -21,6 +23,8 @@ from chunkcache.library.registry import ChunkRegistry, warn_once
 PREFIXES = 64  # different beginnings of prompts that are remembered
 LOOKING = 8  # requests whose KV are in memory before they are fused
 QUEUED = 256  # chunks that wait to be computed; others are found missing by the next request that has them
+RETRY_S = 60.0  # after which what could not be stored is computed once more
+SOURCES = {"device": CacheHitSource.DEVICE, "memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
 
 @dataclass
@@ -28,6 +32,7 @@ class _Request:
     """A request with chunks.
 
     Attributes:
+        request: vLLM's.
         spec: where they stand.
         token_ids: the prompt.
         salt: the caller's own.
@@ -39,6 +44,7 @@ class _Request:
         plain: whether it is left to vLLM.
     """
 
+    request: Any = field(repr=False)
     spec: ChunkSpec
     token_ids: TokenIds
     salt: str | None
@@ -71,6 +77,7 @@ class Scheduling:
         self._known = ChunkRegistry()
         self._prefixes: dict[TokenIds, None] = {}
         self._done: dict[str, dict[str, Any]] = {}
+        self._unstored: dict[Missing, float] = {}  # until when it is not computed again, by `time.monotonic`
         self.counts: Counter[str] = Counter()
 
     @property
@@ -99,7 +106,7 @@ class Scheduling:
             warn_once("a request is served without reuse: %s", error)
             return
         if spec is not None:
-            known = _Request(spec, ids, request.cache_salt)
+            known = _Request(request, spec, ids, request.cache_salt)
             _salt(request, self._salt_of(request, known))
             self._requests[request.request_id] = known
 
@@ -182,6 +189,19 @@ class Scheduling:
         self._fused_tokens += len(known.token_ids)
         report = known.report
         self._orders.loads.append(Load(request.request_id, block_ids, report.missing, report.exact))
+        _count_cached(request, sum(_by_tier(known).values()))
+
+    def sources(self, request: Any, tokens: int) -> dict[CacheHitSource, int]:
+        """Return where the `tokens` come from that a request was just promised: by vLLM's names of tiers.
+
+        What is in no tier that vLLM has a name for is among its unspecified ones, and so is what is computed in the
+        load itself.
+        """
+        known, found = self._requests.get(request.request_id), Counter[CacheHitSource]()
+        for tier, count in (_by_tier(known) if known is not None else {}).items():
+            found[SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)] += count
+        found[CacheHitSource.EXTERNAL_UNSPECIFIED] += tokens - found.total()
+        return {source: count for source, count in found.items() if count}
 
     def orders(self) -> Orders:
         """Return what the workers are to do in this step."""
@@ -201,6 +221,11 @@ class Scheduling:
             if known is not None:
                 known.report = report if known.report is None else known.report.with_rank(report)
         self._done.update({name: done for name, done in news.done.items() if name in self._requests})
+        for name in news.unloaded & self._requests.keys():
+            _count_cached(self._requests[name].request, 0)
+        self._unstored.update(dict.fromkeys(news.unstored, time.monotonic() + RETRY_S))
+        while len(self._unstored) > QUEUED:
+            del self._unstored[next(iter(self._unstored))]
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forget a request; return what was done for it, which goes to its client."""
@@ -217,7 +242,8 @@ class Scheduling:
         chunks, context, policy = spec.prompt(ids).chunks, ids[: spec.context], spec.policy or self._options.policy
         first = [Missing((), ids[: spec.prefix], policy)] if PREFIX in report.missing and spec.prefix else []
         rest = [Missing(chunks[index], context, policy) for index in sorted(report.missing) if index != PREFIX]
-        return list(dict.fromkeys((*first, *rest)))
+        now = time.monotonic()
+        return [missing for missing in dict.fromkeys((*first, *rest)) if self._unstored.get(missing, now) <= now]
 
     def _remember(self, chunks: tuple[TokenIds, ...], prefix: TokenIds) -> None:
         """Make chunks findable in prompts that do not say where they stand."""
@@ -239,6 +265,22 @@ class Scheduling:
         spans = [span for span in spans if span.start >= prefix]
         wholes = {index: (span.offset, span.chunk_ids) for index, span in enumerate(spans)}
         return ChunkSpec(prefix, tuple((s.start, s.stop) for s in spans), wholes, prefix) if spans else None
+
+
+def _by_tier(known: _Request) -> Counter[str]:
+    """Return how many tokens of a request all ranks have KV of, by the kind of tier that these came from."""
+    report, spec, tiers = known.report or Report(), known.spec, Counter[str]()
+    for index, tier in report.sources.items():
+        if index not in report.missing:
+            start, stop = (0, spec.prefix) if index == PREFIX else spec.spans[index]
+            tiers[tier] += stop - start
+    return tiers
+
+
+def _count_cached(request: Any, tokens: int) -> None:
+    """Have vLLM count `tokens` of a prompt as cached, instead of all that were promised."""
+    if request.prefill_stats is not None and not request.num_preemptions:
+        request.prefill_stats.set(request.num_prompt_tokens, 0, tokens)
 
 
 def _refusal(request: Any, share_salted: bool) -> str | None:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,8 +21,9 @@ from chunkcache.blend import Plan, Policy, parse_policy
 from chunkcache.engine.planner import Planner
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import EntryLostError
-from chunkcache.integrations.vllm.fusion import Fusion, refusal
+from chunkcache.integrations.vllm.fusion import Fused, Fusion, NotAcceptedError, refusal
 from chunkcache.integrations.vllm.messages import PREFIX, Load, Lookup, Missing, Report
+from chunkcache.integrations.vllm.metrics import TIER
 from chunkcache.integrations.vllm.model import ServedPages
 from chunkcache.kv import ChunkKV, ChunkRef, Span
 from chunkcache.library.registry import warn_once
@@ -47,8 +49,6 @@ class _Found:
     plan: Plan
     policy: Policy
     report: Report
-    hits: int
-    chunks: int
 
 
 class Working:
@@ -74,6 +74,7 @@ class Working:
         self._found: dict[str, _Found] = {}
         self._reports: dict[str, Report] = {}
         self._done: dict[str, dict[str, Any]] = {}
+        self._unstored: set[Missing] = set()
         self._readers = None if isinstance(served.store, MemoryStore) else ThreadPoolExecutor(READERS, "chunkcache")
         self._reading: dict[str, Future[_Found]] = {}
         self._keeping = Breaker()
@@ -102,6 +103,11 @@ class Working:
         """Return the figures of what has been fused since this was last asked."""
         done, self._done = self._done, {}
         return done
+
+    def unstored(self) -> set[Missing]:
+        """Return what could not be computed or stored since this was last asked."""
+        unstored, self._unstored = self._unstored, set()
+        return unstored
 
     def forget(self, names: Sequence[str]) -> None:
         """Let go of requests."""
@@ -133,9 +139,9 @@ class Working:
         served = self._served
         policy = served.tuning.resolve(parse_policy(lookup.spec.policy or served.options.policy))
         prompt = lookup.spec.prompt(lookup.token_ids)
-        if (reason := refusal(policy, len(served.paged.heads))) is not None:
+        if (reason := refusal(policy, len(served.paged.heads), served.ranks)) is not None:
             warn_once("policy %s is not served inside vLLM, since %s: requests are not reused", policy, reason)
-            return _Found(Plan(prompt.token_ids), policy, Report(), 0, 0)
+            return _Found(Plan(prompt.token_ids), policy, Report())
         served.register(prompt)
         stats = RequestStats(str(policy))
         plan = _Reader(served.outline, served.library).plan(prompt, policy, stats)
@@ -149,7 +155,10 @@ class Working:
         hits = sum(span.kv is not None for span in chunks)
         reused = sum(map(len, plan.reused)) if hits else 0
         self.counts.update(hits=hits, misses=len(chunks) - hits)
-        return _Found(plan, policy, Report(frozenset(absent), reused, exact), hits, len(chunks))
+        sources = {index: span.kv.source for index, span in enumerate(chunks) if span.kv is not None}
+        if plan.prefix is not None and plan.prefix.kv is not None:
+            sources[PREFIX] = plan.prefix.kv.source
+        return _Found(plan, policy, Report(frozenset(absent), reused, exact, sources))
 
     # --- fuse
 
@@ -159,20 +168,38 @@ class Working:
         ready = self._agree([each is not None for each in found])
         failed = []
         for load, each, there in zip(loads, found, ready, strict=True):
-            began = time.perf_counter()
             try:
                 if each is None or not there:
                     raise LookupError("what was looked up of a request is gone")
-                fused = self._fusion.run(_restricted(each.plan, load), each.policy, load.block_ids)
+                if not self._fuse(load, _restricted(each.plan, load), each.policy):
+                    failed.append(load)
             except Exception as error:  # noqa: BLE001 - vLLM computes it
                 self.failed("fuse", error)
                 failed.append(load)
-                continue
-            self.counts.update(fused=1, **{f"{name}_tokens": value for name, value in asdict(fused).items()})
-            figures = {**asdict(fused), "chunks": each.chunks, "hits": each.hits, "policy": str(each.policy)}
-            self._done[load.request_id] = {**figures, "fuse_s": round(time.perf_counter() - began, 6)}
-            logger.debug("%s: %s", load.request_id, self._done[load.request_id])
         return failed
+
+    def _fuse(self, load: Load, plan: Plan, policy: Policy) -> bool:
+        """Fuse one request, and note what was done for it; False if its guard wants all of it computed."""
+        began = time.perf_counter()
+        guard = self._served.tuning.selection(policy)
+        fused = Fused(0, 0, len(plan))
+        with suppress(NotAcceptedError):
+            fused = self._fusion.run(plan, policy, load.block_ids, guard)
+        hits = sum(span.kv is not None for span in plan.chunks)
+        figures = {**asdict(fused), "chunks": len(plan.chunks), "hits": hits, "policy": str(policy)}
+        outcome = None if guard is None else guard.outcome
+        if outcome is not None:
+            figures |= {"guard_passes": outcome.passes, "guard_full": outcome.full}
+        self._done[load.request_id] = {**figures, "fuse_s": round(time.perf_counter() - began, 6)}
+        logger.debug("%s: %s", load.request_id, self._done[load.request_id])
+        if outcome is not None and outcome.full:
+            self.counts["unaccepted"] += 1
+            return False
+        self.counts.update(fused=1, **{f"{name}_tokens": value for name, value in asdict(fused).items()})
+        for span in plan.reused:
+            if span.kv is not None:
+                self.counts[TIER + span.kv.source] += len(span)
+        return True
 
     # --- compute what is missing
 
@@ -190,8 +217,9 @@ class Working:
                 else:
                     ref = library.ref(order.context, ())
                 self._store(ref)
-            except Exception as error:  # noqa: BLE001 - the next request finds it missing, too
+            except Exception as error:  # noqa: BLE001 - requests do without it
                 self.failed("compute", error)
+                self._unstored.add(order)
 
     def _store(self, ref: ChunkRef) -> None:
         """Compute and store a chunk, unless all ranks have it."""
