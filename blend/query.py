@@ -19,14 +19,50 @@ import torch
 from torch import Tensor
 
 from chunkcache.blend.plan import Plan
-from chunkcache.blend.policy import Policy, Share, check_share
+from chunkcache.blend.policy import Policy, Schedule, Share, check_share
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
-AUTO_RATIOS = (0.005, 0.0125)  # within these bounds
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
-AUTO_LEAST = 2048  # tokens; with fewer to choose from, looking costs more time than it gives fidelity
+
+
+@dataclass(frozen=True)
+class Look:
+    """How `query` looks at the question, and how much `ratio=auto` selects; `chunkcache calibrate` finds it.
+
+    Attributes:
+        first: the layers looked at begin at this share of the depth.
+        last: and end at this one.
+        most: the largest share of the chunk tokens that is selected.
+        least: chunk tokens from which on it looks; of fewer none are selected, because a look would cost more time
+            than it gives fidelity.
+    """
+
+    first: float = 1 / 2
+    last: float = 2 / 3
+    most: float = 0.0125
+    least: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.last <= 1:
+            raise PolicyError(
+                f"layers from {self.first:g} to {self.last:g} of the depth are none; both are shares of it"
+            )
+        if not 0 <= self.most <= 1:
+            raise PolicyError(f"most={self.most} is not between 0 and 1")
+        if self.least < 0:
+            raise PolicyError(f"least={self.least} is negative; it is a number of tokens")
+
+    @property
+    def least_share(self) -> float:
+        """The smallest share of the chunk tokens that is selected, where any are."""
+        return self.most * 2 / 5
+
+    def layers(self, layers: int) -> range:
+        """Return the layers looked at, of a model of so many."""
+        first = min(int(layers * self.first), layers - 1)
+        return range(first, max(first + 1, math.ceil(layers * self.last)))
 
 
 @dataclass(frozen=True)
@@ -35,13 +71,17 @@ class Query(Policy):
 
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
-            half of the question's attention to chunk tokens, between 0.5 % and 1.25 %, and none of less than 2,048
-            tokens.
+            half of the question's attention to chunk tokens, between two fifths of `most` and `most`, and none of
+            less than `least` tokens.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none; None for what
             `chunkcache calibrate` found to be best for the model, 1,024 without a calibration.
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold
             (`blend.guard`). It needs a calibration.
+        layers: shares of the depth between which the layers looked at lie. These three, where they are not given,
+            are what `chunkcache calibrate` found, and without a calibration those of `Look`.
+        most: share of the chunk tokens, see `ratio`.
+        least: tokens, see `ratio`.
 
     Raises:
         PolicyError: an option is out of range.
@@ -53,6 +93,9 @@ class Query(Policy):
     k: int = 0
     lead: int | None = None
     guard: float | None = None
+    layers: Schedule = ()
+    most: float | None = None
+    least: int | None = None
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
@@ -62,6 +105,25 @@ class Query(Policy):
             raise PolicyError(f"lead={self.lead} is negative; it is a number of tokens, 0 for no lead-in")
         if self.guard is not None and not self.guard > 0:
             raise PolicyError(f"guard={self.guard} is not above 0; it bounds the KL of the first token, in nats")
+        if len(self.layers) not in (0, 2):
+            raise PolicyError(f"layers={self.layers} are not two shares of the depth, as in layers=0.5,0.67")
+        _ = self.look
+
+    @property
+    def look(self) -> Look:
+        """How it looks, by its options."""
+        return self.looking(Look())
+
+    def looking(self, found: Look) -> Look:
+        """Return `found`, but for what its own options say."""
+        first, last = self.layers or (found.first, found.last)
+        most = found.most if self.most is None else self.most
+        return Look(first, last, most, found.least if self.least is None else self.least)
+
+    def fitted(self, found: Look) -> Query:
+        """Return this policy with the options that it leaves open as they were found."""
+        look = self.looking(found)
+        return replace(self, layers=(look.first, look.last), most=look.most, least=look.least)
 
     def guarded(self) -> float | None:
         """Return `guard`."""
@@ -69,7 +131,7 @@ class Query(Policy):
 
     def escalation(self) -> Sequence[Query]:
         """Return this policy, and others that recompute 15 % and 40 % where that is more."""
-        least = AUTO_RATIOS[0] if self.ratio == "auto" else self.ratio
+        least = self.look.least_share if self.ratio == "auto" else self.ratio
         return [self, *(replace(self, ratio=ratio) for ratio in LADDER if ratio > least)]
 
     def lead_in(self) -> int:
@@ -82,11 +144,12 @@ class Query(Policy):
 
     def wants_attention(self, plan: Plan) -> bool:
         """Return whether something is to be selected."""
-        return len(plan.inexact) >= AUTO_LEAST if self.ratio == "auto" else self.ratio > 0
+        look = self.look
+        return len(plan.inexact) >= look.least and look.most > 0 if self.ratio == "auto" else self.ratio > 0
 
     def attention_layers(self, layers: int) -> Sequence[int]:
-        """Return the layers from the middle to two thirds of the way up."""
-        return range(layers // 2, max(layers // 2 + 1, math.ceil(layers * 2 / 3)))
+        """Return the layers looked at: without a calibration those from the middle to two thirds of the way up."""
+        return self.look.layers(layers)
 
     def carries(self) -> bool:
         """Return whether the ratio is `auto`: of so few rows the question would be the larger part."""
@@ -101,7 +164,8 @@ class Query(Policy):
         candidates = plan.inexact_on(attention.device)
         seen, order = attention.mean(0)[candidates].sort(descending=True)
         if self.ratio == "auto":
-            low, high = (math.ceil(ratio * len(candidates)) for ratio in AUTO_RATIOS)
+            look = self.look
+            low, high = (math.ceil(share * len(candidates)) for share in (look.least_share, look.most))
             count = _auto(seen).clamp(low, high)
             both = torch.cat((count[None], candidates[order[:high]])).cpu()  # one wait for the device
             highest = both[1 : 1 + int(both[0])]

@@ -17,7 +17,9 @@ from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.guard import GuardModel, Signals, guard_steps
 from chunkcache.blend.query import Query
 from chunkcache.engine.calibration import Calibration
-from chunkcache.engine.lead_check import check_lead_in
+from chunkcache.engine.lead_check import LeadCheck, check_lead_in
+from chunkcache.engine.look_check import LookCheck, check_look
+from chunkcache.engine.packaged import packaged
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PolicyError
 from chunkcache.eval.contenders import PolicyContender, parse_contender
@@ -30,7 +32,8 @@ ALPHAS = (0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
 BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2)  # that the guard is fitted to keep, KL in nats
 BROKEN = 0.05  # share of prompts that may end above their bound
 FOLDS = 5
-PARTS = ("lead", "guard", "cachecraft")
+PACKAGED = ("lead", "look")  # parts that are measured on packaged documents
+PARTS = (*PACKAGED, "guard", "cachecraft")
 _STORE = "memory://?max_bytes=4GiB"
 
 OnStep = Callable[[int, int], None]
@@ -60,12 +63,13 @@ def calibrate(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        cases: prompts of the kind that will be asked; the lead-in is measured on packaged ones.
+        cases: prompts of the kind that will be asked; the lead-in and the look are measured on packaged ones.
         target: the policy whose KL Cache-Craft has to reach, on average over the cases.
         guarded: the query policy whose guard is fitted; `query@neighbours` for chunks that are computed behind their
             nearest of `pool`.
         parts: what to look for, of `PARTS`.
-        on_step: called with (cases done, cases in all); without cases, with sets of packaged documents.
+        on_step: called with (cases done, cases in all); without cases, with sets of packaged documents, and then with
+            policies.
         pool: all chunks that there are, those of `cases` among them; by default these alone.
 
     Raises:
@@ -75,10 +79,10 @@ def calibrate(
     if not isinstance(base, Query):
         raise PolicyError(f"only a query policy can be guarded, and {guarded!r} is none")
     llm = chunkcache.wrap(model, tokenizer, store=_STORE)
-    check = check_lead_in(llm.engine.decoder, llm.prompts, None if cases else on_step) if "lead" in parts else None
+    lead_in, look = _packaged(llm, parts, None if cases else on_step)
     if base.lead is None:
-        base = replace(base, lead=llm.engine.tuning.lead if check is None else check.lead)
-    base = replace(base, guard=None)
+        base = replace(base, lead=llm.engine.tuning.lead if lead_in is None else lead_in.lead)
+    base = replace(base if look is None else base.fitted(look.look), guard=None)
     chunks = ChunkPool(pool or [chunk for case in cases for chunk in case.chunks])
     contender = PolicyContender(guarded, base, llm, False, ANSWER_TOKENS, chunks.nearest if lead else None)
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
@@ -96,7 +100,8 @@ def calibrate(
         if on_step is not None:
             on_step(index + 1, len(cases))
     report: dict[str, Any] = {"prompts": len(cases)} if cases else {}
-    report |= {"lead": asdict(check)} if check is not None else {}
+    report |= {"lead": asdict(lead_in)} if lead_in is not None else {}
+    report |= {"look": asdict(look)} if look is not None else {}
     found: float | None = None
     guard: GuardModel | None = None
     if "cachecraft" in parts:
@@ -109,7 +114,23 @@ def calibrate(
             "guard": _cross_validated(steps),
             "climbed": outcomes,
         }
-    return Calibration(llm.fingerprint, found, guard, report, None if check is None else check.lead)
+    return Calibration(
+        llm.fingerprint, found, guard, report, None if lead_in is None else lead_in.lead,
+        None if look is None else look.look,
+    )  # fmt: skip
+
+
+def _packaged(
+    llm: CachedLLM, parts: Collection[str], on_step: OnStep | None
+) -> tuple[LeadCheck | None, LookCheck | None]:
+    """Return what packaged documents say of the model: of the lead-in, and of how to look over chunks behind it."""
+    decoder, wanted = llm.engine.decoder, [part for part in PACKAGED if part in parts]
+    asked = packaged(decoder, llm.prompts, on_step) if wanted else []
+    if not asked:
+        return None, None
+    lead_in = check_lead_in(decoder, asked) if "lead" in wanted else None
+    lead = llm.engine.tuning.lead if lead_in is None else lead_in.lead
+    return lead_in, check_look(decoder, asked, lead > 0, on_step) if "look" in wanted else None
 
 
 def _full(llm: CachedLLM, case: Case) -> _Full:

@@ -123,8 +123,10 @@ def check_model(options: CheckOptions) -> None:
     check = self_check(decoder)
     name = fingerprint(model, tokenizer)
     tuning = Tuning(name, None, len(decoder.layers))
-    measured = tuning.calibration is not None and tuning.calibration.lead is not None
+    found = tuning.calibration
+    unknown = "not measured; run chunkcache calibrate"
     query = tuning.resolve(Query())
+    assert isinstance(query, Query)
     facts = {
         "model": options.model_name,
         "class": type(model).__name__,
@@ -136,7 +138,10 @@ def check_model(options: CheckOptions) -> None:
         "query": str(query),
         "query_looks_at_layers": ", ".join(map(str, scout_layers(decoder, query))),
         "default_store": default_store({weight.device for weight in model.parameters()}),
-        "lead_in": "measured" if measured else "not measured; run chunkcache calibrate",
+        "lead_in": unknown if found is None or found.lead is None else "measured",
+        "look": unknown if found is None or found.look is None else "measured",
+        "query_recomputes_at_most": query.look.most,
+        "query_looks_from_tokens": query.look.least,
         **check.as_dict(),
     }
     if options.as_json:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chunkcache.blend.guard import GuardModel
-from chunkcache.errors import CalibrationError
+from chunkcache.blend.query import Look
+from chunkcache.errors import CalibrationError, PolicyError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Calibration:
         guard: predicts the error of a guarded prefill, None if it was not looked for.
         report: how it was found and how well it does, for people.
         lead: tokens of lead-in that chunks are best computed behind, None if it was not looked for.
+        look: how `query` looks at a question, None if it was not looked for.
     """
 
     fingerprint: str
@@ -33,15 +35,23 @@ class Calibration:
     guard: GuardModel | None = None
     report: dict[str, Any] = field(default_factory=dict)
     lead: int | None = None
+    look: Look | None = None
 
     def over(self, earlier: Calibration | None) -> Calibration:
-        """Return this calibration, with what it did not look for taken from an earlier one of the same model."""
+        """Return this calibration, with what it did not look for taken from an earlier one of the same model.
+
+        A guard is not taken over that was fitted to another lead-in or another way to look.
+        """
         if earlier is None:
             return self
         alpha = earlier.alpha if self.alpha is None else self.alpha
         lead = earlier.lead if self.lead is None else self.lead
+        look = self.look or earlier.look
+        guard = self.guard
+        if guard is None and (lead, look) == (earlier.lead, earlier.look):
+            guard = earlier.guard
         report = {**earlier.report, **self.report}
-        return replace(self, alpha=alpha, guard=self.guard or earlier.guard, lead=lead, report=report)
+        return replace(self, alpha=alpha, guard=guard, lead=lead, look=look, report=report)
 
     def save(self, path: Path | None = None) -> Path:
         """Write it to `path`, or to its place in the cache folder; return where."""
@@ -74,8 +84,9 @@ def load_calibration(fingerprint: str, path: Path | None = None) -> Calibration 
         lead = None if data.get("lead") is None else int(_number(data["lead"]))  # older ones have none
         if lead is not None and lead < 0:
             raise ValueError(f"a lead-in of {lead} tokens")
-        found = Calibration(str(data["fingerprint"]), alpha, guard, dict(data["report"]), lead)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        look = None if data.get("look") is None else _look(**data["look"])
+        found = Calibration(str(data["fingerprint"]), alpha, guard, dict(data["report"]), lead, look)
+    except (OSError, ValueError, KeyError, TypeError, PolicyError) as error:
         raise CalibrationError(f"{place} is no calibration ({error!r}); run chunkcache calibrate again") from None
     if found.fingerprint != fingerprint:
         raise CalibrationError(f"{place} was made for another model; run chunkcache calibrate for this one")
@@ -87,6 +98,10 @@ def _guard(weights: list[list[float]], margins: list[list[float]]) -> GuardModel
     if not all(rows) or any(len(row) != 2 for row in rows[1]):
         raise ValueError("its guard is not complete")
     return GuardModel(tuple(rows[0]), tuple((bound, margin) for bound, margin in rows[1]))
+
+
+def _look(first: float, last: float, most: float, least: float) -> Look:
+    return Look(_number(first), _number(last), _number(most), int(_number(least)))
 
 
 def _number(value: Any) -> float:

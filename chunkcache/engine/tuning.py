@@ -74,8 +74,10 @@ class Tuning:
             if alpha is None:
                 raise _missing(policy)
             return replace(policy, alpha=alpha)
-        if isinstance(policy, Query) and policy.lead is None:
-            policy = replace(policy, lead=self.lead)
+        if isinstance(policy, Query):
+            policy = replace(policy, lead=self.lead) if policy.lead is None else policy
+            look = None if self.calibration is None else self.calibration.look
+            policy = policy if look is None else policy.fitted(look)
         if policy.guarded() is not None and self.selection(policy) is None:
             raise _missing(policy)
         return policy

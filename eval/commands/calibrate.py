@@ -36,8 +36,8 @@ class CalibrateOptions(FilledCaseOptions):
     target: Annotated[str, option(help="Policy whose fidelity cachecraft has to reach.")] = "cacheblend:ratio=0.15"
     guarded: Annotated[str, option(help="Query policy whose guard is fitted; query@neighbours for chunks that are "
                                    "computed behind their nearest of DATA.")] = "query"  # fmt: skip
-    only: Annotated[str | None, option(type=click.Choice(["lead", "guard", "cachecraft"]), help="Look for one of "
-                                       "these; the others are left as they were.")] = None  # fmt: skip
+    only: Annotated[str | None, option(type=click.Choice(["lead", "look", "guard", "cachecraft"]), help="Look for "
+                                       "one of these; the others are left as they were.")] = None  # fmt: skip
     model: ModelOptions
     out: Annotated[Path | None, option(help="File to write; by default in the cache folder.")] = None
     as_json: AsJson = False
@@ -45,22 +45,24 @@ class CalibrateOptions(FilledCaseOptions):
 
 @command("calibrate")
 def calibrate(options: CalibrateOptions) -> None:
-    """Find out which lead-in suits a model; on prompts of DATA, what query:guard=X and cachecraft:alpha=auto need.
+    """Find out which lead-in and look at the question suit a model, and what policies need to know of it.
+
+    With DATA, on its prompts, what query:guard=X and cachecraft:alpha=auto need.
 
     Without DATA it takes about a minute. What is found is used wherever the model is wrapped from then on.
     """
     from chunkcache.engine.calibration import load_calibration
-    from chunkcache.eval.calibrate import PARTS
+    from chunkcache.eval.calibrate import PACKAGED, PARTS
     from chunkcache.eval.calibrate import calibrate as run
     from chunkcache.eval.data import DataSet
 
     check_policies((options.target, options.guarded))
-    parts = PARTS if options.only is None else (options.only,)
+    parts: tuple[str, ...] = PARTS if options.only is None else (options.only,)
     if options.data is None:
         if options.only in ("guard", "cachecraft"):
             raise DocumentError(f"--only {options.only} is fitted to prompts: pass DATA, too")
-        parts = ("lead",)
-    source = None if options.data is None or parts == ("lead",) else DataSet.read(options.data)
+        parts = PACKAGED if options.only is None else (options.only,)
+    source = None if options.data is None or set(parts) <= set(PACKAGED) else DataSet.read(options.data)
     cases = [] if source is None else _cases(options, source)
     model, tokenizer = options.model.load()
     cases, pool = ([], None) if source is None else cut_with_all(source, cases, options.chunk_tokens, tokenizer)
@@ -90,6 +92,8 @@ def _show_calibration(fitted: Calibration) -> None:
         rows = [["none", f"{found['kl_alone']:.4f}"], ["the packaged one", f"{found['kl_lead']:.4f}"]]
         title = f"lead-in of {fitted.lead} tokens ({found['answers']} answers, {found['seconds']:.0f} s)"
         out.print(table(title, ["lead-in", "KL mean"], rows))
+    if "look" in report:
+        _show_look(fitted)
     if "cachecraft" in report:
         craft = report["cachecraft"]
         rows = [
@@ -106,3 +110,20 @@ def _show_calibration(fitted: Calibration) -> None:
         ]
         title = f"guard of {report['guarded']} (cross-validated)"
         out.print(table(title, ["bound", "broken", "full prefill", "passes", "KL first"], rows))
+
+
+def _show_look(fitted: Calibration) -> None:
+    from chunkcache.engine.look_check import BANDS
+
+    found, look = fitted.report["look"], fitted.look
+    if look is None:
+        return
+    rows = [[f"in layers {first:.2f} to {last:.2f} of the depth", "5.00%", f"{kl:.4f}"]
+            for (first, last), kl in zip(BANDS, found["bands"], strict=True)]  # fmt: skip
+    rows += [["in the best of them", f"{float(share):.2%}", f"{kl:.4f}"] for share, kl in found["shares"].items()]
+    rows.append(["cacheblend, without a lead-in", "15.00%", f"{found['target']:.4f}"])
+    title = (
+        f"query looks in layers {look.first:.2f} to {look.last:.2f} of the depth, recomputes up to {look.most:.2%}, "
+        f"from {look.least} tokens on ({found['seconds']:.0f} s)"
+    )
+    out.print(table(title, ["look", "recomputed", "KL mean"], rows))

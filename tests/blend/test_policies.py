@@ -169,11 +169,23 @@ def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
     ]
 
 
+def test_query_looks_where_it_is_told_to():
+    assert [list(Query(layers=(0.0, 0.2)).attention_layers(layers)) for layers in (1, 4, 30)] == [
+        [0],
+        [0],
+        [*range(6)],
+    ]
+    assert list(Query(layers=(2 / 3, 1.0)).attention_layers(30)) == [*range(20, 30)]
+    assert list(Query(layers=(0.99, 1.0)).attention_layers(3)) == [2]
+
+
 def test_query_need_not_look_where_it_selects_nothing():
     short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
     assert not Query(ratio=0.0).wants_attention(long)
     assert Query(ratio=0.01).wants_attention(short)
     assert [Query(ratio="auto").wants_attention(plan) for plan in (short, long)] == [False, True]
+    assert Query(ratio="auto", least=2047).wants_attention(short)
+    assert not Query(ratio="auto", most=0.0).wants_attention(long)
 
 
 def test_the_ladder_of_a_guarded_query_rises_from_its_ratio():
@@ -224,11 +236,17 @@ def test_cacheblend_does_not_run_with_a_ratio_that_nobody_chose():
         narrowed("auto", DEVIATIONS)
 
 
-@pytest.mark.parametrize("options", [{"ratio": -0.1}, {"ratio": 1.5}, {"k": -1}])
+@pytest.mark.parametrize("options", [{"ratio": -0.1}, {"ratio": 1.5}, {"k": -1}, {"most": 2.0}, {"least": -1}])
 def test_query_refuses_options_out_of_range(options):
     [(name, value)] = options.items()
     with pytest.raises(PolicyError, match=rf"{name}={value} is"):
         Query(**options)
+
+
+@pytest.mark.parametrize("layers", [(0.5,), (0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)])
+def test_query_refuses_layers_that_are_none(layers):
+    with pytest.raises(PolicyError, match="layers"):
+        Query(layers=layers)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,19 @@ from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model, wrapped
 
 import chunkcache
 from chunkcache.blend.guard import GuardModel
+from chunkcache.blend.query import Look
 from chunkcache.engine.calibration import Calibration, default_path, load_calibration
 from chunkcache.errors import CalibrationError
 from chunkcache.library.fingerprint import fingerprint
 
 PRINT = "f" * 64
 FOUND = Calibration(
-    PRINT, 0.3, GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))), {"prompts": 12}, lead=0
+    PRINT,
+    0.3,
+    GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))),
+    {"prompts": 12},
+    0,
+    Look(0.4, 0.6, 0.02, 512),
 )
 
 

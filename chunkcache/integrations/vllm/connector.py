@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.distributed import (
     get_tp_group,
     tensor_model_parallel_all_reduce,
 )
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -26,6 +28,9 @@ from chunkcache.integrations.vllm.metrics import ChunkCacheStats, Prometheus
 from chunkcache.integrations.vllm.options import Options, check_engine
 from chunkcache.integrations.vllm.scheduler import Scheduling
 from chunkcache.library.registry import warn_once
+
+with suppress(ValueError):  # it is registered; vLLM's MultiConnector finds the class of counts by its name alone
+    KVConnectorFactory.register_connector("ChunkCacheConnector", __name__, "ChunkCacheConnector")
 
 
 def safely(otherwise: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -28,6 +28,7 @@ from chunkcache.integrations.vllm.model import ServedPages
 from chunkcache.kv import ChunkKV, ChunkRef, Span
 from chunkcache.library.registry import warn_once
 from chunkcache.store import MemoryStore
+from chunkcache.store.breaker import Breaker
 
 logger = logging.getLogger("chunkcache")
 READERS = 2  # threads that read stores which are not in memory
@@ -76,6 +77,7 @@ class Working:
         self._unstored: set[Missing] = set()
         self._readers = None if isinstance(served.store, MemoryStore) else ThreadPoolExecutor(READERS, "chunkcache")
         self._reading: dict[str, Future[_Found]] = {}
+        self._keeping = Breaker()
         self.counts: Counter[str] = Counter()
 
     # --- look up
@@ -202,9 +204,11 @@ class Working:
     # --- compute what is missing
 
     def compute(self, orders: Sequence[Missing]) -> None:
-        """Compute and store chunks, on all ranks alike."""
+        """Compute and store chunks, on all ranks alike; none for a while after the store did not take one."""
         library = self._served.library
         for order in orders:
+            if not self._agree([self._keeping.allows()])[0]:
+                return
             try:
                 policy = self._served.tuning.resolve(parse_policy(order.policy))
                 if order.chunk:
@@ -227,9 +231,12 @@ class Working:
         context = library.get_prefix(ref.context_ids) if ref.context_ids else None
         if ref.context_ids and not self._agree([context is not None])[0]:
             raise LookupError("what a chunk is computed behind could not be stored")
-        for kv in self._served.encoder.encode(context, [ref.token_ids]):
-            if not library.put(ref, replace(kv, origin=replace(kv.origin, created=started))):
-                raise LookupError("the store did not take a chunk")
+        (kv,) = self._served.encoder.encode(context, [ref.token_ids])
+        taken = library.put(ref, replace(kv, origin=replace(kv.origin, created=started)))
+        if not self._agree([taken])[0]:
+            self._keeping.failed()
+            raise LookupError("the store did not take it")
+        self._keeping.succeeded()
         self.counts["computed"] += 1
 
     def failed(self, what: str, error: Exception) -> None:
