@@ -33,7 +33,7 @@ from chunkcache.eval.vllm_answers import Answer, Engine, Judge, Kind, running
 from chunkcache.kv import TokenIds
 from chunkcache.prompt import PromptBuilder
 
-POLICIES = ("link:k=8", "query:ratio=0.15")  # a ratio of its own choosing depends on how fast the machine is
+POLICIES = ("link:k=8", "query:ratio=0.15,lead=64")  # a ratio of its own choosing depends on how fast the machine is
 ORDERS = 2  # of the chunks of one case
 CHUNKS, CHUNK_TOKENS = 3, 120
 ABORTED, PLAIN = 0.15, 0.1  # shares of requests that are left half-way, and that name no chunks
