@@ -17,11 +17,12 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Chaos:
         tokens: length of an answer.
         kills: of the Valkey.
         pause_s: seconds that a client waits between two requests.
+        limit_s: seconds after which no more are asked.
         seed: of what is drawn.
         options: more of the engine's.
     """
@@ -63,6 +65,7 @@ class Chaos:
     tokens: int = 16
     kills: int = 4
     pause_s: float = 0.0
+    limit_s: float = math.inf
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -92,7 +95,7 @@ class Chaos:
                 await self._right(engine, 0, kinds[0], kinds[0].spec(warm=True))
         apart = sum(plain[kind] not in tokens for (kind, _, fresh), tokens in fused.items())
         return {
-            "requests": self.requests, **counts, **judge.counts, "unfinished": unfinished, **faults.counts,
+            **counts, **judge.counts, "unfinished": unfinished, **faults.counts,
             "counters": counters, "kinds": len(kinds), "fused_other_than_plain": f"{apart} of {len(fused)}",
             "seconds": round(seconds, 1), "memory_start": before, "memory_end": after,
         }  # fmt: skip
@@ -109,8 +112,8 @@ class Chaos:
         self, engine: Engine, kinds: Sequence[Kind], faults: Faults
     ) -> tuple[dict[str, int], list[Answer]]:
         """Ask all requests; return counts, and the answers that came whole."""
-        counts, answers = dict.fromkeys(("failed", "hanging", "aborted"), 0), []
-        numbers = iter(range(self.requests))
+        counts, answers = dict.fromkeys(("requests", "failed", "hanging", "aborted"), 0), []
+        numbers = self._numbers()
 
         async def one(number: int) -> None:
             draw = random.Random(f"{self.seed} {number}")
@@ -138,13 +141,23 @@ class Chaos:
 
         async def client() -> None:
             for number in numbers:
-                _tell(number)
+                counts["requests"] += 1
                 await asyncio.to_thread(faults.before, number)
                 await one(number)
                 await asyncio.sleep(self.pause_s)
 
         await asyncio.gather(*(client() for _ in range(self.clients)))
         return counts, answers
+
+    def _numbers(self) -> Iterator[int]:
+        """Yield the numbers of requests, until time is up."""
+        end = time.monotonic() + self.limit_s
+        for number in range(self.requests):
+            if time.monotonic() > end:
+                return
+            if number % TOLD_EVERY == 0:
+                print(f"{number} requests asked", flush=True)
+            yield number
 
     async def _partly(self, engine: Engine, faults: Faults, kind: Kind, answer: Answer) -> set[TokenIds]:
         """Return the answers over stores that hold as many chunks and tokens as this answer found."""
@@ -199,19 +212,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--kinds", type=int, default=40, help="prompts that the requests are drawn from")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no more are asked")
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    chaos = Chaos(model=given.model, requests=given.requests, clients=given.clients, seed=given.seed)
+    chaos = Chaos(
+        model=given.model, requests=given.requests, clients=given.clients, seed=given.seed, limit_s=given.limit
+    )
     result = asyncio.run(chaos.run(kinds_of(given.model, given.data, given.kinds)))
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-def _tell(number: int) -> None:
-    if number % TOLD_EVERY == 0:
-        print(f"{number} requests asked", flush=True)
 
 
 def _memory() -> int:
