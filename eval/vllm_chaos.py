@@ -33,11 +33,12 @@ from chunkcache.eval.vllm_answers import Answer, Engine, Judge, Kind, running
 from chunkcache.kv import TokenIds
 from chunkcache.prompt import PromptBuilder
 
-POLICIES = ("link:k=8", "query:ratio=0.15")  # a ratio of its own choosing depends on how fast the machine is
+POLICIES = ("link:k=8", "query:ratio=0.15,lead=64")  # a ratio of its own choosing depends on how fast the machine is
 ORDERS = 2  # of the chunks of one case
 CHUNKS, CHUNK_TOKENS = 3, 120
 ABORTED, PLAIN = 0.15, 0.1  # shares of requests that are left half-way, and that name no chunks
 TRIES = 5  # of what should go well; on a busy machine the store may be too slow once
+TOLD_EVERY = 50  # requests
 HANGING_S = 240.0  # an answer that takes longer is taken for lost
 
 
@@ -137,6 +138,7 @@ class Chaos:
 
         async def client() -> None:
             for number in numbers:
+                _tell(number)
                 await asyncio.to_thread(faults.before, number)
                 await one(number)
                 await asyncio.sleep(self.pause_s)
@@ -205,6 +207,11 @@ def main() -> None:
     result = asyncio.run(chaos.run(kinds_of(given.model, given.data, given.kinds)))
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def _tell(number: int) -> None:
+    if number % TOLD_EVERY == 0:
+        print(f"{number} requests asked", flush=True)
 
 
 def _memory() -> int:

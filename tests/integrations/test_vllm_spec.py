@@ -50,6 +50,10 @@ def test_a_prompt_without_chunks_brings_nothing_along():
     assert request_params(PromptIds([5, 6, 7]).build(2)) == {}
 
 
+def test_fused_kv_are_kept_from_an_lmcache_that_knows_prompts_by_their_tokens():
+    assert request_params(built())["kv_transfer_params"]["lmcache.skip_save"] is True
+
+
 def test_a_conversation_that_goes_on_is_refused():
     ids = PromptIds([5, 6, 7])
     ids.add_chunk((8, 9))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from chunkcache.errors import PromptError
-from chunkcache.integrations.vllm.spec import NAME, request_params
+from chunkcache.integrations.vllm.spec import NAME, NOT_SAVED, request_params
 from chunkcache.prompt import Prompt, PromptBuilder, PromptChunk
 from chunkcache.prompt.known_texts import FoundText
 from chunkcache.prompt.messages import MessageBuilder
@@ -25,8 +25,6 @@ _REFUSED = (  # fields that change the prompt, or the answer in a way that a com
     "tools", "chat_template", "continue_final_message", "add_special_tokens", "echo", "truncate_prompt_tokens",
     "reasoning_effort", "media_io_kwargs", "mm_processor_kwargs", "prompt_logprobs", "return_prompt_text",
 )  # fmt: skip
-
-_NOT_SAVED = "lmcache.skip_save"  # else an LMCache beside it would take fused KV for exact
 
 
 class _NoTexts:
@@ -154,7 +152,7 @@ def _transfer(prompt: Prompt, given: Any) -> dict[str, Any]:
     if policy is not None and not isinstance(policy, str):
         raise PromptError("kv_transfer_params.chunkcache.policy is no text; pass one such as 'query'")
     params = request_params(prompt, policy, warm=bool(warm))["kv_transfer_params"]
-    return {_NOT_SAVED: True, **others, NAME: params[NAME]}
+    return {NOT_SAVED: True, **others, NAME: params[NAME]}
 
 
 def chat_answer(completion: Mapping[str, Any], likeliest: int = 0) -> dict[str, Any]:

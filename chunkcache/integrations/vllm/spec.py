@@ -18,6 +18,7 @@ from chunkcache.kv import Span, TokenIds
 from chunkcache.prompt import Prompt
 
 NAME = "chunkcache"
+NOT_SAVED = "lmcache.skip_save"  # else an LMCache that knows prompts by their tokens would take fused KV for exact
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def request_params(prompt: Prompt, policy: str | Policy | None = None, *, warm: 
         spec["policy"] = str(parse_policy(policy))
     if warm:
         spec["warm"] = True
-    return {"kv_transfer_params": {NAME: spec}}
+    return {"kv_transfer_params": {NOT_SAVED: True, NAME: spec}}
 
 
 def salt_of(spec: ChunkSpec, token_ids: Sequence[int], own: str | None, request: str) -> str:
