@@ -78,6 +78,7 @@ class Working:
         self._readers = None if isinstance(served.store, MemoryStore) else ThreadPoolExecutor(READERS, "chunkcache")
         self._reading: dict[str, Future[_Found]] = {}
         self._keeping = Breaker()
+        self._faults = 0
         self.counts: Counter[str] = Counter()
 
     # --- look up
@@ -204,7 +205,7 @@ class Working:
     # --- compute what is missing
 
     def compute(self, orders: Sequence[Missing]) -> None:
-        """Compute and store chunks, on all ranks alike; none for a while after the store did not take one."""
+        """Compute and store chunks, on all ranks alike; none for a while after the store was in trouble."""
         library = self._served.library
         for order in orders:
             if not self._agree([self._keeping.allows()])[0]:
@@ -233,11 +234,19 @@ class Working:
             raise LookupError("what a chunk is computed behind could not be stored")
         (kv,) = self._served.encoder.encode(context, [ref.token_ids])
         taken = library.put(ref, replace(kv, origin=replace(kv.origin, created=started)))
-        if not self._agree([taken])[0]:
+        if taken:
+            self._keeping.succeeded()
+        elif self._in_trouble():
             self._keeping.failed()
+        if not self._agree([taken])[0]:
             raise LookupError("the store did not take it")
-        self._keeping.succeeded()
         self.counts["computed"] += 1
+
+    def _in_trouble(self) -> bool:
+        """Return whether the store was in trouble since this was last asked; a chunk may only be too large for it."""
+        stats, before = self._served.store.stats(), self._faults
+        self._faults = stats.errors + stats.skipped
+        return self._faults > before
 
     def failed(self, what: str, error: Exception) -> None:
         """Count a failure, and log its kind once."""
