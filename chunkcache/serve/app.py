@@ -21,6 +21,7 @@ from chunkcache.serve.answers import Answers
 from chunkcache.serve.errors import HTTPError
 from chunkcache.serve.gates import Bounded, Guarded
 from chunkcache.serve.logs import log_request
+from chunkcache.serve.memory import trimming
 from chunkcache.serve.metrics import Metrics
 from chunkcache.serve.openai import Chat, Completion, Form, Shape, gathered
 from chunkcache.serve.precompute import TOKENS
@@ -111,7 +112,8 @@ def create_app(service: Service, options: ServeOptions | None = None) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        with trimming():
+            yield
         await run_in_threadpool(service.background.close)
         await run_in_threadpool(service.scheduler.close, options.drain_s)
 

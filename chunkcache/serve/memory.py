@@ -1,0 +1,42 @@
+"""Gives memory back to the system that the C library keeps of answers that are done.
+
+The KV of a sequence are made and freed by several threads, and glibc keeps what is freed in a heap for each of them:
+what a server holds would be the most that each thread ever needed, and grow for hours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PERIOD_S = 10.0
+
+
+def trim() -> bool:
+    """Give back what is free; return whether the C library can, as glibc does."""
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # TypeError on Windows, which has no library of that kind
+        return False
+    malloc_trim(ctypes.c_size_t(0))
+    return True
+
+
+@contextmanager
+def trimming(period_s: float = PERIOD_S) -> Iterator[None]:
+    """Trim every so many seconds beside the block, where that is possible."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(period_s) and trim():
+            pass
+
+    thread = threading.Thread(target=work, name="chunkcache-trim", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
