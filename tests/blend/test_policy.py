@@ -30,6 +30,9 @@ OPTIONS = {
     "stable": st.integers(1, 5),
     "lead": st.integers(0, 5000),
     "guard": st.none() | st.floats(1e-6, 10),
+    "layers": st.sampled_from([(), (0.5, 0.75), (0.0, 1.0)]),
+    "most": st.none() | st.floats(0, 1),
+    "least": st.none() | st.integers(0, 10**6),
     "probes": st.sampled_from(["top", "even"]),
     "fusionrag.lead": st.sampled_from(["neighbours", "none"]),
 }  # by an option's name, or by its policy's and its own
