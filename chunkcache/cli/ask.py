@@ -126,7 +126,6 @@ def check_model(options: CheckOptions) -> None:
     found = tuning.calibration
     unknown = "not measured; run chunkcache calibrate"
     query = tuning.resolve(Query())
-    assert isinstance(query, Query)
     facts = {
         "model": options.model_name,
         "class": type(model).__name__,
@@ -140,8 +139,8 @@ def check_model(options: CheckOptions) -> None:
         "default_store": default_store({weight.device for weight in model.parameters()}),
         "lead_in": unknown if found is None or found.lead is None else "measured",
         "look": unknown if found is None or found.look is None else "measured",
-        "query_recomputes_at_most": query.look.most,
-        "query_looks_from_tokens": query.look.least,
+        "query_recomputes_at_most": tuning.look.most,
+        "query_looks_from_tokens": tuning.look.least,
         **check.as_dict(),
     }
     if options.as_json:

@@ -16,6 +16,8 @@ from chunkcache.blend.guard import GuardModel
 from chunkcache.blend.query import Look
 from chunkcache.errors import CalibrationError, PolicyError
 
+GUARD_REPORT = ("guarded", "guard", "climbed")  # what a report says of a guard
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -47,10 +49,12 @@ class Calibration:
         alpha = earlier.alpha if self.alpha is None else self.alpha
         lead = earlier.lead if self.lead is None else self.lead
         look = self.look or earlier.look
-        guard = self.guard
+        told, guard = earlier.report, self.guard
         if guard is None and (lead, look) == (earlier.lead, earlier.look):
             guard = earlier.guard
-        report = {**earlier.report, **self.report}
+        elif guard is None:
+            told = {name: value for name, value in told.items() if name not in GUARD_REPORT}
+        report = {**told, **self.report}
         return replace(self, alpha=alpha, guard=guard, lead=lead, look=look, report=report)
 
     def save(self, path: Path | None = None) -> Path:

@@ -54,11 +54,9 @@ class Asked:
         """Answer over stored KV, those behind the lead-in or those without, and compare with full prefill."""
         exact = bool(self.prompt.prefix_tokens) + (not lead)  # the prefix, and what was computed right behind it
         plan = _filled(self.prompt, self.behind if lead else self.alone, exact)
-        started = time.perf_counter()
         prefill = SelectivePrefill(decoder, plan, policy)
-        log_probs = _along(prefill, self.answer)
-        kl = kl_div(log_probs, self.full, reduction="sum", log_target=True)
-        return Moved(float(kl), len(self.answer), prefill.cache.select_s, time.perf_counter() - started)
+        kl = kl_div(_along(prefill, self.answer), self.full, reduction="sum", log_target=True)
+        return Moved(float(kl), len(self.answer), prefill.cache.select_s)
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,11 @@ class Moved:
         kl: KL(full || policy) summed over the answer's tokens, in nats.
         tokens: of the answer.
         look_s: seconds that choosing what is recomputed took.
-        seconds: of everything.
     """
 
     kl: float
     tokens: int
     look_s: float
-    seconds: float
 
 
 def mean_kl(moved: Sequence[Moved]) -> float:
@@ -93,17 +89,21 @@ def packaged(
         prompts: builds its prompts.
         on_step: called with (sets of documents done, all).
     """
-    lead_in = prompts.lead_in[-LEAD:]
+    lead_in, encoder = prompts.lead_in[-LEAD:], Encoder(decoder)
+    before: list[ChunkKV] = []  # the prefix, if there is one, and the lead-in: those of every set
     asked: list[Asked] = []
-    for number, (chunks, questions) in enumerate(_sets()):
-        built = [(prompts.build(question, chunks), prompts.encode(answer)) for question, answer in questions]
+    for number, (texts, questions) in enumerate(_sets()):
+        built = [(prompts.build(question, texts), prompts.encode(answer)) for question, answer in questions]
         longest = max(len(prompt.token_ids) for prompt, _ in built)
         if not lead_in or longest + len(lead_in) > decoder.max_tokens:
             return []
+        spans = built[0][0].spans
         started = time.perf_counter()
         true = _true(decoder, built[0][0])
         full_s = time.perf_counter() - started
-        alone, behind = _stored(decoder, built[0][0], lead_in)
+        first, chunks = true[: len(true) - len(spans)], [span.chunk_ids for span in spans]
+        before = before or [*first, *encoder.encode(first, [lead_in])]
+        alone, behind = ([*first, *encoder.encode(context, chunks)] for context in (first, before))
         for prompt, answer in built:
             full = _along(SelectivePrefill(decoder, _filled(prompt, true, len(true)), Reuse()), answer)
             asked.append(Asked(prompt, answer, full, alone, behind, full_s))
@@ -146,15 +146,6 @@ def _true(decoder: Decoder, prompt: Prompt) -> list[ChunkKV]:
     full = SelectivePrefill(decoder, plan, Reuse(), keep=lambda span: True)
     full.run()
     return [full.computed[span.start] for span in plan.chunks]
-
-
-def _stored(decoder: Decoder, prompt: Prompt, lead_in: Sequence[int]) -> tuple[list[ChunkKV], list[ChunkKV]]:
-    """Return the KV of a prompt's prefix, if any, and chunks: behind the prefix alone, and behind the lead-in."""
-    encoder = Encoder(decoder)
-    first = list(encoder.encode(None, [prompt.prefix])) if prompt.prefix_tokens else []
-    chunks = [span.chunk_ids for span in prompt.spans]
-    (behind,) = encoder.encode(first or None, [tuple(lead_in)])
-    return [*first, *encoder.encode(first, chunks)], [*first, *encoder.encode([*first, behind], chunks)]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from chunkcache.blend.cacheblend import RATIO, CacheBlend
 from chunkcache.blend.cachecraft import CacheCraft
 from chunkcache.blend.guard import GuardedSelection
 from chunkcache.blend.loader import LEAST_DEPTH
-from chunkcache.blend.query import LEAD, Query
+from chunkcache.blend.query import LEAD, Look, Query
 from chunkcache.engine.calibration import Calibration, load_calibration
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import CalibrationError
@@ -50,6 +50,12 @@ class Tuning:
         """Tokens of lead-in that chunks of this model are best computed behind, as far as that is known."""
         measured = None if self.calibration is None else self.calibration.lead
         return LEAD if measured is None else measured
+
+    @property
+    def look(self) -> Look:
+        """How `query` best looks at a question with this model, as far as that is known."""
+        measured = None if self.calibration is None else self.calibration.look
+        return Look() if measured is None else measured
 
     def selection(self, policy: Policy) -> GuardedSelection | None:
         """Return what selects the rows of a prefill under `policy` if it is guarded and the model was calibrated."""

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from chunkcache.serve.beside import beside
+
 PERIOD_S = 10.0
 
 
@@ -27,16 +29,10 @@ def trim() -> bool:
 @contextmanager
 def trimming(period_s: float = PERIOD_S) -> Iterator[None]:
     """Trim every so many seconds beside the block, where that is possible."""
-    over = threading.Event()
 
-    def work() -> None:
+    def work(over: threading.Event) -> None:
         while not over.wait(period_s) and trim():
             pass
 
-    thread = threading.Thread(target=work, name="chunkcache-trim", daemon=True)
-    thread.start()
-    try:
+    with beside(work):
         yield
-    finally:
-        over.set()
-        thread.join()

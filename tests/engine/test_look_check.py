@@ -31,9 +31,9 @@ def test_every_choice_is_by_what_was_measured(monkeypatch):
 
 
 def test_the_usual_layers_are_left_only_for_surely_better_ones():
-    usual = [Moved(kl, 2, 0, 0) for kl in (1.0, 2.0, 3.0, 2.0)]
-    noise = [Moved(kl, 2, 0, 0) for kl in (0.1, 3.0, 1.0, 3.0)]
-    better = [Moved(kl - 0.5, 2, 0, 0) for kl in (1.0, 2.1, 3.0, 2.1)]
+    usual = [Moved(kl, 2, 0) for kl in (1.0, 2.0, 3.0, 2.0)]
+    noise = [Moved(kl, 2, 0) for kl in (0.1, 3.0, 1.0, 3.0)]
+    better = [Moved(kl - 0.5, 2, 0) for kl in (1.0, 2.1, 3.0, 2.1)]
     assert best_band([noise, usual, usual]) == 1
     assert best_band([noise, usual, better]) == 2
     assert best_band([better, usual, noise]) == 0
@@ -65,7 +65,10 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
 
 @pytest.mark.parametrize("lead", [None, 0])
 def test_a_guard_is_kept_only_with_the_settings_that_it_was_fitted_to(lead):
-    fitted = Calibration("f" * 64, guard=object(), lead=lead, look=Look())
+    told = {"prompts": 12, "guarded": "query", "guard": [], "climbed": []}
+    fitted = Calibration("f" * 64, guard=object(), report=told, lead=lead, look=Look())
+    assert Calibration("f" * 64, alpha=0.3).over(fitted).report == told
+    assert Calibration("f" * 64, lead=1024).over(fitted).report == {"prompts": 12}
     assert Calibration("f" * 64, alpha=0.3).over(fitted).guard is fitted.guard
     assert Calibration("f" * 64, look=Look()).over(fitted).guard is fitted.guard
     assert Calibration("f" * 64, look=Look(most=0.03)).over(fitted).guard is None

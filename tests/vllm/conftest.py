@@ -24,3 +24,11 @@ def folders(tmp_path_factory):
         return made[family, seed]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folders):
+    """What chunkcache answers by transformers with the tiny Llama, over what the tests of one file have stored."""
+    from support.vllm_engine import Reference
+
+    return Reference(folders("llama"))

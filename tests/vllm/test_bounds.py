@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 from support.vllm_engine import (
-    Reference,
     ask,
     counted,
     drain,
@@ -24,11 +23,6 @@ from chunkcache.integrations.vllm import scheduler as scheduling_module
 
 POLICY = "link:k=4"
 LARGE = 1200  # tokens of a chunk that the store is too small for
-
-
-@pytest.fixture(scope="module")
-def reference(folders):
-    return Reference(folders("llama"))
 
 
 @pytest.fixture(scope="module")

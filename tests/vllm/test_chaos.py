@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from helpers_redis import Valkey
-from support.vllm_engine import ask, drain, engine, made_prompt, sides
+from support.vllm_engine import ask, counted, drain, engine, made_prompt, sides
 
 from chunkcache.eval.vllm_answers import Kind
 from chunkcache.eval.vllm_chaos import Chaos
@@ -30,16 +30,12 @@ def test_while_the_store_takes_nothing_no_chunks_are_computed_for_it(folders):
         sides(llm)[1]._working._keeping.pause_s = 600.0
         ask(llm, (made_prompt(1, pool=1), "link:k=4"), warm=True)
         drain(llm)
-        before = counts(llm)
+        before = counted(llm)
         valkey.close()
         outputs = ask(llm, *((made_prompt(seed, pool=seed), "link:k=4") for seed in (2, 3, 4)), warm=True)
         drain(llm)
         assert [output.kv_transfer_params for output in outputs] == [None] * 3
-        after = counts(llm)
-    assert before["computed"] == after["computed"] == 5
-    assert after["failed"] - before["failed"] == 1
-
-
-def counts(llm):
-    start = "vllm:chunkcache_"
-    return {metric.name.removeprefix(start): metric.value for metric in llm.get_metrics() if start in metric.name}
+        after = counted(llm)
+    computed, failed = ("chunkcache_computed", None), ("chunkcache_failed", None)
+    assert before[computed] == after[computed] == 5
+    assert after[failed] - before[failed] == 1

@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.vllm_engine import Reference, ask, drain, engine, figures, ids_of, made_prompt, sides
+from support.vllm_engine import ask, counted, drain, engine, figures, ids_of, made_prompt, sides
 
 from chunkcache.errors import SelfCheckError
 
 POLICY = "link:k=4"
-
-
-@pytest.fixture(scope="module")
-def reference(folders):
-    return Reference(folders("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +160,8 @@ def test_the_self_check_refuses_what_is_not_right(sabotaged, llm, monkeypatch):
 
 
 def test_counters_are_among_the_engines_metrics(llm):
-    def counts():
-        return {metric.name: metric.value for metric in llm.get_metrics() if "chunkcache" in metric.name}
-
-    prompt, before = made_prompt(13, pool=13), counts()
+    prompt, before = made_prompt(13, pool=13), counted(llm)
     ask(llm, (prompt, POLICY), warm=True)
-    after = {name: value - before[name] for name, value in counts().items()}
-    assert after["vllm:chunkcache_fused"] == 1
-    assert after["vllm:chunkcache_hits"] == after["vllm:chunkcache_misses"] == 4
-    assert after["vllm:chunkcache_computed"] == 5  # the prefix, too
-    assert after["vllm:chunkcache_failed"] == 0
+    after = counted(llm)
+    names = [(f"chunkcache_{name}", None) for name in ("fused", "hits", "misses", "computed", "failed")]
+    assert [after[name] - before[name] for name in names] == [1, 4, 4, 5, 0]  # computed is the prefix, too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.vllm_engine import NEW, Reference, ask, engine, figures, ids_of, made_prompt
+from support.vllm_engine import NEW, Reference, ask, counted, engine, figures, ids_of, made_prompt
 
 from chunkcache.blend.guard import GuardModel
 from chunkcache.engine.calibration import Calibration
@@ -58,13 +58,13 @@ def test_passes_and_answers_are_those_of_chunkcache(llm, calibrated):
 def test_a_prompt_that_no_pass_is_accepted_for_is_the_engines(llm, calibrated):
     prompt = PROMPTS[0]
     ask(llm, (prompt, policy(BOUNDS[0])), warm=True)
-    before = {metric.name: metric.value for metric in llm.get_metrics() if "chunkcache" in metric.name}
+    before = counted(llm)
     (output,) = ask(llm, (prompt, policy(BOUNDS[0])))
-    after = {metric.name: metric.value for metric in llm.get_metrics() if "chunkcache" in metric.name}
+    after = counted(llm)
     assert ids_of(output) == calibrated[0].answer(prompt, "full")
     assert (output.num_cached_tokens, figures(output)["placed"]) == (0, 0)
-    grown = {name.removeprefix("vllm:chunkcache_"): value - before[name] for name, value in after.items()}
-    assert (grown["unaccepted"], grown["failed"], grown["fused"]) == (1, 0, 0)
+    names = [(f"chunkcache_{name}", None) for name in ("unaccepted", "failed", "fused")]
+    assert [after[name] - before[name] for name in names] == [1, 0, 0]
 
 
 def test_a_policy_that_is_not_guarded_is_as_ever(llm, calibrated):

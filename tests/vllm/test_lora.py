@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from support.vllm_engine import Reference, ask, drain, engine, figures, ids_of, made_prompt
+from support.vllm_engine import Reference, ask, counted, drain, engine, figures, ids_of, made_prompt
 
 POLICY = "link:k=4"
+REFUSED = "chunkcache_refused", None
 RANK, TARGETS = 4, ("q_proj", "v_proj")
 
 
@@ -49,19 +50,18 @@ def test_a_request_with_an_adapter_is_left_to_the_engine_and_counted(llm, adapte
 
     prompt, lora = made_prompt(1, pool=1), LoRARequest("a", 1, adapter[0])
     ask(llm, (prompt, POLICY), warm=True)
-    before = refused(llm)
+    before = counted(llm)[REFUSED]
     (output,) = ask(llm, (prompt, POLICY), lora=[lora])
     assert figures(output) is None
-    assert refused(llm) == before + 1
+    assert counted(llm)[REFUSED] == before + 1
     assert ids_of(output) == Reference(adapter[1]).answer(prompt, "full") != ids_of(ask(llm, (prompt, False))[0])
 
 
-def test_chunks_and_fusions_have_nothing_of_an_adapter_that_runs_beside_them(llm, folders, adapter):
+def test_chunks_and_fusions_have_nothing_of_an_adapter_that_runs_beside_them(llm, reference, adapter):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     other, lora = made_prompt(2, pool=2), LoRARequest("a", 1, adapter[0])
-    reference = Reference(folders("llama"))
     running = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
     llm.enqueue([{"prompt_token_ids": list(other.token_ids)}], running, lora_request=[lora], use_tqdm=False)
     for _ in range(3):
@@ -74,7 +74,3 @@ def test_chunks_and_fusions_have_nothing_of_an_adapter_that_runs_beside_them(llm
     wanted = [reference.answer(prompt, POLICY) for prompt in prompts]
     assert [ids_of(output) for output in outputs[:3]] == wanted
     assert ids_of(outputs[3]) == Reference(adapter[1]).answer(other, "full")
-
-
-def refused(llm):
-    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:chunkcache_refused")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from support.vllm_engine import (
     POLICIES,
-    Reference,
     ask,
     drain,
     engine,
@@ -27,11 +26,6 @@ def llm(folders):
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for what the tests run in the workers
         with engine(folders("llama"), tensor_parallel_size=2) as llm:
             yield llm
-
-
-@pytest.fixture(scope="module")
-def reference(folders):
-    return Reference(folders("llama"))
 
 
 def test_two_ranks_answer_as_chunkcache_does(llm, reference):

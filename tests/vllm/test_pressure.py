@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import torch
-from support.vllm_engine import NEW, Reference, ask, drain, engine, ids_of, made_prompt
+from support.vllm_engine import NEW, Reference, ask, counted, drain, engine, ids_of, made_prompt
 
 from chunkcache.engine.calibration import Calibration
 
@@ -13,23 +13,21 @@ POLICY = "link:k=4"
 ALONE = {"share": False}  # without asking transformers, which takes half of the time
 
 
-def test_small_steps_and_too_few_blocks(folders):
+def test_small_steps_and_too_few_blocks(folders, reference):
     prompts = [made_prompt(seed, pool=1) for seed in range(3)]
-    reference = Reference(folders("llama"))
     wanted = [reference.answer(prompt, POLICY, 80) for prompt in prompts]
     with engine(
         folders("llama"), max_num_batched_tokens=256, enable_chunked_prefill=True, num_gpu_blocks_override=20
     ) as llm:
         ask(llm, (prompts[0], POLICY), warm=True)
         outputs = ask(llm, *((prompt, POLICY) for prompt in prompts), new=80)
-        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    assert counts["vllm:num_preemptions"] > 0
+        counts = counted(llm)
+    assert counts["num_preemptions", None] > 0
     assert [ids_of(output) for output in outputs] == wanted
 
 
-def test_a_store_on_disk_that_is_damaged_and_removed(folders, tmp_path):
+def test_a_store_on_disk_that_is_damaged_and_removed(folders, reference, tmp_path):
     prompts = [made_prompt(seed, pool=2) for seed in range(4)]
-    reference = Reference(folders("llama"))
     wanted = [reference.answer(prompt, POLICY) for prompt in prompts]
     full = [reference.answer(prompt, "full") for prompt in prompts]
     with engine(folders("llama"), f"disk://{tmp_path}/kv", extra=ALONE) as llm:
@@ -104,12 +102,12 @@ def test_what_cannot_be_served_is_served_without_reuse(folders, caplog):
         assert ids_of(output) == Reference(folders("mistral-sliding")).answer(prompt, "full")
 
 
-def test_a_guard_without_a_calibration_is_served_without_reuse(folders):
+def test_a_guard_without_a_calibration_is_served_without_reuse(folders, reference):
     prompt = made_prompt(1, pool=7)
     with engine(folders("llama")) as llm:
         (output,) = ask(llm, (prompt, "query:ratio=0.1,lead=64,guard=1"), warm=True)
         assert output.kv_transfer_params is None
-        assert ids_of(output) == Reference(folders("llama")).answer(prompt, "full")
+        assert ids_of(output) == reference.answer(prompt, "full")
 
 
 def test_another_models_calibration_is_told_at_the_start(folders, tmp_path, caplog):

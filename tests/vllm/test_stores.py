@@ -7,7 +7,6 @@ import time
 
 import pytest
 from support.vllm_engine import (
-    Reference,
     ask,
     counted,
     drain,
@@ -24,11 +23,6 @@ from chunkcache.kv import hashed_label
 
 POLICY = "link:k=4"
 NEAR = "query:ratio=0.1,lead=64"  # a policy that takes chunks as computed behind their neighbours
-
-
-@pytest.fixture(scope="module")
-def reference(folders):
-    return Reference(folders("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from chunkcache.errors import PromptError
-from chunkcache.integrations.vllm.spec import NAME, NOT_SAVED, request_params
+from chunkcache.integrations.vllm.spec import NAME, request_params
 from chunkcache.prompt import Prompt, PromptBuilder, PromptChunk
 from chunkcache.prompt.known_texts import FoundText
 from chunkcache.prompt.messages import MessageBuilder
@@ -151,8 +151,8 @@ def _transfer(prompt: Prompt, given: Any) -> dict[str, Any]:
     policy, warm = wanted.get("policy"), wanted.get("warm")
     if policy is not None and not isinstance(policy, str):
         raise PromptError("kv_transfer_params.chunkcache.policy is no text; pass one such as 'query'")
-    params = request_params(prompt, policy, warm=bool(warm))["kv_transfer_params"]
-    return {NOT_SAVED: True, **others, NAME: params[NAME]}
+    others.pop(NAME, None)
+    return {**request_params(prompt, policy, warm=bool(warm))["kv_transfer_params"], **others}
 
 
 def chat_answer(completion: Mapping[str, Any], likeliest: int = 0) -> dict[str, Any]:
