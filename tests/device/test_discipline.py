@@ -25,6 +25,7 @@ EVERY_POLICY = {  # each with one of the stores, each store with several
     "fusionrag": "memory://?codec=int8",
     "query:ratio=0.05": "device://",
     "query:ratio=0.05,k=2": "tiered:device://|memory://",
+    "query:later=0.3": "device://",
 }
 FAMILIES = {  # what is peculiar about them: sliding windows, two RoPEs, sinks, layers without RoPE, experts, ...
     ("gemma3", "sdpa"): "query:ratio=0.05",
@@ -32,7 +33,7 @@ FAMILIES = {  # what is peculiar about them: sliding windows, two RoPEs, sinks, 
     ("gpt-oss", "eager"): "cacheblend:ratio=0.15",
     ("smollm3", "sdpa"): "query:ratio=0.05",
     ("gpt-neox", "sdpa"): "cacheblend:ratio=0.15",
-    ("cohere2", "eager"): "query:ratio=0.05",
+    ("cohere2", "eager"): "query:ratio=0.05,later=0.3",
     ("mistral-sliding", "sdpa"): "link:k=8",
     ("llama-yarn", "sdpa"): "link:k=8",
     ("llama-dynamic-ntk", "eager"): "query:ratio=0.05",

@@ -12,8 +12,8 @@ from support.llm import QUESTION, TEXTS, chat_tokenizer
 import chunkcache
 
 POLICIES = ["full", "prefix", "reuse", "link:k=8", "cacheblend:ratio=0.3", "cacheblend:ratio=0.2,gradual=0.3,0.1",
-            "cachecraft", "cachecraft:focus=1", "query:ratio=0.1", "fusionrag", "prophetkv", "kvshift",
-            "exact"]  # fmt: skip
+            "cachecraft", "cachecraft:focus=1", "query:ratio=0.1", "query:later=0.3", "fusionrag", "prophetkv",
+            "kvshift", "exact"]  # fmt: skip
 LAYERS = 6
 
 
