@@ -8,8 +8,8 @@ Afterwards it is an ordinary `DynamicCache` that grows token by token, into room
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,8 @@ from chunkcache.kv.transfer import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from chunkcache.blend.later import Later
 
 
 def layer_kv(cache: Cache, index: int) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,7 @@ class FusedCache(DynamicCache):
         look_rows: rows of the question at most that a policy looks at.
         seen: what each token got from the question, `[scout layers, tokens]`; None where no policy looked.
         shown: positions `[n]`, sorted, whose keys and values `update` returns while scouting; None for all.
+        later: what is recomputed before anything is decoded on from the first token; None for nothing.
     """
 
     def __init__(
@@ -97,13 +100,14 @@ class FusedCache(DynamicCache):
         self.scouted = 0
         self._rotaries = rotaries
         self.go_on_with(torch.empty(0, dtype=torch.int64))
-        self._probing = False
+        self._probing = self._overwriting = False
         self.scouting = False
         self.look_rows = LOOK_ROWS
         self.carried: Carried | None = None
         self.input_ids: Tensor | None = None
         self.seen: Tensor | None = None
         self.shown: Tensor | None = None
+        self.later: Later | None = None
         self._shift = shift
         self._shifting: Shifting | None = None
         self._assembled: dict[int, Tensor] = {}
@@ -158,7 +162,10 @@ class FusedCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take the fresh KV `[1, kv_heads, rows, head_dim]` of `rows`; return those of the whole prompt."""
+        if self._overwriting:
+            return self._overwritten(key_states, value_states, layer_idx)
         if self.prefilled:
+            self.catch_up()
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return keys, values
         if self._probing:
@@ -179,6 +186,28 @@ class FusedCache(DynamicCache):
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = len(self.plan)
         return layer.keys, layer.values
+
+    def catch_up(self) -> None:
+        """Recompute what was left for later, if that has not been done; `update` does so by itself."""
+        if self.later is not None and self.later.rows is None:
+            self.later.run(self)
+
+    @contextmanager
+    def overwriting(self, rows: Tensor) -> Iterator[None]:
+        """In the block, let the model compute `rows` (sorted, on the CPU) anew, in place of the KV that are here."""
+        self.go_on_with(rows)
+        self._overwriting = True
+        try:
+            yield
+        finally:
+            self._overwriting = False
+
+    def _overwritten(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        keys, values = layer_kv(self, layer_idx)
+        rows = self.rows_on(keys.device)
+        keys.index_copy_(2, rows, key)
+        values.index_copy_(2, rows, value)
+        return keys, values
 
     def assemble(self, layer_idx: int, like: Tensor) -> Tensor:
         """Return `[2, kv_heads, tokens, head_dim]` of layer `layer_idx`, stored KV in place, the rest undefined.
@@ -281,6 +310,11 @@ class FusedCache(DynamicCache):
     def select_s(self) -> float:
         """Seconds spent choosing what is recomputed."""
         return self.clock.seconds("select")
+
+    @property
+    def later_s(self) -> float:
+        """Seconds that what was left for later took."""
+        return self.clock.seconds("later")
 
     @property
     def load_s(self) -> float:

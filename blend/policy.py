@@ -89,6 +89,14 @@ class Policy(ABC):
         """Return how rows that are not recomputed are corrected by those that are (`blend.shift`); None for not."""
         return None
 
+    def afterwards(self) -> float:
+        """Return the share of the chunk tokens that is recomputed once the first token is out (`blend.later`)."""
+        return 0.0
+
+    def at_once(self) -> Policy:
+        """Return this policy without what it leaves for later, for where that cannot be had."""
+        return self
+
     def guarded(self) -> float | None:
         """Return the bound of the fidelity guard, KL of the first token in nats; None without a guard."""
         return None

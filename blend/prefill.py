@@ -25,6 +25,7 @@ from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.carried import LAST, CarriedRows
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.filtering import RowFilter
+from chunkcache.blend.later import Later
 from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
@@ -86,6 +87,7 @@ class SelectivePrefill:
             raise PolicyError(
                 f"policy {policy} filters at layer {deepest}, but the model has {count} layers, 0 to {count - 1}"
             )
+        self._base = decoder
         self._decoder = decoder.shadow()
         self._policy = policy
         self._select: Any = select or select_rows
@@ -186,6 +188,9 @@ class SelectivePrefill:
             return {"input_ids": input_ids, "attention_mask": None}
         rows = self._select(decoder, plan, self._prompt_tokens, self.cache, policy)
         self.cache.go_on_with(rows)
+        if policy.afterwards() > 0 and len(plan.inexact) > 0:
+            self.cache.later = Later(self._base, plan, policy, self._trim and not self._drop_last)
+            self._handles += self.cache.later.watch(decoder, self.cache)
         recording = False
         if self._record:
             from chunkcache.blend.record import Recorder
@@ -246,8 +251,9 @@ class SelectivePrefill:
             kept = [span for span in cache.plan.chunks if self._keep(span)]
             self.computed = {span.start: cache.copy_of(span, contexts.get(span.start)) for span in kept}
         if self._drop_last:
+            cache.catch_up()
             cache.drop_last()
-        if self._trim:
+        if self._trim and (cache.later is None or self._drop_last):  # which needs what lies before a window, too
             cache.trim()
         cache.plan = Plan(cache.plan.token_ids)  # lets go of the stored KV
 

@@ -82,6 +82,7 @@ class Query(Policy):
             are what `chunkcache calibrate` found, and without a calibration those of `Look`.
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
+        later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
         PolicyError: an option is out of range.
@@ -96,9 +97,11 @@ class Query(Policy):
     layers: Schedule = ()
     most: float | None = None
     least: int | None = None
+    later: float | None = None
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
+        check_share("later", self.later or 0.0)
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
         if self.lead is not None and self.lead < 0:
@@ -124,6 +127,14 @@ class Query(Policy):
         """Return this policy with the options that it leaves open as they were found."""
         look = self.looking(found)
         return replace(self, layers=(look.first, look.last), most=look.most, least=look.least)
+
+    def afterwards(self) -> float:
+        """Return `later`, 0 where it is not given."""
+        return self.later or 0.0
+
+    def at_once(self) -> Query:
+        """Return it without `later`."""
+        return replace(self, later=None)
 
     def guarded(self) -> float | None:
         """Return `guard`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkcache.blend import Policy, parse_policy
 from chunkcache.blend.triton import check_kernels
+from chunkcache.defaults import DEFAULT_POLICY
 from chunkcache.deprecated import RenamedMethods, renamed_options
 from chunkcache.engine.attach import Attachment, AttachMethods
 from chunkcache.engine.chunks import ChunkMethods
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from chunkcache.engine.batch import Batch
     from chunkcache.engine.calibration import Calibration
     from chunkcache.engine.conversation import Conversation
-
-DEFAULT_POLICY = "query"
 
 
 class CachedLLM(ServedMethods, AttachMethods, ChunkMethods, RenamedMethods):

@@ -58,6 +58,7 @@ class Row:
         hits: chunks found in the store.
         misses: chunks that were not.
         fallbacks: 1 if the model prefilled the whole prompt itself instead.
+        later_s: what was recomputed once the first token was out; None where no answer was decoded on from it.
         peak_ratio: peak memory of the request over the size of the prompt's own KV; None where it is unknown.
         kl_first: KL(full || policy) of the first token; this and what follows None unless answers were asked for.
         kl_mean: its mean along full prefill's greedy answer; None for a peer, like agreement.
@@ -83,6 +84,7 @@ class Row:
     hits: int | None = None
     misses: int | None = None
     fallbacks: int | None = None
+    later_s: float | None = None
     peak_ratio: float | None = None
     kl_first: float | None = None
     kl_mean: float | None = None

@@ -150,7 +150,9 @@ class PolicyContender:
         start = shot.outcome
         again = partial(self.llm.prefill, case.question, case.chunks, policy=self.policy)
         known = reference.log_probs if self.name == FULL else forced_answer(self.llm, start, reference.ids)
-        return _judged(self.llm, case, start, known, reference, again, self._answer_tokens)
+        start.stats.take_later(start.past_key_values)
+        judged = _judged(self.llm, case, start, known, reference, again, self._answer_tokens)
+        return {**judged, "later_s": start.stats.later_s}
 
 
 class PlainContender:

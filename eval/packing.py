@@ -12,12 +12,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import chunkcache
 from chunkcache.blend import Decoder, layer_kv, parse_policy
+from chunkcache.defaults import DEFAULT_POLICY
 from chunkcache.eval.measure import OnStep, seconds_of, table
 from chunkcache.eval.results import Results, Row
 from chunkcache.kv import ChunkKV, TokenIds
 from chunkcache.kv.quantised import dense
 from chunkcache.library.encoder import Encoder
-from chunkcache.llm import DEFAULT_POLICY
 from chunkcache.retriever import Document, split
 
 BENCH = "packing"

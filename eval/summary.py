@@ -103,6 +103,7 @@ def _policy(rows: Sequence[Row], full: dict[int, list[Row]]) -> dict[str, Any]:
         "ttft_ratio_p90": _p90(ratios),
         "stages": _stages(rows),
         "recomputed_share": _mean(rows, "recomputed_share"),
+        "later_s": _median(rows, "later_s"),
         "peak_ratio": _median(rows, "peak_ratio"),
         "fallbacks": sum(row["fallbacks"] or 0 for row in rows),
     }
@@ -204,5 +205,5 @@ def _mean(rows: Sequence[Row], name: str) -> float | None:
 
 
 def _median(rows: Sequence[Row], name: str) -> float | None:
-    known = [row[name] for row in rows if row[name] is not None]
+    known = [row[name] for row in rows if row.get(name) is not None]
     return statistics.median(known) if known else None

@@ -140,12 +140,12 @@ class Judge:
         fused: what is right for each pattern.
 
     Attributes:
-        counts: of answers.
+        counts: of answers; `unjudged` are those that nobody knows what is right for.
     """
 
     def __init__(self, plain: Sequence[TokenIds], fused: dict[tuple[int, int, int], set[TokenIds]]) -> None:
         self._plain, self._fused = plain, fused
-        names = ("wrong", "fused", "fused_in_part", "left_to_the_engine")
+        names = ("wrong", "unjudged", "fused", "fused_in_part", "left_to_the_engine")
         self.counts = dict.fromkeys(names, 0)
         self._full = {kind: hits for kind, hits, _ in fused}
 
@@ -155,9 +155,12 @@ class Judge:
             self._count("left_to_the_engine", answer, answer.token_ids == self._plain[answer.kind])
             return
         kind, hits, _ = answer.pattern
-        whole = hits == self._full[kind]
-        right = answer.token_ids in self._fused.get(answer.pattern, ())
-        self._count("fused" if whole else "fused_in_part", answer, right)
+        known = self._fused.get(answer.pattern)
+        if not known:
+            self.counts["unjudged"] += 1
+            print(f"not to be had over a store that is well: {answer.pattern}, {answer.figures}")
+            return
+        self._count("fused" if hits == self._full[kind] else "fused_in_part", answer, answer.token_ids in known)
 
     def _count(self, name: str, answer: Answer, right: bool) -> None:
         self.counts[name if right else "wrong"] += 1

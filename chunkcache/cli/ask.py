@@ -25,6 +25,7 @@ from chunkcache.cli.options import (
     count,
     option,
 )
+from chunkcache.defaults import DEFAULT_POLICY
 from chunkcache.errors import InputError
 
 MODES = click.Choice(["hybrid", "dense", "keyword"])
@@ -42,7 +43,7 @@ class AskOptions:
     top_k: Annotated[int, count("Chunks per prompt.")] = 4
     chunk_tokens: ChunkTokens = 256
     mode: Annotated[str, option("--search", type=MODES, help="How chunks are searched for.")] = "hybrid"
-    policy: PolicyName = "query"
+    policy: PolicyName = DEFAULT_POLICY
     store: Annotated[str, option(envvar=STORE_VARIABLE, show_envvar=True, help="URL of the chunk KV store.")] = (
         "memory://?max_bytes=2GiB"
     )

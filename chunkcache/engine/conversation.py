@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from chunkcache.blend import Policy, layer_kv
+from chunkcache.blend import FusedCache, Policy, layer_kv
 from chunkcache.engine.engine import Engine, PrefillOutput, PreparedRequest
 from chunkcache.engine.generation import Generation, end_ids, needs_finished_cache, take_policy
 from chunkcache.engine.streaming import TextStream
@@ -140,6 +140,8 @@ class Conversation:
         """Answer, and go on from here: keep what was said and its KV. The last token of an answer has none yet."""
         before = self._engine.served.current()
         generation, cache = self._engine.answer(request)
+        if isinstance(cache, FusedCache):
+            cache.catch_up()  # an answer of one token has not asked for it
         prompts = self._messages.prompts
         spoken = prompts.without_end(generation.token_ids, end_ids(self._engine.model, request.options))
         text = prompts.text_of(spoken)

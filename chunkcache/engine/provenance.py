@@ -85,6 +85,7 @@ class PromptReport:
         if prefill.guarded is not None:  # its passes are whole forwards
             self._rows += [(selected, self._layers) for selected in prefill.guarded.selected]
         self._seen = cache.seen if watched else None
+        self._later = cache.later
 
     @cached_property
     def prefix(self) -> ChunkReport | None:
@@ -135,7 +136,8 @@ class PromptReport:
     def _computed(self) -> Tensor:
         """In how many layers each token `[tokens]` was computed."""
         counts = torch.zeros(self.tokens, dtype=torch.int64)
-        for rows, layers in self._rows:
+        later = None if self._later is None else self._later.rows
+        for rows, layers in (*self._rows, *([] if later is None else [(later, self._layers)])):
             counts[_within(rows, self.tokens)] += layers
         fresh = torch.ones(self.tokens, dtype=torch.bool)
         for part in self._parts:

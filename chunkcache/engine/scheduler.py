@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from chunkcache.blend import FusedCache
 from chunkcache.blend.ragged import RaggedDecoder
 from chunkcache.engine.engine import Engine, PreparedRequest
 from chunkcache.engine.fair import FairQueue, has_room
@@ -175,6 +176,7 @@ class Scheduler:
                         continue
                     self._start(ticket)
                     if not self._ended(ticket):
+                        self._catch_up(ticket)
                         with self._changed:
                             self._running.append(ticket)
             finally:
@@ -212,6 +214,14 @@ class Scheduler:
         sampled = ticket.sampler.choose(output.logits)
         output.stats.ttft_s = time.perf_counter() - ticket.request.started
         self._take(ticket, sampled)
+
+    def _catch_up(self, ticket: Ticket) -> None:
+        """Recompute what the policy left for later, while the first token is on its way and others decode."""
+        if not isinstance(ticket.cache, FusedCache) or ticket.stats is None:
+            return
+        with self._engine.served.held(ticket.request.adapter):
+            ticket.cache.catch_up()
+        ticket.stats.take_later(ticket.cache)
 
     # --- decoding
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from chunkcache.blend import Plan, SelectivePrefill
+from chunkcache.blend import FusedCache, Plan, SelectivePrefill
 from chunkcache.engine.provenance import PromptReport
 from chunkcache.library.registry import warn_once
 
@@ -45,6 +45,8 @@ class RequestStats:
         select_s: choosing what is recomputed, with the passes that look for it.
         recompute_s: the decoder layers, on the rows that are computed; under a guard, with the passes it tries.
         head_s: from the last layer to the logits.
+        later_s: what was left for later, once the first token was out (`query:later=`).
+        later_rows: tokens that it recomputed, the question's among them.
         ttft_s: from the call to the first token (`generate`) or to the logits (`prefill`).
         report: what was done with each chunk and token; None where no selective prefill of just this prompt ran.
         leads: what chunks were computed behind, by their position, as far as it is known; see `ChunkReport`.
@@ -76,6 +78,8 @@ class RequestStats:
     select_s: float = 0.0
     recompute_s: float = 0.0
     head_s: float = 0.0
+    later_s: float = 0.0
+    later_rows: int = 0
     ttft_s: float = 0.0
     report: PromptReport | None = field(default=None, repr=False, compare=False)
     leads: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
@@ -130,6 +134,11 @@ class RequestStats:
         else:
             self.fallbacks = 1
             warn_once("the model put the fused cache aside and prefilled the whole prompt itself")
+
+    def take_later(self, cache: Any) -> None:
+        """Take over what was recomputed over the cache of this request once its first token was out."""
+        if isinstance(cache, FusedCache) and cache.later is not None and cache.later.rows is not None:
+            self.later_s, self.later_rows = cache.later_s, len(cache.later.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers as a plain dict for JSON."""

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from chunkcache.blend import Policy
+from chunkcache.defaults import DEFAULT_POLICY
 from chunkcache.engine.calibration import Calibration
 from chunkcache.engine.generation import Generation
 from chunkcache.errors import PromptError
-from chunkcache.llm import DEFAULT_POLICY, wrap
+from chunkcache.llm import wrap
 from chunkcache.prompt.builder import INSTRUCTION
 from chunkcache.store import Store
 

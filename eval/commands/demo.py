@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err, progress
 from chunkcache.cli.inputs import answer, indexed
+from chunkcache.defaults import DEFAULT_POLICY
 from chunkcache.eval.commands.inputs import EXAMPLES, draw_questions
 from chunkcache.eval.commands.options import AsJson, ModelOptions, command, count, option
 from chunkcache.eval.commands.requests import COMPARED
@@ -29,7 +30,7 @@ class DemoOptions:
     model: ModelOptions
     top_k: Annotated[int, count("Chunks per prompt.")] = 4
     chunk_tokens: Annotated[int, count("Length of a chunk at most.", least=32)] = 256
-    policy: Annotated[str, option(help="The policy that answers.")] = "query"
+    policy: Annotated[str, option(help="The policy that answers.")] = DEFAULT_POLICY
     as_json: AsJson = False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from chunkcache.errors import ResultsError
 from chunkcache.eval.report.markdown import md_code, md_table
 from chunkcache.eval.report.parts import Cell, Table, number
-from chunkcache.eval.report.requests import by_policy, growth_table, name_of, token_range
+from chunkcache.eval.report.requests import any_later, by_policy, growth_table, name_of, token_range
 from chunkcache.eval.report.sections import machine_line
 
 BEGIN = "<!-- results:begin -->"
@@ -61,6 +61,7 @@ def _heading(section: dict[str, Any]) -> str:
 
 
 def _table(section: dict[str, Any]) -> Table:
+    later = any_later(section["summary"])
     rows = [
         [
             Cell(name_of(policy)),
@@ -68,6 +69,7 @@ def _table(section: dict[str, Any]) -> Table:
             number(each["ttft_ratio"]),
             number(each["ttft_p90"]),
             number(each["recomputed_share"], 1, percent=True),
+            *([number(each.get("later_s"))] if later else []),
             *(number(each[name] and each[name][0], 4) for name in ("kl_first", "kl_mean")),
             number(each["agreement"] and each["agreement"][0], 1, percent=True),
             *(number(each[name] and each[name][0]) for name in ("f1", "em")),
@@ -75,4 +77,5 @@ def _table(section: dict[str, Any]) -> Table:
         for policy, each in by_policy(section["summary"]).items()
     ]
     columns = ["policy", "TTFT, s", "of full (95 % interval)", "p90, s", "recomputed"]
+    columns += ["then, s"] if later else []
     return Table("", [*columns, "KL first", "KL mean", "agreement", "F1", "EM"], rows)

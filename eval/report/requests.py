@@ -53,6 +53,11 @@ def by_policy(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(sorted(summary["policies"].items(), key=lambda item: item[0].startswith(PEER)))
 
 
+def any_later(summary: dict[str, Any]) -> bool:
+    """Return whether a policy recomputes something once the first token is out."""
+    return any(each.get("later_s") for each in summary["policies"].values())
+
+
 def name_of(policy: str) -> str:
     """Return how a policy is called in a report."""
     return f"{policy.removeprefix(PEER)} (peer)" if policy.startswith(PEER) else policy
@@ -108,6 +113,7 @@ def prompts_table(title: str, sections: Sequence[Section]) -> Table:
 
 def _speed(section: Section) -> Table:
     summary = section["summary"]
+    later = any_later(summary)
     rows = [
         [
             Cell(name_of(policy)),
@@ -116,6 +122,7 @@ def _speed(section: Section) -> Table:
             number(each["ttft_ratio"]),
             number(each["ttft_p90"]),
             number(each["recomputed_share"], 1, percent=True),
+            *([number(each["later_s"])] if later else []),
             number(each["peak_ratio"], 2),
         ]
         for policy, each in by_policy(summary).items()
@@ -126,8 +133,10 @@ def _speed(section: Section) -> Table:
         "layers. Memory: what the request adds to the process over the size of the prompt's own KV. A peer's clock "
         "starts with the token ids in hand."
     )
-    columns = ["policy", "prompts", "TTFT, s", "of full", "p90, s", "recomputed", "memory / KV"]
-    return Table("Time to first token", columns, rows, note)
+    if later:
+        note += " Then: what is recomputed once the first token is out, before the second; median."
+    columns = ["policy", "prompts", "TTFT, s", "of full", "p90, s", "recomputed", *(["then, s"] if later else [])]
+    return Table("Time to first token", [*columns, "memory / KV"], rows, note)
 
 
 def _fidelity(summary: dict[str, Any]) -> Table:

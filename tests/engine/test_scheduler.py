@@ -51,7 +51,7 @@ def scheduler(llm):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-sliding", "smollm3"])
-@pytest.mark.parametrize("policy", ["full", "query:ratio=0.1", "link:k=2"])
+@pytest.mark.parametrize("policy", ["full", "query:ratio=0.1", "link:k=2", "query:ratio=0,later=0.4"])
 def test_all_get_the_answers_that_they_get_alone(name, policy):
     llm = wrapped(tiny_model(name), policy=policy)
     llm.precompute(TEXTS)

@@ -46,6 +46,13 @@ def test_one_missing_chunk_is_computed_with_the_prompt(llm):
     assert figures(ask(llm, (longer, POLICY))[0])["hits"] == 5
 
 
+def test_what_a_policy_leaves_for_later_is_left_out(llm, reference):
+    prompt = made_prompt(8, pool=8)
+    (output,) = ask(llm, (prompt, "query:ratio=0.1,later=0.3"), warm=True)
+    assert ids_of(output) == reference.answer(prompt, "query:ratio=0.1")
+    assert "later" not in figures(output)["policy"]
+
+
 def test_requests_together_with_and_without_chunks(llm, reference):
     prompts = [made_prompt(seed, pool=4) for seed in range(5)]
     ask(llm, (prompts[0], POLICY), warm=True)

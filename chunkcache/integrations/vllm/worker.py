@@ -140,6 +140,9 @@ class Working:
         served = self._served
         policy = served.tuning.resolve(parse_policy(lookup.spec.policy or served.options.policy))
         prompt = lookup.spec.prompt(lookup.token_ids)
+        if policy.afterwards():
+            warn_once("policy %s: nothing is recomputed later inside vLLM; that option is left out", policy)
+            policy = policy.at_once()
         if (reason := refusal(policy, len(served.paged.heads), served.ranks)) is not None:
             warn_once("policy %s is not served inside vLLM, since %s: requests are not reused", policy, reason)
             return _Found(Plan(prompt.token_ids), policy, Report())
