@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from chunkcache.kv import device as devices
+from chunkcache.kv.heap import trim
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -29,7 +28,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             self._before = devices.reset_peak(self._device)
         elif _CLEAR_REFS.exists():
-            _give_freed_memory_back()
+            trim()  # what is kept for reuse would hide a part of what the block allocates
             _CLEAR_REFS.write_text("5")  # resets the high-water mark to what is resident now
             self._before = _resident("VmRSS")
         return self
@@ -41,13 +40,6 @@ class PeakMemory:
             self.nbytes = devices.peak(self._device) - self._before
         elif _CLEAR_REFS.exists():
             self.nbytes = _resident("VmHWM") - self._before
-
-
-def _give_freed_memory_back() -> None:
-    """Let glibc return what it keeps for reuse: it would hide a part of what the block allocates."""
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _resident(field: str) -> int:

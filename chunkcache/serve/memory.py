@@ -6,24 +6,14 @@ what a server holds would be the most that each thread ever needed, and grow for
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from chunkcache.kv.heap import trim
 from chunkcache.serve.beside import beside
 
 PERIOD_S = 10.0
-
-
-def trim() -> bool:
-    """Give back what is free; return whether the C library can, as glibc does."""
-    try:
-        malloc_trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # TypeError on Windows, which has no library of that kind
-        return False
-    malloc_trim(ctypes.c_size_t(0))
-    return True
 
 
 @contextmanager

@@ -8,12 +8,13 @@ import threading
 
 import pytest
 
-from chunkcache.serve.memory import trim, trimming
+from chunkcache.kv.heap import trim
+from chunkcache.serve.memory import trimming
 
 FREED = """
 import sys, torch
 from pathlib import Path
-from chunkcache.serve.memory import trim
+from chunkcache.kv.heap import trim
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

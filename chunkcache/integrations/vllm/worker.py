@@ -26,6 +26,7 @@ from chunkcache.integrations.vllm.messages import PREFIX, Load, Lookup, Missing,
 from chunkcache.integrations.vllm.metrics import TIER
 from chunkcache.integrations.vllm.model import ServedPages
 from chunkcache.kv import ChunkKV, ChunkRef, Span
+from chunkcache.kv.heap import trim
 from chunkcache.library.registry import warn_once
 from chunkcache.store import MemoryStore
 from chunkcache.store.breaker import Breaker
@@ -224,6 +225,8 @@ class Working:
             except Exception as error:  # noqa: BLE001 - requests do without it
                 self.failed("compute", error)
                 self._unstored.add(order)
+        if orders:
+            trim()  # of what is computed for a chunk on the way, nothing else gives back what is left in the heap
 
     def _store(self, ref: ChunkRef) -> None:
         """Compute and store a chunk, unless all ranks have it."""
