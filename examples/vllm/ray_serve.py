@@ -26,7 +26,8 @@ class Engine:
     """One engine; requests of all its clients are batched by it."""
 
     def __init__(self, model: str, store: str) -> None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; has no meaning on a GPU
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; these two have no meaning on a GPU
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or the replicas share their first cores
         from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
         from vllm.config import KVTransferConfig
