@@ -69,4 +69,4 @@ class FusionRAG(Policy):
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest scores."""
-        return highest(plan, attention[0], self.ratio)
+        return highest(plan.inexact_on(attention.device), attention[0], self.ratio)

@@ -10,7 +10,6 @@ many as are looked at, unless everything is.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from chunkcache.blend.attention import LOOK_ROWS, Watch
 from chunkcache.blend.cache import FusedCache, layer_kv
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
-from chunkcache.blend.policy import Policy
+from chunkcache.blend.policy import Policy, highest
 from chunkcache.blend.scout import scout_layers
 
 
@@ -82,6 +81,4 @@ class Later:
     def _selected(self) -> Tensor:
         """Return the positions `[n]` of the reused tokens with the most attention, as many as the policy says."""
         scores = torch.stack([each.to(self._decoder.device) for each in self._seen]).mean(0)
-        candidates = self._inexact.to(scores.device)
-        count = math.ceil(self._policy.afterwards() * len(candidates))
-        return candidates[scores[candidates].topk(count).indices].cpu()
+        return highest(self._inexact.to(scores.device), scores, self._policy.afterwards())

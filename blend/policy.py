@@ -161,9 +161,14 @@ class Policy(ABC):
         return f"{self.name}:{options}" if options else self.name
 
 
-def highest(plan: Plan, scores: Tensor, ratio: float) -> Tensor:
-    """Return the share `ratio` of `plan.inexact` with the highest `scores` `[tokens]`, as sorted positions `[n]`."""
-    candidates = plan.inexact_on(scores.device)
+def highest(candidates: Tensor, scores: Tensor, ratio: float) -> Tensor:
+    """Return the share `ratio` of `candidates` with the highest `scores` `[tokens]`, as sorted positions `[n]`.
+
+    Args:
+        candidates: positions `[m]`, mostly `plan.inexact_on(scores.device)`.
+        scores: of all tokens, on the same device.
+        ratio: at most 1.
+    """
     count = math.ceil(ratio * len(candidates))
     return candidates[scores[candidates].topk(count).indices].cpu().sort().values
 

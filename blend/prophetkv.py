@@ -60,4 +60,4 @@ class ProphetKV(Policy):
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest average over the layers."""
-        return highest(plan, attention.mean(0), self.ratio)
+        return highest(plan.inexact_on(attention.device), attention.mean(0), self.ratio)

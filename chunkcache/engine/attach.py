@@ -102,7 +102,6 @@ class Attachment:
         prefill = SelectivePrefill(served.decoder, plan, policy, select=served.tuning.selection(policy))
         output = prefill.generate(input_ids, *args[1:], **kwargs)
         stats.take(plan, prefill)
-        stats.take_later(prefill.cache)
         return output
 
     def _padded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -252,7 +252,6 @@ class Engine:
             output = prefill.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
             cache = prefill.cache
             stats.take(plan, prefill, request.watched)
-            stats.take_later(cache)
             self._store(served, request, prefill.computed)
             served.library.catch_up()
         first_token_at = clock.first_token_at or time.perf_counter()

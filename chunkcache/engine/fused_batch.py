@@ -74,7 +74,6 @@ class FusedDecoding:
         prefill.cache.catch_up()
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill)
-        stats.take_later(prefill.cache)
         if prefill.computed:
             model_now.planner.contextual.store(prompt, policy, prefill.computed)
         pairs = (layer_kv(prefill.cache, index) for index in range(len(prefill.cache.layers)))

@@ -70,6 +70,8 @@ class PromptReport:
 
     Attributes:
         tokens: length of the prompt.
+        later: positions `[rows]` that were recomputed once the first token was out; None for none. It is set before
+            anything is asked.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class PromptReport:
         if prefill.guarded is not None:  # its passes are whole forwards
             self._rows += [(selected, self._layers) for selected in prefill.guarded.selected]
         self._seen = cache.seen if watched else None
-        self._later = cache.later
+        self.later: Tensor | None = None
 
     @cached_property
     def prefix(self) -> ChunkReport | None:
@@ -136,8 +138,7 @@ class PromptReport:
     def _computed(self) -> Tensor:
         """In how many layers each token `[tokens]` was computed."""
         counts = torch.zeros(self.tokens, dtype=torch.int64)
-        later = None if self._later is None else self._later.rows
-        for rows, layers in (*self._rows, *([] if later is None else [(later, self._layers)])):
+        for rows, layers in [*self._rows, *([] if self.later is None else [(self.later, self._layers)])]:
             counts[_within(rows, self.tokens)] += layers
         fresh = torch.ones(self.tokens, dtype=torch.bool)
         for part in self._parts:

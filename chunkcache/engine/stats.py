@@ -134,11 +134,14 @@ class RequestStats:
         else:
             self.fallbacks = 1
             warn_once("the model put the fused cache aside and prefilled the whole prompt itself")
+        self.take_later(cache)
 
     def take_later(self, cache: Any) -> None:
-        """Take over what was recomputed over the cache of this request once its first token was out."""
+        """Take over what, if anything, has been recomputed over this cache once its first token was out."""
         if isinstance(cache, FusedCache) and cache.later is not None and cache.later.rows is not None:
             self.later_s, self.later_rows = cache.later_s, len(cache.later.rows)
+            if self.report is not None:
+                self.report.later = cache.later.rows
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers as a plain dict for JSON."""
