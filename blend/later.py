@@ -3,8 +3,8 @@
 The first token is what a user waits for, and few recomputed rows bring it near to full prefill's, or none. What
 follows suffers from small errors of all chunks, which few rows do not repair. So a second pass recomputes more of
 them, and the question, while the first token is on its way to the reader. The prefill, which computes the question
-in any case, has seen meanwhile which tokens that looks at. Of a long question only the last rows are recomputed, as
-many as are looked at, unless everything is.
+in any case, has seen meanwhile which tokens that looks at in the middle layers. Of a long question only the last
+rows are recomputed, as many as are looked at, unless everything is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chunkcache.blend.cache import FusedCache, layer_kv
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy, highest
-from chunkcache.blend.scout import scout_layers
+from chunkcache.blend.scout import visible
 
 
 class Later:
@@ -44,12 +44,12 @@ class Later:
         self.rows: Tensor | None = None
 
     def watch(self, shadow: Decoder, cache: FusedCache) -> list[Watch]:
-        """Look at the question in the prefill's own forward, where the policy has not looked before; see `Watch`."""
-        if cache.seen is not None:
+        """Look at the question in the prefill's own forward; see `Watch`."""
+        if self._policy.guarded() is not None and cache.seen is not None:  # of whose forward few rows are left
             self._seen = [cache.seen.mean(0)]
             return []
         question, most = len(self._ids) - self._end, cache.look_rows
-        layers = scout_layers(shadow, self._policy)
+        layers = visible(shadow, self._policy, self._policy.layers_watched_for_later(len(shadow.layers)))
         return [Watch(shadow.attentions[layer], question, self._see, most=most) for layer in layers]
 
     def run(self, cache: FusedCache) -> None:

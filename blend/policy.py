@@ -93,6 +93,10 @@ class Policy(ABC):
         """Return the share of the chunk tokens that is recomputed once the first token is out (`blend.later`)."""
         return 0.0
 
+    def layers_watched_for_later(self, layers: int) -> Sequence[int]:
+        """Layers, of `layers`, whose question attention in the prefill says what is recomputed afterwards."""
+        return ()
+
     def at_once(self) -> Policy:
         """Return this policy without what it leaves for later, for where that cannot be had."""
         return self

@@ -1,12 +1,12 @@
 """query: recompute the tokens that the question looks at (after FusionRAG, 2601.12904, and ProphetKV, 2602.02579).
 
-The question is prefilled over the reused KV as they are, up to two thirds of the layers. The tokens that it attends
-to most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
+The question is prefilled over the reused KV as they are, up to a third of the layers. The tokens that it attends to
+most there are selected and recomputed in one pass, so that no layer is ever computed in full. The chunks were
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
 
 FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
-over the reused KV in all layers. Ours are the generic lead-in, the look at the middle layers, and the guard. What
-each of these choices is worth is in docs/policies.md.
+over the reused KV in all layers. Ours are the generic lead-in, the look at few layers, what is left for later, and
+the guard. What each of these choices is worth is in docs/policies.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from chunkcache.blend.policy import Policy, Schedule, Share, check_share
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
+MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
@@ -39,10 +40,10 @@ class Look:
             than it gives fidelity.
     """
 
-    first: float = 1 / 2
-    last: float = 2 / 3
-    most: float = 0.0125
-    least: int = 2048
+    first: float = 1 / 6
+    last: float = 1 / 3
+    most: float = 0.025
+    least: int = 512
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= 1:
@@ -61,8 +62,7 @@ class Look:
 
     def layers(self, layers: int) -> range:
         """Return the layers looked at, of a model of so many."""
-        first = min(int(layers * self.first), layers - 1)
-        return range(first, max(first + 1, math.ceil(layers * self.last)))
+        return _between(self.first, self.last, layers)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Query(Policy):
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold
             (`blend.guard`). It needs a calibration.
         layers: shares of the depth between which the layers looked at lie. These three, where they are not given,
-            are what `chunkcache calibrate` found, and without a calibration those of `Look`.
+            are what `chunkcache calibrate` found, and without a calibration those of `Look`. With a `ratio` that is
+            given, or a guard, these layers are in the middle: who recomputes much has time to look well.
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
@@ -126,7 +127,13 @@ class Query(Policy):
     def fitted(self, found: Look) -> Query:
         """Return this policy with the options that it leaves open as they were found."""
         look = self.looking(found)
-        return replace(self, layers=(look.first, look.last), most=look.most, least=look.least)
+        layers = (look.first, look.last) if self._is_quick else self.layers
+        return replace(self, layers=layers, most=look.most, least=look.least)
+
+    @property
+    def _is_quick(self) -> bool:
+        """Whether a look should cost little, because what it leads to does."""
+        return self.ratio == "auto" and self.guard is None
 
     def afterwards(self) -> float:
         """Return `later`, 0 where it is not given."""
@@ -159,12 +166,16 @@ class Query(Policy):
         return len(plan.inexact) >= look.least and look.most > 0 if self.ratio == "auto" else self.ratio > 0
 
     def attention_layers(self, layers: int) -> Sequence[int]:
-        """Return the layers looked at: without a calibration those from the middle to two thirds of the way up."""
-        return self.look.layers(layers)
+        """Return the layers looked at before anything is recomputed."""
+        return self.look.layers(layers) if self._is_quick or self.layers else _between(*MIDDLE, layers)
+
+    def layers_watched_for_later(self, layers: int) -> Sequence[int]:
+        """Return those in the middle: the prefill comes through them in any case."""
+        return _between(*MIDDLE, layers)
 
     def carries(self) -> bool:
         """Return whether the ratio is `auto`: of so few rows the question would be the larger part."""
-        return self.ratio == "auto" and self.guard is None
+        return self._is_quick
 
     def select(self, plan: Plan) -> Tensor:
         """Return what `link` would: there is nothing to look at."""
@@ -184,6 +195,12 @@ class Query(Policy):
             highest = candidates[order[: math.ceil(self.ratio * len(candidates))]].cpu()
         selected: Tensor = torch.unique(torch.cat((highest, self.select(plan))))
         return selected
+
+
+def _between(first: float, last: float, layers: int) -> range:
+    """Return the layers between two shares of the depth, of so many; one at least."""
+    lowest = min(int(layers * first), layers - 1)
+    return range(lowest, max(lowest + 1, math.ceil(layers * last)))
 
 
 def _auto(seen: Tensor) -> Tensor:

@@ -33,7 +33,11 @@ class _Seen(Exception):  # noqa: N818 - a jump out of the model, not an error
 
 def scout_layers(decoder: Decoder, policy: Policy) -> Sequence[int]:
     """Return the layers, in rising order, in which a scout of `policy` looks; empty for a policy without any."""
-    layers = policy.attention_layers(len(decoder.layers))
+    return visible(decoder, policy, policy.attention_layers(len(decoder.layers)))
+
+
+def visible(decoder: Decoder, policy: Policy, layers: Sequence[int]) -> Sequence[int]:
+    """Return those of `layers` that a policy can look at: for one that skips windows, see `Decoder.seeing_all`."""
     return decoder.seeing_all(layers) if policy.skips_windows else layers
 
 

@@ -24,7 +24,7 @@ from chunkcache.engine.streaming import TextStream
 from chunkcache.errors import ContextLengthError, InputError
 from chunkcache.kv import chunk_name
 from chunkcache.library import Progress
-from chunkcache.library.neighbours import MOST, Neighbours
+from chunkcache.library.neighbours import ASKED, Neighbours
 from chunkcache.llm import CachedLLM
 from chunkcache.prompt import PromptChunk
 from chunkcache.retriever import Change
@@ -286,13 +286,13 @@ class Corpus:
     def _nearest(self, texts: Sequence[str]) -> list[list[str]]:
         """Return the texts of the chunks nearest to each of some texts of chunks."""
         by_text = {chunk.text: chunk for chunk in self.retriever.chunks}
-        found = self.retriever.nearest([by_text[text] for text in texts], MOST)
+        found = self.retriever.nearest([by_text[text] for text in texts], ASKED)
         return [[chunk.text for chunk in near] for near in found]
 
     def _refresh_near(self, change: Change) -> None:
         """Refresh chunks that are near to what was changed."""
         if self._share and self._neighbours() is not None:
-            near = self.retriever.nearest([*change.added, *change.removed], MOST)
+            near = self.retriever.nearest([*change.added, *change.removed], ASKED)
             self._refresh([chunk.text for chunk in chain.from_iterable(near)], self._share)
 
     def _refresh(self, texts: Sequence[str], share: float, seconds: float | None = None) -> Refreshed:

@@ -29,7 +29,8 @@ from chunkcache.eval.fidelity import first_kl, forced_answer, greedy_answer, mea
 from chunkcache.eval.measure import finite
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import FULL, PEER, PLAIN
-from chunkcache.library.neighbours import Neighbours
+from chunkcache.kv import TokenIds
+from chunkcache.library.neighbours import Neighbours, without_repeats
 from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
 
@@ -117,11 +118,18 @@ class PolicyContender:
         if self.policy.reuses and not self.policy.stores_in_context and not self._cold:
             if self._nearest is not None:
                 nearest = self._nearest(case.chunks)
-                others = dict.fromkeys(text for texts in nearest for text in texts[:STORED])
-                self.llm.precompute(list(others), policy=self.policy)  # a corpus holds them already
+                self.llm.precompute(self._others(case, nearest), policy=self.policy)  # a corpus holds them already
                 self.llm.precompute(case.chunks, policy=self.policy, lead=Neighbours(nearest=nearest, renew=True))
             else:
                 self.llm.precompute(case.chunks, policy=self.policy)
+
+    def _others(self, case: Case, nearest: Sequence[Sequence[str]]) -> list[str]:
+        """Return the texts that may stand before the chunks of a case."""
+        others: dict[TokenIds, str] = {}
+        for chunk, texts in zip(map(self.llm.prompts.chunk, case.chunks), nearest, strict=True):
+            near = {self.llm.prompts.chunk(text): text for text in texts}
+            others.update((ids, near[ids]) for ids in without_repeats(chunk, near)[:STORED])
+        return list(others.values())
 
     def time(self, case: Case) -> Shot:
         """Prefill, on the clock."""

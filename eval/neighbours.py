@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chunkcache.library.neighbours import MOST
+from chunkcache.library.neighbours import ASKED
 from chunkcache.retriever.nearest import TextPool
 
 
@@ -24,4 +24,4 @@ class ChunkPool:
         Raises:
             ModelNotFoundError: the packaged embedding model is not installed.
         """
-        return [[self._texts[place] for place in places] for places in self._pool.nearest(texts, MOST)]
+        return [[self._texts[place] for place in places] for places in self._pool.nearest(texts, ASKED)]

@@ -23,7 +23,7 @@ BOATS = [
     for n in range(8)
 ]
 BREAD = [
-    Document(f"bread{n}.md", "Bread", f"Knead the dough {n} times, and bake the bread at noon.") for n in range(8)
+    Document(f"bread{n}.md", "Bread", f"Knead the dough {n} times; the bread is baked at {n + 8}.") for n in range(8)
 ]
 
 

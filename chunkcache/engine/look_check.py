@@ -18,7 +18,7 @@ from chunkcache.blend.query import Look, Query
 from chunkcache.blend.reuse import Reuse
 from chunkcache.engine.packaged import Asked, Moved, mean_kl
 
-BANDS = ((1 / 3, 1 / 2), (1 / 2, 2 / 3), (2 / 3, 5 / 6))  # of the depth
+BANDS = ((1 / 6, 1 / 3), (1 / 3, 1 / 2), (1 / 2, 2 / 3))  # of the depth
 USUAL = BANDS.index((Look.first, Look.last))
 BAND_RATIO = 0.05  # that bands are compared with: more than is selected later, so that differences show
 SHARES = (0.0125, 0.03, 0.06)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from chunkcache.blend import Policy
 from chunkcache.errors import InputError
 from chunkcache.kv import TokenIds
-from chunkcache.library.neighbours import MOST, Neighbours
+from chunkcache.library.neighbours import ASKED, Neighbours
 from chunkcache.prompt import PromptBuilder
 from chunkcache.prompt.prompt import text_of
 
@@ -64,11 +64,11 @@ class NearTexts:
         def ids_of(text: Any) -> TokenIds:
             return named.setdefault(text_of(text), self._prompts.chunk(text))
 
-        near = [[ids_of(text) for text in texts[:MOST]] for texts in found]
+        near = [[ids_of(text) for text in texts[:ASKED]] for texts in found]
         return dict(zip(chunks, near, strict=True))
 
     def _among_themselves(self, asked: Sequence[Any]) -> list[list[Any]]:
         from chunkcache.retriever.nearest import nearest_texts
 
         texts = [text_of(text) for text in self._texts.values()]
-        return [[texts[place] for place in near] for near in nearest_texts(texts, [text_of(t) for t in asked], MOST)]
+        return [[texts[place] for place in near] for near in nearest_texts(texts, [text_of(t) for t in asked], ASKED)]

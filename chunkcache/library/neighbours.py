@@ -26,6 +26,9 @@ from chunkcache.library.library import PART_TOKENS, ChunkLibrary, Progress
 
 TOKENS = 1024  # of nearest chunks before a chunk
 MOST = 10  # nearest chunks that are considered: the paper found no gain from more
+ASKED = 2 * MOST  # nearest chunks to ask an index for: those that repeat others are not considered
+REPEATED = 0.2  # share of its token n-grams from which on a chunk repeats another
+GRAM = 16  # tokens of an n-gram
 NAMES = 32  # chunks that one entry may depend on: it is deleted with any of them
 
 Nearest = Mapping[TokenIds, Sequence[TokenIds]]
@@ -58,6 +61,29 @@ class Neighbours:
             raise InputError(f"tokens={self.tokens} leaves no room for neighbours: give 1 or more")
         if not 0 <= self.extra <= 1:
             raise InputError(f"extra={self.extra} is no share of the chunks: give 0 to 1")
+
+
+def without_repeats(token_ids: TokenIds, nearest: Iterable[TokenIds]) -> list[TokenIds]:
+    """Return of the nearest chunks of a chunk the first `MOST` that repeat neither it nor each other.
+
+    Behind its own text a chunk is computed as one that repeats something, which in a prompt it seldom is. Two chunks
+    repeat each other if the overlap coefficient of their token n-grams is above `REPEATED`.
+    """
+    kept: list[TokenIds] = []
+    known = [_grams(token_ids)]
+    for ids in nearest:
+        grams = _grams(ids)
+        if all(len(grams & other) <= REPEATED * min(len(grams), len(other)) for other in known):
+            kept.append(ids)
+            known.append(grams)
+        if len(kept) == MOST:
+            break
+    return kept
+
+
+def _grams(token_ids: TokenIds) -> set[TokenIds]:
+    """Return the n-grams of a chunk; a shorter chunk is one."""
+    return {token_ids[at : at + GRAM] for at in range(max(1, len(token_ids) - GRAM + 1))}
 
 
 class NearChunks:
@@ -287,10 +313,10 @@ class NearChunks:
         return None
 
     def _allowed(self, token_ids: TokenIds) -> list[TokenIds]:
-        """Return the nearest chunks that may stand before a chunk: short enough, and of its trust label."""
+        """Return the nearest chunks that may stand before a chunk: with other text, short, and of its trust label."""
         room = self._room(token_ids)
-        others = dict.fromkeys(ids for ids in self._nearest.get(token_ids, ()) if ids != token_ids)
-        return [ids for ids in [*others][:MOST] if len(ids) <= room and self._library.trusts([token_ids, ids])]
+        others = without_repeats(token_ids, self._nearest.get(token_ids, ()))
+        return [ids for ids in others if len(ids) <= room and self._library.trusts([token_ids, ids])]
 
     def _wanted_of(self, token_ids: TokenIds) -> list[TokenIds]:
         """Return the nearest chunks that would stand before a chunk if all were stored, best first."""

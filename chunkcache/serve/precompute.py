@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from chunkcache.errors import ContextLengthError
-from chunkcache.library.neighbours import MOST, Neighbours
+from chunkcache.library.neighbours import ASKED, Neighbours
 from chunkcache.llm import CachedLLM
 from chunkcache.serve.background import Steps
 from chunkcache.serve.errors import HTTPError
@@ -71,4 +71,4 @@ def chunk_steps(
 def _nearest(texts: list[str]) -> list[list[str]]:
     from chunkcache.retriever.nearest import nearest_texts
 
-    return [[texts[place] for place in places] for places in nearest_texts(texts, texts, MOST)]
+    return [[texts[place] for place in places] for places in nearest_texts(texts, texts, ASKED)]

@@ -22,7 +22,7 @@ from chunkcache.engine.chunks import PrecomputeResult
 from chunkcache.engine.near import Lead
 from chunkcache.errors import ContextLengthError
 from chunkcache.kv import chunk_name, hashed_label
-from chunkcache.library.neighbours import MOST, Neighbours
+from chunkcache.library.neighbours import ASKED, Neighbours
 from chunkcache.llm import CachedLLM, wrap
 from chunkcache.models import load_model
 from chunkcache.retriever import Chunk, Document, split
@@ -317,7 +317,7 @@ class _LocalPool:
 def _nearest(chunks: Sequence[Chunk]) -> dict[str, list[str]]:
     """Return the nearest texts of each text."""
     texts = list(dict.fromkeys(chunk.text.strip() for chunk in chunks))
-    found = nearest_texts(texts, texts, MOST) if texts else []
+    found = nearest_texts(texts, texts, ASKED) if texts else []
     return {text: [texts[place] for place in near] for text, near in zip(texts, found, strict=True)}
 
 

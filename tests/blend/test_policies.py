@@ -16,7 +16,7 @@ from chunkcache.blend.full import Full
 from chunkcache.blend.link import Link
 from chunkcache.blend.policy import Check
 from chunkcache.blend.prefix import Prefix
-from chunkcache.blend.query import Query
+from chunkcache.blend.query import Look, Query
 from chunkcache.blend.reuse import Reuse
 from chunkcache.errors import PolicyError
 from chunkcache.kv import ChunkKV
@@ -160,13 +160,14 @@ def test_query_selects_the_share_that_the_question_looks_at_most_and_the_first_o
     assert policy.select_by_attention(PLAN, seen).tolist() == selected
 
 
-def test_query_looks_at_the_layers_from_the_middle_to_two_thirds():
-    assert [list(Query().attention_layers(layers)) for layers in (1, 3, 4, 30)] == [
-        [0],
-        [1],
-        [2],
-        [15, 16, 17, 18, 19],
-    ]
+def test_query_looks_at_the_second_sixth_of_the_layers_and_in_the_middle_where_it_costs_nothing_or_is_worth_it():
+    layers = 1, 3, 4, 30
+    middle = [[0], [1], [2], [15, 16, 17, 18, 19]]
+    assert [list(Query().attention_layers(count)) for count in layers] == [[0], [0], [0, 1], [5, 6, 7, 8, 9]]
+    assert [list(Query(ratio=0.05).attention_layers(count)) for count in layers] == middle
+    assert [list(Query(guard=0.05).attention_layers(count)) for count in layers] == middle
+    assert [list(Query(later=0.15).layers_watched_for_later(count)) for count in layers] == middle
+    assert Query(ratio=0.05).fitted(Look(0.2, 0.3, 0.1, 7)) == Query(ratio=0.05, most=0.1, least=7)
 
 
 def test_query_looks_where_it_is_told_to():
@@ -180,11 +181,11 @@ def test_query_looks_where_it_is_told_to():
 
 
 def test_query_need_not_look_where_it_selects_nothing():
-    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
+    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (513, 514))
     assert not Query(ratio=0.0).wants_attention(long)
     assert Query(ratio=0.01).wants_attention(short)
     assert [Query(ratio="auto").wants_attention(plan) for plan in (short, long)] == [False, True]
-    assert Query(ratio="auto", least=2047).wants_attention(short)
+    assert Query(ratio="auto", least=511).wants_attention(short)
     assert not Query(ratio="auto", most=0.0).wants_attention(long)
 
 
@@ -250,7 +251,7 @@ def test_query_refuses_layers_that_are_none(layers):
 
 
 @pytest.mark.parametrize(
-    ("attention", "count"), [([1.0] * 100, 2), ([35.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
+    ("attention", "count"), [([1.0] * 100, 3), ([35.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
 )
 def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, count):
     plan = Plan.of(range(103), [span(0, wide(), 0, 1, exact=True), span(1, wide(), 1, 100)])

@@ -34,9 +34,9 @@ def test_the_usual_layers_are_left_only_for_surely_better_ones():
     usual = [Moved(kl, 2, 0) for kl in (1.0, 2.0, 3.0, 2.0)]
     noise = [Moved(kl, 2, 0) for kl in (0.1, 3.0, 1.0, 3.0)]
     better = [Moved(kl - 0.5, 2, 0) for kl in (1.0, 2.1, 3.0, 2.1)]
-    assert best_band([noise, usual, usual]) == 1
-    assert best_band([noise, usual, better]) == 2
-    assert best_band([better, usual, noise]) == 0
+    assert best_band([usual, noise, usual]) == 0
+    assert best_band([usual, noise, better]) == 2
+    assert best_band([usual, better, noise]) == 1
 
 
 def test_the_least_share_that_reaches_the_target_is_chosen_else_the_best():
@@ -59,8 +59,9 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
     calibrated = wrapped(calibration=Calibration(llm.fingerprint, look=look))
     assert calibrated.resolve_policy("query").look == look
     assert calibrated.resolve_policy("query:most=0.2,least=7").look == Look(2 / 3, 5 / 6, 0.2, 7)
+    assert calibrated.resolve_policy("query:ratio=0.1").layers == ()  # those in the middle
     assert calibrated.resolve_policy("query:layers=0,0.5").look == Look(0, 0.5, 0.03, 512)
-    assert llm.resolve_policy("query").look == Look() == Look(1 / 2, 2 / 3, 0.0125, 2048)
+    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.025, 512)
 
 
 @pytest.mark.parametrize("lead", [None, 0])

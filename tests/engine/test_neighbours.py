@@ -17,7 +17,7 @@ from chunkcache.blend.cache import FusedCache
 from chunkcache.errors import InputError
 from chunkcache.kv import Span, chunk_name
 from chunkcache.kv.quantised import dense
-from chunkcache.library.neighbours import NearChunks
+from chunkcache.library.neighbours import GRAM, MOST, NearChunks, without_repeats
 from chunkcache.store import open_store
 
 Neighbours = partial(chunkcache.Neighbours, first=False)  # one entry of each chunk
@@ -112,6 +112,27 @@ def test_a_chunk_that_stands_first_is_exact_and_goes_without_its_nearest():
     assert (stats.hits, stats.misses, stats.exact_tokens) == (2, 0, prefix)
     expected = llm.prefill(QUESTION, [BRIDGE], policy="full").logits
     torch.testing.assert_close(llm.prefill(QUESTION, [BRIDGE]).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_a_chunk_is_not_computed_behind_its_own_text_nor_behind_the_same_text_twice():
+    chunk, other, third = (tuple(range(first, first + 80)) for first in (0, 100, 200))
+    window = (*chunk[40:], *range(300, 340))
+    part, most = other[:20], GRAM - 1 + 13  # tokens that 13 n-grams are made of, of 65: a fifth
+    twice = (*range(400, 480 - most), *other[-most - 1 :])
+    allowed = (*range(500, 580 - most), *third[:most])
+    nearest = [chunk, window, other, part, twice, third, allowed, (7,), ()]
+    assert without_repeats(chunk, nearest) == [other, third, allowed, (7,), ()]
+    many = [tuple(range(at, at + 9)) for at in range(1000, 1900, 9)]
+    assert without_repeats(chunk, many) == many[:MOST]
+
+
+def test_texts_that_repeat_a_text_do_not_stand_before_it():
+    llm = wrapped(own_model(), lead_in=LEAD, policy=POLICY)
+    longer = f"{BRIDGE} {FERRY}"
+    llm.precompute([longer, TOLL])
+    llm.precompute([BRIDGE], lead=Neighbours(nearest=[[longer, TOLL]]))
+    kv = llm.store.get(near_key(llm, BRIDGE), llm.prompts.chunk(BRIDGE))
+    assert kv.origin.chunks == tuple(names(llm, BRIDGE, TOLL))
 
 
 def test_without_a_packaged_lead_in_the_seeds_are_what_is_exact_where_it_comes_first():
@@ -267,7 +288,7 @@ def computing(llm, nearest, policy=POLICY, tokens=1024):
     return NearChunks(llm.engine.library, llm.prompts.prefix(), llm.resolve_policy(policy), ids, tokens)
 
 
-SAID = [f"Paragraph {n} of the report says that the boats were {n * 7} in all." for n in range(30)]
+SAID = [f"In {1900 + n} there were {n * 7} boats, {n * 11} nets and {n * 13} sails." for n in range(30)]
 
 
 @pytest.mark.parametrize("reach", [1, 3, 10])
