@@ -187,10 +187,14 @@ class FusedCache(DynamicCache):
             layer.cumulative_length = len(self.plan)
         return layer.keys, layer.values
 
-    def catch_up(self) -> None:
-        """Recompute what was left for later, if that has not been done; `update` does so by itself."""
+    def catch_up(self, question: bool = True) -> None:
+        """Recompute what was left for later, if that has not been done; `update` does so by itself.
+
+        Args:
+            question: whether what stands behind the chunks is recomputed, too.
+        """
         if self.later is not None and self.later.rows is None:
-            self.later.run(self)
+            self.later.run(self, question)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make copies of the sequence, of which none has anything left for later."""

@@ -52,12 +52,13 @@ class Later:
         layers = visible(shadow, self._policy, self._policy.layers_watched_for_later(len(shadow.layers)))
         return [Watch(shadow.attentions[layer], question, self._see, most=most) for layer in layers]
 
-    def run(self, cache: FusedCache) -> None:
-        """Recompute over the cache of the prefill, in place."""
+    def run(self, cache: FusedCache, question: bool = True) -> None:
+        """Recompute over the cache of the prefill, in place; without `question` leave what is behind the chunks."""
         shadow = self._decoder.shadow()
         written_by = torch.inference_mode if layer_kv(cache, 0)[0].is_inference() else torch.no_grad
         with written_by(), cache.clock.stage("later"):
-            self.rows = torch.cat((self._fresh, self._selected())).sort().values
+            fresh = self._fresh if question else self._fresh[self._fresh < self._end]
+            self.rows = torch.cat((fresh, self._selected())).sort().values
             ids = torch.tensor([self._ids])[:, self.rows]
             with cache.overwriting(self.rows):
                 rows = cache.rows_on(shadow.device)

@@ -80,10 +80,12 @@ def ask(options: AskOptions) -> None:
     if options.index is not None and retriever.unsaved:
         retriever.save(options.index)
     results = [corpus.search(question, options.top_k, options.mode) for question in options.questions]
-    if not everything:
-        chunks = [hit.chunk for hits in results for hit in hits]
-        texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
-        with progress("precomputing chunks") as on_progress:
+    chunks = [hit.chunk for hits in results for hit in hits]
+    with progress("precomputing chunks") as on_progress:
+        if everything:  # but for these, a small store may have let go of any
+            corpus.precompute(on_progress, chunks)
+        else:
+            texts, owners = [chunk.text for chunk in chunks], [chunk.document_id for chunk in chunks]
             llm.precompute(texts, system=options.system, documents=owners, on_progress=on_progress)
     answers = []
     for question, hits in zip(options.questions, results, strict=True):

@@ -71,7 +71,7 @@ class FusedDecoding:
         prefill.cache.look_rows = LOOK_ROWS * len(members)  # as many of each question as of one alone
         before = time.perf_counter()
         wait_for(prefill.run())
-        prefill.cache.catch_up()
+        prefill.cache.catch_up(question=False)  # which goes over the fused KV once more, with the others'
         stats.prefill_s = time.perf_counter() - before
         stats.take(plan, prefill)
         if prefill.computed:

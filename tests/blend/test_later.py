@@ -120,3 +120,18 @@ def test_the_rows_that_the_question_looks_at_most_are_recomputed():
     assert after.cache.later.rows.tolist() == before.cache.computed_rows[0].tolist()
     for layer, wanted in zip(h.layers_of(after.cache), h.layers_of(before.cache), strict=True):
         torch.testing.assert_close(layer, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_question_that_is_used_no_more_is_left_out():
+    prefill = wrong("llama", "sdpa", Query(ratio=0.0, later=0.3))
+    prefill.run()
+    whole = wrong("llama", "sdpa", Query(ratio=0.0, later=0.3))
+    whole.run()
+    prefill.cache.catch_up(question=False)
+    whole.cache.catch_up()
+    end = prefill.cache.later._end
+    rows = whole.cache.later.rows
+    assert 0 < len(prefill.cache.later.rows) < len(rows)
+    assert prefill.cache.later.rows.tolist() == rows[rows < end].tolist()
+    for layer, wanted in zip(h.layers_of(prefill.cache), h.layers_of(whole.cache), strict=True):
+        torch.testing.assert_close(layer[:, :, :end], wanted[:, :, :end])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from support.llm import saved_model
@@ -83,6 +84,19 @@ def test_ask_answers_with_sources_as_json(run, model_folder, docs):
     assert code == 0
     assert [answer["sources"][0]["document"] for answer in answers] == ["bridge.md", "ferry.txt"]
     assert all(answer["stats"]["hits"] == 2 for answer in answers)
+
+
+def test_ask_computes_what_a_small_store_let_go_of_before_it_answers(run, model_folder, docs):
+    for page in range(20):
+        Path(docs, f"page{page}.txt").write_text(
+            f"Page {page} says what the harbour looked like in {1900 + page}. " * 12
+        )
+    args = ["ask", "--docs", docs, "--model", model_folder, "--max-new-tokens", "2", "--top-k", "2", "--json"]
+    code, out, _ = run(*args, "--store", "memory://?max_bytes=400KiB", "When was the bridge opened?")
+    found = json.loads(out)
+    assert code == 0
+    assert found["store"]["evictions"] > 0
+    assert found["answers"][0]["stats"]["misses"] == 0
 
 
 def test_ask_prints_only_the_answer_to_stdout(run, model_folder, docs):
