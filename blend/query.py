@@ -23,6 +23,9 @@ from chunkcache.blend.policy import Policy, Schedule, Share, check_share
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
+LONG = (
+    128  # tokens that are computed in any case, from which on a look adds little to what they cost: it is carried on
+)
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
@@ -37,13 +40,13 @@ class Look:
         last: and end at this one.
         most: the largest share of the chunk tokens that is selected.
         least: chunk tokens from which on it looks; of fewer none are selected, because a look would cost more time
-            than it gives fidelity.
+            than it gives fidelity. Behind a long question it looks in any case.
     """
 
     first: float = 1 / 6
     last: float = 1 / 3
-    most: float = 0.025
-    least: int = 512
+    most: float = 0.03
+    least: int = 2048
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= 1:
@@ -162,8 +165,9 @@ class Query(Policy):
 
     def wants_attention(self, plan: Plan) -> bool:
         """Return whether something is to be selected."""
-        look = self.look
-        return len(plan.inexact) >= look.least and look.most > 0 if self.ratio == "auto" else self.ratio > 0
+        if self.ratio != "auto":
+            return self.ratio > 0
+        return self.look.most > 0 and (len(plan.inexact) >= self.look.least or len(plan.fresh) >= LONG)
 
     def attention_layers(self, layers: int) -> Sequence[int]:
         """Return the layers looked at before anything is recomputed."""

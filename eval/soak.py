@@ -24,7 +24,6 @@ from typing import Any
 
 import httpx
 
-from chunkcache.defaults import SERVED_POLICY
 from chunkcache.errors import ChunkCacheError, missing_extra
 from chunkcache.eval.data import Case
 from chunkcache.eval.serving import FUSED, OFF, Ask, server_process
@@ -59,7 +58,7 @@ class Soak:
     """
 
     model: str
-    policy: str = SERVED_POLICY
+    policy: str = "query"
     memory: str = "256MiB"
     minutes: float = 10.0
     clients: int = 16

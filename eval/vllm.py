@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chunkcache.defaults import SERVED_POLICY
 from chunkcache.eval.data import cut, load_cases
 from chunkcache.prompt import Prompt
 
-POLICIES = ("reuse", "link:k=8", SERVED_POLICY)
+POLICIES = ("reuse", "link:k=8", "query")
 NEW = 32  # tokens of an answer
 DECODED = 64  # tokens that decoding is timed over
 EACH = 0.3  # GiB of chunk KV that one prompt may take, under all policies together
@@ -111,9 +110,9 @@ def with_connector(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     pairs = []
     for index, row in enumerate(rows):  # the first tokens differ, so that no block of another turn serves a plain one
         plain = [10 + index, *row["ids"][1:]]
-        pairs.append((arm.ask([(row["ids"], row["extra"][SERVED_POLICY])], 1)[0], arm.ask([(plain, None)], 1)[0]))
+        pairs.append((arm.ask([(row["ids"], row["extra"]["query"])], 1)[0], arm.ask([(plain, None)], 1)[0]))
     result["pairs"] = pairs
-    fused = [(row["ids"], row["extra"][SERVED_POLICY]) for row in rows[:8]]
+    fused = [(row["ids"], row["extra"]["query"]) for row in rows[:8]]
     plain_ones = [([20 + index, *row["ids"][1:]], None) for index, row in enumerate(rows[:8])]
     result["together"] = arm.ask(fused, NEW)[0], arm.ask(plain_ones, NEW)[0]
     return {**result, "memory": _peak()}
@@ -133,7 +132,7 @@ def table(result: dict[str, Any], count: int) -> str:
     ours, theirs = result["with"], result["without"]
     ratio = statistics.median(fused / plain for fused, plain in ours["pairs"])
     together = ours["together"][1] / ours["together"][0]
-    lines = [f"TTFT {SERVED_POLICY}, connector / plain: {ratio:.3f} (median of {count})"]
+    lines = [f"TTFT query, connector / plain: {ratio:.3f} (median of {count})"]
     lines += [f"answers equal, {policy}: {ours['equal'][policy]} of {count}" for policy in POLICIES]
     lines.append(f"{min(8, count)} at once, requests per second, connector / plain: {together:.2f}")
     lines.append(f"decoding without chunks, connector / none: {theirs['decode_s'] / ours['decode_s']:.3f}")

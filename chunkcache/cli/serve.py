@@ -17,7 +17,6 @@ from rich.markup import escape
 from chunkcache.cli.console import err
 from chunkcache.cli.inputs import load
 from chunkcache.cli.options import FOLDER, STORE_VARIABLE, ChunkTokens, PolicyName, argument, command, count, option
-from chunkcache.defaults import SERVED_POLICY
 from chunkcache.errors import InputError, missing_extra
 from chunkcache.serve.loopback import LOOPBACK
 
@@ -35,7 +34,7 @@ class ServeCommand:
     host: Annotated[str, option(help="Address to listen at; any other than loopback needs keys.")] = "127.0.0.1"
     port: Annotated[int, option(help="Port to listen at.")] = 8000
     name: Annotated[str | None, option(help="What clients call the model; by default MODEL.")] = None
-    policy: PolicyName = SERVED_POLICY
+    policy: PolicyName = "query"
     store: Annotated[str, option(envvar=STORE_VARIABLE, show_envvar=True, help="URL of the chunk KV store.")] = (
         "memory://?max_bytes=2GiB"
     )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from chunkcache.cli.console import progress, status
-from chunkcache.defaults import SERVED_POLICY
 from chunkcache.errors import InputError, missing_extra
 from chunkcache.eval.commands.inputs import about
 from chunkcache.eval.commands.options import (
@@ -37,7 +36,7 @@ class ServeBenchOptions(FilledCaseOptions):
     data: Annotated[Path, argument()]
     clients: Annotated[int, count("Clients at once.", least=2)] = 8
     answer_tokens: Annotated[int, count("Length of every answer.", least=2)] = 32
-    policy: Annotated[str, option(help="Policy of the server.")] = SERVED_POLICY
+    policy: Annotated[str, option(help="Policy of the server.")] = "query"
     peers: Annotated[str, option(metavar="NAME,...", help="Servers to compare with, under requests that arrive at a "
                                  "rate: transformers, llama.cpp, llama.cpp-reuse, kvboost.")] = ""  # fmt: skip
     peers_in: Annotated[Path | None, option(type=FOLDER, help="Folder of their environments, made where they are "

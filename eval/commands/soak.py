@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 from chunkcache.cli.console import status
-from chunkcache.defaults import SERVED_POLICY
 from chunkcache.errors import ChunkCacheError, missing_extra
 from chunkcache.eval.commands.inputs import about
 from chunkcache.eval.commands.options import (
@@ -30,7 +29,7 @@ class SoakOptions(FilledCaseOptions):
     minutes: Annotated[float, option(help="How long.")] = 10.0
     clients: Annotated[int, count("Clients at once.")] = 16
     answer_tokens: Annotated[int, count("Length of an answer at most.", least=2)] = 32
-    policy: Annotated[str, option(help="Policy of the server.")] = SERVED_POLICY
+    policy: Annotated[str, option(help="Policy of the server.")] = "query"
     memory: Annotated[str, option(help="Size of the server's memory tier, in front of the Valkey.")] = "256MiB"
     model: ModelOptions
     as_json: AsJson = False

@@ -181,12 +181,15 @@ def test_query_looks_where_it_is_told_to():
 
 
 def test_query_need_not_look_where_it_selects_nothing():
-    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (513, 514))
+    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
     assert not Query(ratio=0.0).wants_attention(long)
     assert Query(ratio=0.01).wants_attention(short)
     assert [Query(ratio="auto").wants_attention(plan) for plan in (short, long)] == [False, True]
-    assert Query(ratio="auto", least=511).wants_attention(short)
+    assert Query(ratio="auto", least=2047).wants_attention(short)
     assert not Query(ratio="auto", most=0.0).wants_attention(long)
+    for question, wanted in ((127, False), (128, True)):
+        plan = Plan.of(range(300 + question), [span(0, wide(300), 0, 300)])
+        assert Query(ratio="auto").wants_attention(plan) is wanted
 
 
 def test_the_ladder_of_a_guarded_query_rises_from_its_ratio():
@@ -251,7 +254,7 @@ def test_query_refuses_layers_that_are_none(layers):
 
 
 @pytest.mark.parametrize(
-    ("attention", "count"), [([1.0] * 100, 3), ([35.0, 30.0, *[0.1] * 98], 2), ([99.0, *[0.01] * 99], 1)]
+    ("attention", "count"), [([1.0] * 100, 3), ([25.0, 20.0, 9.0, *[0.4] * 97], 3), ([99.0, 0.5, *[0.01] * 98], 2)]
 )
 def test_query_auto_takes_the_fewest_tokens_that_hold_most_attention(attention, count):
     plan = Plan.of(range(103), [span(0, wide(), 0, 1, exact=True), span(1, wide(), 1, 100)])

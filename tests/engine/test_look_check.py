@@ -61,7 +61,7 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
     assert calibrated.resolve_policy("query:most=0.2,least=7").look == Look(2 / 3, 5 / 6, 0.2, 7)
     assert calibrated.resolve_policy("query:ratio=0.1").layers == ()  # those in the middle
     assert calibrated.resolve_policy("query:layers=0,0.5").look == Look(0, 0.5, 0.03, 512)
-    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.025, 512)
+    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 2048)
 
 
 @pytest.mark.parametrize("lead", [None, 0])
@@ -72,5 +72,5 @@ def test_a_guard_is_kept_only_with_the_settings_that_it_was_fitted_to(lead):
     assert Calibration("f" * 64, lead=1024).over(fitted).report == {"prompts": 12}
     assert Calibration("f" * 64, alpha=0.3).over(fitted).guard is fitted.guard
     assert Calibration("f" * 64, look=Look()).over(fitted).guard is fitted.guard
-    assert Calibration("f" * 64, look=Look(most=0.03)).over(fitted).guard is None
+    assert Calibration("f" * 64, look=Look(most=0.02)).over(fitted).guard is None
     assert Calibration("f" * 64, lead=1024).over(fitted).guard is None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from chunkcache.blend import parse_policy
-from chunkcache.defaults import SERVED_POLICY
 from chunkcache.errors import InputError
 
 TESTED = ("0.32",)  # vLLM versions; its connector interface changes from one to the next
@@ -36,7 +35,7 @@ class Options:
     """
 
     store: str = "memory://?max_bytes=2GiB"
-    policy: str = SERVED_POLICY
+    policy: str = "query"
     tenant: str = ""
     trust: str | None = None
     find: bool = False
