@@ -1,9 +1,9 @@
 """Chunk KV that are computed behind the chunk's nearest chunks, as in FusionRAG (arXiv 2601.12904).
 
 In a prompt a chunk stands among others that are like it, for one question finds them all. So it is computed behind
-the prefix and its nearest chunks, the nearest last; where these are short, behind the packaged lead-in, too. They are
-not computed anew: their stored KV are put in place, keys re-rotated. Each chunk therefore costs one computation, plus
-one more for some that came before their nearest chunks were there.
+the prefix, the lead-in if there is one, and its nearest chunks, the nearest last. They are not computed anew: their
+stored KV are put in place, keys re-rotated. Each chunk therefore costs one computation, plus one more for some that
+came before their nearest chunks were there.
 
 What stands first in a prompt has nothing like it before it. So by default each chunk is also computed behind the
 prefix alone: there it is exact.
@@ -24,7 +24,7 @@ from chunkcache.errors import EntryLostError, InputError
 from chunkcache.kv import ChunkKV, ChunkRef, TokenIds, chunk_name
 from chunkcache.library.library import PART_TOKENS, ChunkLibrary, Progress
 
-TOKENS = 1024  # of nearest chunks before a chunk
+TOKENS = 512  # of nearest chunks before a chunk
 MOST = 10  # nearest chunks that are considered: the paper found no gain from more
 ASKED = 2 * MOST  # nearest chunks to ask an index for: those that repeat others are not considered
 REPEATED = 0.2  # share of its token n-grams from which on a chunk repeats another
@@ -41,7 +41,7 @@ class Neighbours:
     Args:
         nearest: for each text its nearest texts, best first: a list of lists, in the order of the texts, or a
             function of one text. None finds them among the texts with the retriever's embedding model.
-        tokens: tokens of nearest chunks before a chunk, at most.
+        tokens: of nearest chunks before a chunk, at most.
         extra: share of the chunks that is computed a second time, at most.
         first: whether each chunk is also computed behind the prefix alone, for prompts that begin with it.
         renew: whether chunks that are stored already are computed again, where that is behind more of their nearest.
@@ -264,7 +264,7 @@ class NearChunks:
         if behind:
             refs = [self._library.ref_near(ids, self._prefix) for ids in group]
             with suppress(EntryLostError):  # counted by the store
-                self._library.compute_behind(refs, self._context(group[0], behind), behind, started)
+                self._library.compute_behind(refs, self._context(group[0]), behind, started)
                 self._behind.update(dict.fromkeys(group, tuple(kv.token_ids for kv in behind)))
                 self._count(group, report)
                 return
@@ -340,10 +340,9 @@ class NearChunks:
     def _is_stored(self, token_ids: TokenIds) -> bool:
         return self._library.holds(self._library.held_ref(token_ids, self._prefix, self._policy))
 
-    def _context(self, token_ids: TokenIds, behind: Sequence[ChunkKV]) -> ChunkKV | None:
-        """Return the KV of what stands before nearest chunks: the prefix, and the lead-in if these are short."""
-        short = sum(map(len, behind)) < self._tokens // 2
-        ids = self._alone(token_ids).context_ids if short else self._prefix
+    def _context(self, token_ids: TokenIds) -> ChunkKV | None:
+        """Return the KV of what stands before nearest chunks: the prefix, and the lead-in."""
+        ids = self._alone(token_ids).context_ids
         if ids and ids not in self._contexts:
             self._contexts[ids] = self._library.prefix(ids)
         return self._contexts.get(ids)
