@@ -23,9 +23,7 @@ from chunkcache.blend.policy import Policy, Schedule, Share, check_share
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
-LONG = (
-    128  # tokens that are computed in any case, from which on a look adds little to what they cost: it is carried on
-)
+LONG = 128  # tokens computed in any case, from which on a look adds little to what they cost: it is carried on
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise

@@ -24,7 +24,7 @@ def test_the_readme_has_the_tables_of_the_report():
 
 def test_a_figure_that_was_changed_by_hand_is_found(command_line, tmp_path):
     changed = tmp_path / "README.md"
-    row = next(line for line in README.splitlines() if line.startswith("| `query:later=0.15@neighbours` |"))
+    row = next(line for line in README.splitlines() if line.startswith("| `query:later=0.2@neighbours` |"))
     changed.write_text(README.replace(row, row.replace("0", "9")), encoding="utf-8")
     code, _, err = command_line("bench", "table", str(SHOWN), "--into", str(changed), "--check")
     assert code == 1
