@@ -252,8 +252,8 @@ def test_usage_and_metadata_say_what_was_done():
 
 
 def test_a_stream_tells_what_invoke_tells():
-    pieces = list(chat().stream(rendered()))
-    whole, out = sum(pieces[1:], pieces[0]), chat().invoke(rendered())
+    pieces = list(chat(max_tokens=40).stream(rendered()))
+    whole, out = sum(pieces[1:], pieces[0]), chat(max_tokens=40).invoke(rendered())
     assert len(pieces) > 2
     assert whole.content == out.content
     assert whole.usage_metadata == out.usage_metadata
@@ -471,7 +471,7 @@ class Noted(BaseCallbackHandler):
 @pytest.mark.parametrize("how", ["invoke", "stream", "astream", "ainvoke"])
 def test_callbacks_see_start_tokens_and_end(how):
     noted = Noted()
-    model = chat(callbacks=[noted], **({"streaming": True} if "invoke" in how else {}))
+    model = chat(callbacks=[noted], max_tokens=40, **({"streaming": True} if "invoke" in how else {}))
     out = ask(model, how)
     assert "".join(noted.tokens) == out.content
     assert len(noted.tokens) > 2
