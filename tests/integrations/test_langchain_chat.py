@@ -471,7 +471,7 @@ class Noted(BaseCallbackHandler):
 @pytest.mark.parametrize("how", ["invoke", "stream", "astream", "ainvoke"])
 def test_callbacks_see_start_tokens_and_end(how):
     noted = Noted()
-    model = chat(callbacks=[noted], max_tokens=40, **({"streaming": True} if "invoke" in how else {}))
+    model = chat(callbacks=[noted], max_tokens=16, **({"streaming": True} if "invoke" in how else {}))
     out = ask(model, how)
     assert "".join(noted.tokens) == out.content
     assert len(noted.tokens) > 2
