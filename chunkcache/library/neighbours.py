@@ -113,6 +113,7 @@ class NearChunks:
     ) -> None:
         self._library, self._prefix, self._policy = library, prefix, policy
         self._nearest, self._tokens, self._first = nearest, tokens, first
+        self._allowed = cache(self._allowed_of)  # texts are compared once, for what is wanted and what is considered
         self._candidates = cache(self._candidates_of)
         self._wanted = cache(self._wanted_of)
         self._alone = cache(self._alone_of)
@@ -312,7 +313,7 @@ class NearChunks:
                 return kv
         return None
 
-    def _allowed(self, token_ids: TokenIds) -> list[TokenIds]:
+    def _allowed_of(self, token_ids: TokenIds) -> list[TokenIds]:
         """Return the nearest chunks that may stand before a chunk: with other text, short, and of its trust label."""
         room = self._room(token_ids)
         others = without_repeats(token_ids, self._nearest.get(token_ids, ()))
