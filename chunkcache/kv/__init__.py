@@ -15,13 +15,14 @@ from chunkcache.kv.chunk import (
     chunk_name,
     hashed_label,
 )
-from chunkcache.kv.span import Span
+from chunkcache.kv.span import Context, Span, in_a_row
 
 __all__ = [
     "FORMAT_VERSION",
     "ChunkKV",
     "ChunkKey",
     "ChunkRef",
+    "Context",
     "ContextAttention",
     "Layer",
     "LazyLayers",
@@ -30,4 +31,5 @@ __all__ = [
     "TokenIds",
     "chunk_name",
     "hashed_label",
+    "in_a_row",
 ]

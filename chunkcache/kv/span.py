@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from chunkcache.kv.chunk import ChunkKV, TokenIds
 
@@ -40,3 +41,17 @@ class Span:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+Context = ChunkKV | Sequence[ChunkKV | Span] | None  # what a chunk is computed behind
+
+
+def in_a_row(context: Context) -> list[Span]:
+    """Return spans that stand one behind another from position 0 on: of whole chunks, or of as much as a span has."""
+    spans: list[Span] = []
+    end = 0
+    for part in (context,) if isinstance(context, ChunkKV) else context or ():
+        span = part if isinstance(part, Span) else Span(0, len(part), part.token_ids, kv=part)
+        spans.append(replace(span, start=end, stop=end + len(span)))
+        end += len(span)
+    return spans

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from chunkcache.blend import Decoder, Plan, SelectivePrefill
 from chunkcache.blend.assembly import place
 from chunkcache.blend.attention import contiguous_from, register, rows_attention, upper
 from chunkcache.blend.reuse import Reuse
-from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
+from chunkcache.kv import ChunkKV, Context, Origin, Span, TokenIds, in_a_row
 from chunkcache.kv.clock import StageClock
 from chunkcache.kv.transfer import join, to_device
 
@@ -40,9 +39,7 @@ class ChunkEncoder(Protocol):
         """How many tokens of several chunks are computed in one forward at most."""
         ...
 
-    def encode(
-        self, context: ChunkKV | Sequence[ChunkKV] | None, chunks: Sequence[TokenIds], record: bool = False
-    ) -> Iterator[ChunkKV]:
+    def encode(self, context: Context, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk right behind a context."""
         ...
 
@@ -58,26 +55,21 @@ class Encoder:
         self._decoder = decoder
         register(NAME, _attention)
 
-    def encode(
-        self, context: ChunkKV | Sequence[ChunkKV] | None, chunks: Sequence[TokenIds], record: bool = False
-    ) -> Iterator[ChunkKV]:
+    def encode(self, context: Context, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
 
         Their `origin` carries `compute_s` alone.
 
         Args:
-            context: what each of them stands right behind, or None; or several in a row, whose keys are re-rotated
-                to their places.
+            context: what each of them stands right behind, or None; or several in a row, or parts of them, whose
+                keys are re-rotated to their places.
             chunks: token ids, none of them empty. With the context, each fits the model.
             record: whether to record what their tokens look at, for which they are computed one by one.
 
         Raises:
             EntryLostError: a layer of the context is damaged or gone.
         """
-        given = [context] if isinstance(context, ChunkKV) else context or ()
-        before = [self._on_device(kv) for kv in given]
-        starts = accumulate(map(len, before), initial=0)
-        spans = [Span(at, at + len(kv), kv.token_ids, kv=kv) for at, kv in zip(starts, before, strict=False)]
+        spans = [replace(span, kv=self._on_device(span.kv)) for span in in_a_row(context)]
         if record or not self._packable():
             yield from self._one_by_one(spans, chunks, record)
             return
@@ -89,9 +81,9 @@ class Encoder:
         """How many tokens of several chunks are computed in one forward at most."""
         return PACK_TOKENS if self._decoder.device.type == "cpu" else PACK_TOKENS_THERE
 
-    def _on_device(self, kv: ChunkKV) -> ChunkKV:
+    def _on_device(self, kv: ChunkKV | None) -> ChunkKV | None:
         """Return KV on the device of each layer, copied once for all packs; for a model on the CPU as they are."""
-        if self._decoder.device.type == "cpu" and not kv.ready:
+        if kv is None or (self._decoder.device.type == "cpu" and not kv.ready):
             return kv
         layers = self._decoder.layers
         return join(to_device(kv, lambda index: next(layers[index].parameters()).device))

@@ -316,7 +316,7 @@ class ChunkLibrary(DeletionMethods):
                 yield missing[kv.token_ids], kv
 
     def compute_behind(
-        self, refs: Sequence[ChunkRef], context: ChunkKV | None, others: Sequence[ChunkKV], started: float
+        self, refs: Sequence[ChunkRef], context: ChunkKV | None, others: Sequence[Span], started: float
     ) -> None:
         """Compute chunks behind a context and other chunks, whose stored KV are taken as they are, and store them.
 
@@ -326,19 +326,20 @@ class ChunkLibrary(DeletionMethods):
         Args:
             refs: the chunks, each to be stored as it says. With all that stands before, each fits the model.
             context: the KV of a prefix, perhaps with a lead-in, or None.
-            others: KV of the chunks behind it, in order.
+            others: chunks with their KV, or parts of them, that stand behind it, in order.
             started: when the others were looked up, in seconds since the epoch: a later deletion of one of them is
                 one of what is computed here, too.
 
         Raises:
             EntryLostError: KV of the others are damaged or gone; some of the chunks may be stored.
         """
-        names = tuple(name for kv in others for name in kv.origin.chunks)
-        documents = tuple(label for kv in others for label in kv.origin.documents)
+        origins = [span.kv.origin for span in others if span.kv is not None]
+        names = tuple(name for origin in origins for name in origin.chunks)
+        documents = tuple(label for origin in origins for label in origin.documents)
         by_ids = {ref.token_ids: ref for ref in refs}
         for kv in self._encoder.encode(others if context is None else (context, *others), list(by_ids)):
             origin = replace(kv.origin, documents=documents, chunks=names, created=started)
-            before = [other.token_ids for other in others]
+            before = [span.chunk_ids for span in others]
             self.put(by_ids[kv.token_ids], replace(kv, origin=origin), [kv.token_ids, *before])
 
     def _check_length(self, ref: ChunkRef) -> None:

@@ -21,10 +21,11 @@ from typing import Any
 
 from chunkcache.blend import Policy
 from chunkcache.errors import EntryLostError, InputError
-from chunkcache.kv import ChunkKV, ChunkRef, TokenIds, chunk_name
+from chunkcache.kv import ChunkKV, ChunkRef, Span, TokenIds, chunk_name
 from chunkcache.library.library import PART_TOKENS, ChunkLibrary, Progress
 
-TOKENS = 512  # of nearest chunks before a chunk
+TOKENS = 1024  # of nearest chunks before a chunk
+LEAST = 64  # tokens of a chunk that stand there at least, of one that does not fit whole
 MOST = 10  # nearest chunks that are considered: the paper found no gain from more
 ASKED = 2 * MOST  # nearest chunks to ask an index for: those that repeat others are not considered
 REPEATED = 0.2  # share of its token n-grams from which on a chunk repeats another
@@ -41,7 +42,7 @@ class Neighbours:
     Args:
         nearest: for each text its nearest texts, best first: a list of lists, in the order of the texts, or a
             function of one text. None finds them among the texts with the retriever's embedding model.
-        tokens: of nearest chunks before a chunk, at most.
+        tokens: of nearest chunks before a chunk, at most; of the last one that does not fit whole, its end.
         extra: share of the chunks that is computed a second time, at most.
         first: whether each chunk is also computed behind the prefix alone, for prompts that begin with it.
         renew: whether chunks that are stored already are computed again, where that is behind more of their nearest.
@@ -232,7 +233,7 @@ class NearChunks:
     def _compute_all(self, chunks: Iterable[TokenIds], report: _Report) -> None:
         """Compute chunks one by one, those in a row that stand behind the same ones together."""
         group: list[TokenIds] = []
-        behind: list[ChunkKV] = []
+        behind: list[Span] = []
         started, tokens = time.time(), 0
         for ids in chunks:
             if not set(group).isdisjoint(self._candidates(ids)):  # it may stand behind one of them
@@ -243,7 +244,7 @@ class NearChunks:
             if not self._improves(ids, chosen):
                 self._behind.setdefault(ids, ())
                 continue
-            same = [kv.token_ids for kv in chosen] == [kv.token_ids for kv in behind]
+            same = [span.token_ids for span in chosen] == [span.token_ids for span in behind]
             fit = sum(map(len, group)) + len(ids) <= self._library.pack_tokens
             if not (group and same and fit and self._alone(group[0]).context_ids == self._alone(ids).context_ids):
                 self._compute_group(group, behind, started, report)
@@ -257,7 +258,7 @@ class NearChunks:
         self._library.flush()
 
     def _compute_group(
-        self, group: Sequence[TokenIds], behind: Sequence[ChunkKV], started: float, report: _Report
+        self, group: Sequence[TokenIds], behind: Sequence[Span], started: float, report: _Report
     ) -> None:
         """Compute chunks that stand behind the same ones; behind the packaged lead-in where these have gone."""
         if not group:
@@ -266,7 +267,7 @@ class NearChunks:
             refs = [self._library.ref_near(ids, self._prefix) for ids in group]
             with suppress(EntryLostError):  # counted by the store
                 self._library.compute_behind(refs, self._context(group[0]), behind, started)
-                self._behind.update(dict.fromkeys(group, tuple(kv.token_ids for kv in behind)))
+                self._behind.update(dict.fromkeys(group, tuple(span.chunk_ids for span in behind)))
                 self._count(group, report)
                 return
         missing = [ids for ids in group if not self._is_stored(ids)]
@@ -280,23 +281,24 @@ class NearChunks:
         self.computed += len(chunks)
         report.add(len(chunks))
 
-    def _improves(self, token_ids: TokenIds, chosen: Sequence[ChunkKV]) -> bool:
+    def _improves(self, token_ids: TokenIds, chosen: Sequence[Span]) -> bool:
         """Return whether KV behind some others are better than what is stored of a chunk."""
         if not self._library.holds(self._library.ref_near(token_ids, self._prefix)):
             return True
-        return self._overlap(token_ids, [kv.token_ids for kv in chosen]) > self.overlap(token_ids)
+        return self._overlap(token_ids, [span.chunk_ids for span in chosen]) > self.overlap(token_ids)
 
-    def _chosen(self, token_ids: TokenIds) -> list[ChunkKV]:
-        """Return stored KV of nearest chunks, as many as fit, the nearest last."""
-        chosen: list[ChunkKV] = []
+    def _chosen(self, token_ids: TokenIds) -> list[Span]:
+        """Return stored nearest chunks, as many as fit, the nearest last; of one that does not fit whole its end."""
+        chosen: list[Span] = []
         room, own = self._room(token_ids), chunk_name(token_ids)
         names = {own}
         for ids in self._candidates(token_ids):
-            kv = self._source(ids, own, names) if len(ids) <= room else None
+            kv = self._source(ids, own, names) if _fits(ids, room) else None
             if kv is not None:
-                chosen.append(kv)
+                kept = min(len(ids), room)
+                chosen.append(Span(0, kept, ids, offset=len(ids) - kept, kv=kv))
                 names.update(kv.origin.chunks)
-                room -= len(ids)
+                room -= kept
         return chosen[::-1]
 
     def _source(self, token_ids: TokenIds, own: str, names: Collection[str]) -> ChunkKV | None:
@@ -314,18 +316,18 @@ class NearChunks:
         return None
 
     def _allowed_of(self, token_ids: TokenIds) -> list[TokenIds]:
-        """Return the nearest chunks that may stand before a chunk: with other text, short, and of its trust label."""
+        """Return the nearest chunks that may stand before a chunk: with other text, and of its trust label."""
         room = self._room(token_ids)
         others = without_repeats(token_ids, self._nearest.get(token_ids, ()))
-        return [ids for ids in others if len(ids) <= room and self._library.trusts([token_ids, ids])]
+        return [ids for ids in others if _fits(ids, room) and self._library.trusts([token_ids, ids])]
 
     def _wanted_of(self, token_ids: TokenIds) -> list[TokenIds]:
         """Return the nearest chunks that would stand before a chunk if all were stored, best first."""
         wanted, room = [], self._room(token_ids)
         for ids in self._allowed(token_ids):
-            if len(ids) <= room:
+            if _fits(ids, room):
                 wanted.append(ids)
-                room -= len(ids)
+                room -= min(len(ids), room)
         return wanted
 
     def _candidates_of(self, token_ids: TokenIds) -> list[TokenIds]:
@@ -347,6 +349,11 @@ class NearChunks:
         if ids and ids not in self._contexts:
             self._contexts[ids] = self._library.prefix(ids)
         return self._contexts.get(ids)
+
+
+def _fits(token_ids: TokenIds, room: int) -> bool:
+    """Return whether a chunk may stand in so many tokens: whole, or as much of its end as is worth it."""
+    return room >= min(len(token_ids), LEAST)
 
 
 class _Report:

@@ -341,11 +341,10 @@ def test_the_overlap_says_how_much_of_what_is_nearest_a_chunk_was_computed_behin
 def test_fewer_stand_before_a_chunk_where_the_context_or_the_bound_is_short():
     llm = wrapped(own_model(), lead_in=LEAD, policy=POLICY)
     llm.precompute([ARCH, TOLL])
-    tokens = len(llm.prompts.chunk(TOLL))
+    tokens = len(llm.prompts.chunk(ARCH))
     llm.precompute([BRIDGE], lead=Neighbours(nearest=[[ARCH, TOLL]], tokens=tokens))
     kv = llm.store.get(near_key(llm, BRIDGE), None)
-    fit = [TOLL] if len(llm.prompts.chunk(ARCH)) > tokens else [ARCH]
-    assert kv.origin.chunks[1:] == tuple(names(llm, *fit))
+    assert kv.origin.chunks[1:] == tuple(names(llm, ARCH))
     most = llm.engine.decoder.max_tokens
     prefix = llm.prompts.prefix()
     long = wrapped(own_model(), lead_in=LEAD * 30, policy=POLICY)  # does not fit
@@ -356,6 +355,38 @@ def test_fewer_stand_before_a_chunk_where_the_context_or_the_bound_is_short():
     kv = long.store.get(near_key(long, BRIDGE), None)
     assert len(prefix) < kv.position <= most - 1 - len(kv)
     assert long.prefill(QUESTION, [BRIDGE]).stats.misses == 0
+
+
+@pytest.mark.parametrize("codec", ["", "?codec=int8"])
+def test_of_a_nearest_chunk_that_does_not_fit_its_end_stands_before_a_chunk(codec, monkeypatch):
+    monkeypatch.setattr("chunkcache.library.neighbours.LEAST", kept := 16)
+    llm = wrapped(own_model(), store=open_store("memory://" + codec), lead_in=LEAD, policy=POLICY)
+    long = " ".join(SAID[:2])
+    llm.precompute([TOLL, long], documents=["toll.md", "long.md"])
+    tokens = len(llm.prompts.chunk(TOLL))
+    how = partial(Neighbours, nearest=[[TOLL, long]], renew=True)
+    llm.precompute([BRIDGE], lead=how(tokens=tokens + kept - 1))  # leaves less room than is worth it
+    assert llm.store.get(near_key(llm, BRIDGE), None).origin.chunks == tuple(names(llm, BRIDGE, TOLL))
+    llm.precompute([BRIDGE], lead=how(tokens=tokens + kept))
+    kv = llm.store.get(near_key(llm, BRIDGE), None)
+    assert kv.origin.chunks == tuple(names(llm, BRIDGE, long, TOLL))
+
+    context = llm.engine.library.prefix((*llm.prompts.prefix(), *llm.prompts.lead_in))
+    assert kv.position == len(context) + kept + tokens
+    ids, layers = fused(llm, [long, TOLL])
+    cache = DynamicCache()
+    first = len(ids) - tokens - kept  # of the end of the long one, where the whole of it would stand
+    rotaries = llm.engine.decoder.rotaries
+    for index, layer in enumerate(layers):
+        moved = layer[:, :, first:].clone()
+        rotaries[index].shift(layer[0, :, first:], len(context) - first, moved[0])
+        both = torch.cat((layer[:, :, : len(context)], moved), dim=2)
+        cache.update(both[:1], both[1:], index)
+    _, own = own_prefill(llm.model, kv.token_ids, kv.position, cache)
+    for layer, expected in zip(kv.layers, layers_of(own, kv.position), strict=True):
+        assert (dense(layer) - expected).abs().max() / expected.abs().max() < (0.03 if codec else 1e-5)
+    llm.delete(document="long.md")
+    assert not llm.engine.library.holds(llm.engine.library.ref_near(llm.prompts.chunk(BRIDGE), llm.prompts.prefix()))
 
 
 def test_one_entry_depends_on_no_more_chunks_than_it_may_name(monkeypatch):

@@ -19,7 +19,7 @@ from support.vllm_engine import (
     sides,
 )
 
-from chunkcache.kv import hashed_label
+from chunkcache.kv import hashed_label, in_a_row
 
 POLICY = "link:k=4"
 NEAR = "query:ratio=0.1,lead=64"  # a policy that takes chunks as computed behind their neighbours
@@ -56,7 +56,7 @@ def test_kv_that_were_computed_behind_a_chunk_of_another_label_are_not_used(llm,
     prefix = library.get_prefix(prompt.prefix)
     (behind,) = library._encoder.encode(prefix, [foreign])
     near = library.ref_near(chunk, prompt.prefix)
-    library.compute_behind([near], prefix, [library.with_origin(behind)], time.time())
+    library.compute_behind([near], prefix, in_a_row(library.with_origin(behind)), time.time())
     library.flush()
     assert library.holds(near)
     (output,) = ask(llm, (prompt, NEAR))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from chunkcache.blend import Decoder
 from chunkcache.blend.assembly import place
 from chunkcache.integrations.vllm.paged import PagedModel, Run
-from chunkcache.kv import ChunkKV, Origin, Span, TokenIds
+from chunkcache.kv import ChunkKV, Context, Origin, Span, TokenIds, in_a_row
 from chunkcache.library.encoder import PACK_TOKENS, packs
 
 
@@ -35,19 +34,15 @@ class PagedEncoder:
         self._paged, self._decoder = paged, decoder
 
     @torch.inference_mode()
-    def encode(
-        self, context: ChunkKV | Sequence[ChunkKV] | None, chunks: Sequence[TokenIds], record: bool = False
-    ) -> Iterator[ChunkKV]:
+    def encode(self, context: Context, chunks: Sequence[TokenIds], record: bool = False) -> Iterator[ChunkKV]:
         """Yield the KV of each chunk, `[2, kv_heads, tokens, head_dim]` per layer, in the order of `chunks`.
 
         Args:
-            context: what each of them stands right behind, or None; or several in a row.
+            context: what each of them stands right behind, or None; or several in a row, or parts of them.
             chunks: token ids, none of them empty.
             record: not done here; what tokens look at is asked for by policies that are not served.
         """
-        given = [context] if isinstance(context, ChunkKV) else list(context or ())
-        starts = accumulate(map(len, given), initial=0)
-        spans = [Span(at, at + len(kv), kv.token_ids, kv=kv) for at, kv in zip(starts, given, strict=False)]
+        spans = in_a_row(context)
         for pack in packs(chunks, len, self.pack_tokens):
             yield from self._encode(spans, pack)
 
