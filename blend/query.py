@@ -20,12 +20,14 @@ from torch import Tensor
 
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy, Schedule, Share, check_share
+from chunkcache.blend.words import near_words
 from chunkcache.errors import PolicyError
 
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 LONG = 128  # tokens computed in any case, from which on a look adds little to what they cost: it is carried on
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
+WORDS = 32  # tokens next to the question's own words
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
 
@@ -85,6 +87,8 @@ class Query(Policy):
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
+        words: tokens that are selected under `ratio=auto` where it does not look, at most a share of `most`: those
+            next to the question's own words (`blend.words`). None for 32.
 
     Raises:
         PolicyError: an option is out of range.
@@ -100,12 +104,15 @@ class Query(Policy):
     most: float | None = None
     least: int | None = None
     later: float | None = None
+    words: int | None = None
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
         check_share("later", self.later or 0.0)
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
+        if self.words is not None and self.words < 0:
+            raise PolicyError(f"words={self.words} is negative; it is a number of tokens, 0 for none")
         if self.lead is not None and self.lead < 0:
             raise PolicyError(f"lead={self.lead} is negative; it is a number of tokens, 0 for no lead-in")
         if self.guard is not None and not self.guard > 0:
@@ -180,8 +187,14 @@ class Query(Policy):
         return self._is_quick
 
     def select(self, plan: Plan) -> Tensor:
-        """Return what `link` would: there is nothing to look at."""
-        return plan.first_of_each(self.k)
+        """Return the first `k` of each chunk, and with `ratio=auto` what is next to the words of the question."""
+        first = plan.first_of_each(self.k)
+        if self.ratio != "auto" or len(plan.inexact) == 0:
+            return first
+        most = WORDS if self.words is None else self.words
+        count = min(most, math.ceil(self.look.most * len(plan.inexact)))
+        both: Tensor = torch.unique(torch.cat((first, near_words(plan, count))))
+        return both
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first `k` of each chunk."""
@@ -195,7 +208,7 @@ class Query(Policy):
             highest = both[1 : 1 + int(both[0])]
         else:
             highest = candidates[order[: math.ceil(self.ratio * len(candidates))]].cpu()
-        selected: Tensor = torch.unique(torch.cat((highest, self.select(plan))))
+        selected: Tensor = torch.unique(torch.cat((highest, plan.first_of_each(self.k))))
         return selected
 
 

@@ -1,0 +1,34 @@
+"""Which chunk tokens stand where the question's own words do, the rare ones most: found without the model.
+
+The weight of a word is its inverse document frequency (Spärck Jones 1972), each chunk token being a document, to the
+fourth power, so that rare words decide. It fades with the distance from where the word stands.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from chunkcache.blend.plan import Plan
+
+POWER = 4
+REACH = 16  # tokens to each side
+FADING = 0.95  # of the weight that is left one token further
+
+
+def near_words(plan: Plan, count: int) -> Tensor:
+    """Return the positions `[at most count]` of inexact tokens next to the words of what stands behind the chunks.
+
+    A token scores the sum of all weights around it. None are returned that no word is near.
+    """
+    candidates = plan.inexact
+    ids = torch.tensor(plan.token_ids)
+    counts = torch.bincount(ids[candidates], minlength=int(ids.max()) + 1)
+    weights = torch.zeros(len(plan))
+    found = candidates[torch.isin(ids[candidates], ids[plan.end :])]
+    weights[found] = (len(candidates) / counts[ids[found]]).log() ** POWER
+    kernel = FADING ** torch.arange(-REACH, REACH + 1).abs()
+    scores = functional.conv1d(weights[None, None], kernel[None, None], padding=REACH)[0, 0, candidates]
+    best = scores.topk(min(count, len(candidates)))
+    return candidates[best.indices[best.values > 0]]

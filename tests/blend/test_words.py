@@ -1,0 +1,95 @@
+"""Tokens next to the question's own words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from chunkcache.blend import Plan
+from chunkcache.blend.query import Query
+from chunkcache.blend.words import FADING, POWER, REACH, near_words
+from chunkcache.errors import PolicyError
+from chunkcache.kv import ChunkKV, Span
+
+PREFIX, EXACT = (900, 901), (7, 7, 902)
+
+
+def plan_of(chunks, question):
+    """Return a plan of a prefix and a chunk that are exact, chunks that are not, and a question."""
+    spans, end = [], len(PREFIX)
+    for ids in (EXACT, *chunks):
+        kv = ChunkKV.of(ids, 0, [torch.zeros(2, 1, len(ids), 2)])
+        spans.append(Span(end, end + len(ids), ids, kv=kv, exact=ids == EXACT))
+        end += len(ids)
+    ids = (*PREFIX, *(token for span in spans for token in span.chunk_ids), *question)
+    return Plan.of(ids, spans)
+
+
+def scores_of(plan, question):
+    """Return the score of each inexact token, by its definition."""
+    ids, inexact = plan.token_ids, plan.inexact.tolist()
+    of_chunks = [ids[at] for at in inexact]
+    weight = {word: math.log(len(inexact) / of_chunks.count(word)) ** POWER for word in question if word in of_chunks}
+    return {
+        at: sum(
+            weight.get(ids[other], 0.0) * FADING ** abs(other - at) for other in inexact if abs(other - at) <= REACH
+        )
+        for at in inexact
+    }
+
+
+def test_it_takes_what_scores_highest():
+    generator = torch.Generator().manual_seed(1)
+    chunks = [tuple(torch.randint(0, 60, (length,), generator=generator).tolist()) for length in (70, 40, 90)]
+    question = (3, 17, 58, 59, 1000)
+    plan = plan_of(chunks, question)
+    scores = scores_of(plan, question)
+    for count in (1, 8, 40):
+        chosen = near_words(plan, count).tolist()
+        left = set(scores).difference(chosen)
+        assert len(chosen) == count
+        assert min(scores[at] for at in chosen) >= max(scores[at] for at in left) - 1e-3
+
+
+def test_a_rare_word_decides_and_what_no_word_is_near_is_left():
+    common, rare = (5, *[1] * 99) * 2, (*[1] * 50, 6, *[1] * 49)
+    plan = plan_of([common, rare], (5, 6, 8))
+    at = plan.chunks[2].start + 50
+    assert near_words(plan, 3).sort().values.tolist() == [at - 1, at, at + 1]
+    near = near_words(plan, 1000)
+    reached = {place + step for place in (5, 105, at) for step in range(-REACH, REACH + 1)}
+    assert set(near.tolist()) == reached & set(plan.inexact.tolist())
+    assert near_words(plan_of([common], (8, 9)), 10).tolist() == []
+    assert near_words(plan_of([], (7, 7)), 10).tolist() == []  # its words are in the exact chunk alone
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({}, 30), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 5), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
+)
+def test_query_takes_them_where_it_does_not_look(options, count):
+    ids = tuple(range(1000))
+    plan = plan_of([ids], (3, 500, 700))
+    policy = Query(**options)
+    assert policy.ratio != "auto" or not policy.wants_attention(plan)
+    assert len(policy.select(plan)) == count
+
+
+def test_together_with_the_first_of_each_chunk_they_are_sorted_and_taken_once():
+    plan = plan_of([tuple(range(100, 200)), tuple(range(200, 300))], (100, 250))
+    selected = Query(k=2, words=3).select(plan).tolist()
+    assert selected == sorted({*plan.first_of_each(2).tolist(), *near_words(plan, 3).tolist()})
+
+
+def test_where_it_looks_it_takes_what_the_question_looks_at_alone():
+    plan = plan_of([tuple(range(1000))], (500,))
+    seen = torch.zeros(1, len(plan))
+    seen[0, plan.chunks[1].start + 100] = 1.0
+    assert Query(most=0.001).select_by_attention(plan, seen).tolist() == [plan.chunks[1].start + 100]
+
+
+def test_a_number_of_words_below_none_is_refused():
+    with pytest.raises(PolicyError, match="words=-1 is negative"):
+        Query(words=-1)
