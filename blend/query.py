@@ -5,8 +5,9 @@ most there are selected and recomputed in one pass, so that no layer is ever com
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
 
 FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
-over the reused KV in all layers. Ours are the generic lead-in, the look at few layers, what is left for later, and
-the guard. What each of these choices is worth is in docs/policies.md.
+over the reused KV in all layers. Ours are the generic lead-in, the look at few layers, the question's words where a
+look would cost too much, what is left for later, and the guard. What each of these choices is worth is in
+docs/policies.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 LONG = 128  # tokens computed in any case, from which on a look adds little to what they cost: it is carried on
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
-WORDS = 32  # tokens next to the question's own words
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
 
@@ -39,14 +39,16 @@ class Look:
         first: the layers looked at begin at this share of the depth.
         last: and end at this one.
         most: the largest share of the chunk tokens that is selected.
-        least: chunk tokens from which on it looks; of fewer none are selected, because a look would cost more time
-            than it gives fidelity. Behind a long question it looks in any case.
+        least: chunk tokens from which on it looks; of fewer it selects by the question's words, because a look would
+            cost more time than it gives fidelity. Behind a long question it looks in any case.
+        words: how many it selects by the question's words, at most.
     """
 
     first: float = 1 / 6
     last: float = 1 / 3
     most: float = 0.03
     least: int = 2048
+    words: int = 32
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= 1:
@@ -57,6 +59,8 @@ class Look:
             raise PolicyError(f"most={self.most} is not between 0 and 1")
         if self.least < 0:
             raise PolicyError(f"least={self.least} is negative; it is a number of tokens")
+        if self.words < 0:
+            raise PolicyError(f"words={self.words} is negative; it is a number of tokens, 0 for none")
 
     @property
     def least_share(self) -> float:
@@ -74,21 +78,21 @@ class Query(Policy):
 
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
-            half of the question's attention to chunk tokens, between two fifths of `most` and `most`, and none of
-            less than `least` tokens.
+            half of the question's attention to chunk tokens, between two fifths of `most` and `most`; of less than
+            `least` tokens those next to the question's own words.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none; None for what
             `chunkcache calibrate` found to be best for the model, 1,024 without a calibration.
         guard: bound on the KL of the first token, in nats: more is recomputed until it is predicted to hold
             (`blend.guard`). It needs a calibration.
-        layers: shares of the depth between which the layers looked at lie. These three, where they are not given,
+        layers: shares of the depth between which the layers looked at lie. These four, where they are not given,
             are what `chunkcache calibrate` found, and without a calibration those of `Look`. With a `ratio` that is
             given, or a guard, these layers are in the middle: who recomputes much has time to look well.
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
-        later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
         words: tokens that are selected under `ratio=auto` where it does not look, at most a share of `most`: those
-            next to the question's own words (`blend.words`). None for 32.
+            next to the question's own words (`blend.words`).
+        later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
         PolicyError: an option is out of range.
@@ -103,16 +107,14 @@ class Query(Policy):
     layers: Schedule = ()
     most: float | None = None
     least: int | None = None
-    later: float | None = None
     words: int | None = None
+    later: float | None = None
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
         check_share("later", self.later or 0.0)
         if self.k < 0:
             raise PolicyError(f"k={self.k} is negative")
-        if self.words is not None and self.words < 0:
-            raise PolicyError(f"words={self.words} is negative; it is a number of tokens, 0 for none")
         if self.lead is not None and self.lead < 0:
             raise PolicyError(f"lead={self.lead} is negative; it is a number of tokens, 0 for no lead-in")
         if self.guard is not None and not self.guard > 0:
@@ -130,13 +132,14 @@ class Query(Policy):
         """Return `found`, but for what its own options say."""
         first, last = self.layers or (found.first, found.last)
         most = found.most if self.most is None else self.most
-        return Look(first, last, most, found.least if self.least is None else self.least)
+        least = found.least if self.least is None else self.least
+        return Look(first, last, most, least, found.words if self.words is None else self.words)
 
     def fitted(self, found: Look) -> Query:
         """Return this policy with the options that it leaves open as they were found."""
         look = self.looking(found)
         layers = (look.first, look.last) if self._is_quick else self.layers
-        return replace(self, layers=layers, most=look.most, least=look.least)
+        return replace(self, layers=layers, most=look.most, least=look.least, words=look.words)
 
     @property
     def _is_quick(self) -> bool:
@@ -191,8 +194,8 @@ class Query(Policy):
         first = plan.first_of_each(self.k)
         if self.ratio != "auto" or len(plan.inexact) == 0:
             return first
-        most = WORDS if self.words is None else self.words
-        count = min(most, math.ceil(self.look.most * len(plan.inexact)))
+        look = self.look
+        count = min(look.words, math.ceil(look.most * len(plan.inexact)))
         both: Tensor = torch.unique(torch.cat((first, near_words(plan, count))))
         return both
 

@@ -144,6 +144,7 @@ def check_model(options: CheckOptions) -> None:
         "look": unknown if found is None or found.look is None else "measured",
         "query_recomputes_at_most": tuning.look.most,
         "query_looks_from_tokens": tuning.look.least,
+        "query_recomputes_by_words": tuning.look.words,
         **check.as_dict(),
     }
     if options.as_json:

@@ -104,8 +104,8 @@ def _guard(weights: list[list[float]], margins: list[list[float]]) -> GuardModel
     return GuardModel(tuple(rows[0]), tuple((bound, margin) for bound, margin in rows[1]))
 
 
-def _look(first: float, last: float, most: float, least: float) -> Look:
-    return Look(_number(first), _number(last), _number(most), int(_number(least)))
+def _look(first: float, last: float, most: float, least: float, words: float = Look.words) -> Look:
+    return Look(_number(first), _number(last), _number(most), int(_number(least)), int(_number(words)))
 
 
 def _number(value: Any) -> float:

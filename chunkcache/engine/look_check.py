@@ -1,7 +1,8 @@
 """Finds out how `query` best looks at a question with a model: in which layers, how much it selects, from when on.
 
 On packaged documents, with the lead-in that suits the model: the layers whose attention selects best; the least
-share that is as near to full prefill as CacheBlend with 15 %; and from the time of a look, how many tokens it wants.
+share that is as near to full prefill as CacheBlend with 15 %; from the time of a look, how many tokens it wants; and
+whether to go by the question's words where there are fewer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class LookCheck:
         look: for `Query`.
         bands: KL of each of `BANDS`, with 5 % recomputed.
         shares: KL by the share that is recomputed, chosen in the best band; of 0 for none.
+        words: KL with what is next to the question's words recomputed.
         target: KL of CacheBlend with 15 %, of chunks computed behind the prefix alone.
         look_s: seconds of a look at the question, the median.
         token_s: seconds of full prefill per token.
@@ -45,6 +47,7 @@ class LookCheck:
     look: Look
     bands: list[float]
     shares: dict[str, float]
+    words: float
     target: float
     look_s: float
     token_s: float
@@ -70,13 +73,14 @@ def check_look(
         moved = [each.moved(decoder, policy, lead=lead) for each in asked]
         done += 1
         if on_step is not None:
-            on_step(done, len(BANDS) + len(SHARES) + 2)
+            on_step(done, len(BANDS) + len(SHARES) + 3)
         return moved
 
     by_band = [measure(Query(ratio=BAND_RATIO, layers=band)) for band in BANDS]
     first, last = BANDS[best_band(by_band)]
     target = mean_kl(measure(CacheBlend(ratio=TARGET), lead=False))
     shares = {0.0: mean_kl(measure(Reuse()))}
+    words = mean_kl(measure(Query(least=MOST)))  # more than the packaged documents have
     looks: list[float] = []
     for share in SHARES:
         moved = measure(Query(ratio=share, layers=(first, last)))
@@ -84,9 +88,11 @@ def check_look(
         looks += [each.look_s for each in moved]
     look_s = statistics.median(looks)
     token_s = statistics.median(each.full_s / len(each.prompt.token_ids) for each in asked)
-    found = Look(first, last, most_of(shares, target), worth_it(look_s, token_s))
+    helped = Look.words if words < shares[0.0] else 0
+    found = Look(first, last, most_of(shares, target), worth_it(look_s, token_s), helped)
     told = {f"{share:g}": kl for share, kl in shares.items()}
-    return LookCheck(found, [*map(mean_kl, by_band)], told, target, look_s, token_s, time.perf_counter() - started)
+    bands = [*map(mean_kl, by_band)]
+    return LookCheck(found, bands, told, words, target, look_s, token_s, time.perf_counter() - started)
 
 
 def best_band(by_band: Sequence[Sequence[Moved]]) -> int:

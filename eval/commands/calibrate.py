@@ -121,6 +121,9 @@ def _show_look(fitted: Calibration) -> None:
     rows = [[f"in layers {first:.2f} to {last:.2f} of the depth", "5.00%", f"{kl:.4f}"]
             for (first, last), kl in zip(BANDS, found["bands"], strict=True)]  # fmt: skip
     rows += [["in the best of them", f"{float(share):.2%}", f"{kl:.4f}"] for share, kl in found["shares"].items()]
+    rows.append(
+        ["by the question's words" if look.words else "by the question's words: left", "", f"{found['words']:.4f}"]
+    )
     rows.append(["cacheblend, without a lead-in", "15.00%", f"{found['target']:.4f}"])
     title = (
         f"query looks in layers {look.first:.2f} to {look.last:.2f} of the depth, recomputes up to {look.most:.2%}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from support.llm import QUESTION, TEXTS, chat_tokenizer, tiny_model, wrapped
@@ -21,7 +22,7 @@ FOUND = Calibration(
     GuardModel(((1.0, 0.5, -0.1), (0.2, 0.3, 0.4)), ((0.05, 1.5), (0.1, 1.0))),
     {"prompts": 12},
     0,
-    Look(0.4, 0.6, 0.02, 512),
+    Look(0.4, 0.6, 0.02, 512, 8),
 )
 
 
@@ -36,6 +37,15 @@ def test_it_comes_back_from_its_place(tmp_path):
     assert load_calibration(PRINT) == FOUND
     assert FOUND.save(tmp_path / "deep" / "mine.json") == tmp_path / "deep" / "mine.json"
     assert load_calibration(PRINT, tmp_path / "deep" / "mine.json") == FOUND
+
+
+def test_one_from_before_words_were_chosen_by_has_the_usual_number_of_them():
+    place = FOUND.save()
+    data = json.loads(place.read_text())
+    del data["look"]["words"]
+    place.write_text(json.dumps(data))
+    found = load_calibration(PRINT)
+    assert found == replace(FOUND, look=Look(0.4, 0.6, 0.02, 512, 32))
 
 
 def test_parts_may_be_missing(tmp_path):
