@@ -25,6 +25,7 @@ from chunkcache.errors import UnsupportedModelError
 NAME = "chunkcache_rows"
 BLOCK_ROWS = 64  # small enough to skip keys that no row of a block sees, large enough to keep the cores busy
 LOOK_ROWS = 128  # rows of a question at most whose weights are looked at: the last ones
+BLOCK_COST = 4096  # pairs of a row and a key that take as long as one more block
 ALIGNED = 16  # elements: rows of a float mask that start at multiples of it are read by the kernels as they are
 LOWER_RIGHT = ("cuda", "xpu")  # devices with a causal kernel for fewer rows than keys
 
@@ -114,7 +115,7 @@ def rows_attention(
     if unseen:
         rows = query[:, :, :unseen]
         if query.device.type == "cpu" and not serve(query.device):
-            parts.append(_in_blocks(rows, key, value, attention_mask[:, :, :unseen], scaling))
+            parts.append(_in_blocks(rows, key, value, attention_mask, scaling))
         else:
             parts.append(_on_accelerator(rows, key, value, attention_mask, scaling))
     if watch is not None:
@@ -127,23 +128,43 @@ def rows_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), None
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None) -> Tensor:
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scaling: float | None) -> Tensor:
+    """Attend from the first rows of `intervals`; return `[1, rows, heads, head_dim]`."""
     batch, heads, rows, _ = query.shape
     output = query.new_empty(batch, rows, heads, value.shape[-1])
     grouped = heads != key.shape[1]
-    for start in range(0, rows, BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        intervals = attention_mask[:, :, block]
-        low, high = int(intervals[0, 0, 0, 0]), int(intervals[0, 0, -1, 1]) + 1
+    for block, low, high in _blocks(intervals, rows):
         output[:, block] = F.scaled_dot_product_attention(
             query[:, :, block],
             key[:, :, low:high],
             value[:, :, low:high],
-            attn_mask=dense_mask(intervals - low, high - low),
+            attn_mask=dense_mask(intervals[:, :, block] - low, high - low),
             scale=scaling,
             enable_gqa=grouped,
         ).transpose(1, 2)
     return output
+
+
+def _blocks(intervals: Tensor, rows: int) -> list[tuple[slice, int, int]]:
+    """Return blocks of the first `rows` rows, each with the first key that it sees and the one behind the last.
+
+    A row begins a new block where that saves more than `BLOCK_COST`: far from the row before, or with a window of its
+    own. They are found once for all layers that see alike.
+    """
+    known: dict[int, list[tuple[slice, int, int]]] = vars(intervals).setdefault("chunkcache_blocks", {})
+    if rows not in known:
+        known[rows] = blocks = []
+        start, low, high = 0, 0, 0
+        for row, (first, last) in enumerate(intervals[0, 0, :rows].tolist()):
+            size = row - start
+            apart = size * (high - low) + last + 1 - first + BLOCK_COST
+            if size and (size == BLOCK_ROWS or (size + 1) * (last + 1 - low) > apart):
+                blocks.append((slice(start, row), low, high))
+                start, size = row, 0
+            low, high = (low if size else first), last + 1
+        if rows:
+            blocks.append((slice(start, rows), low, high))
+    return known[rows]
 
 
 def _on_accelerator(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scaling: float | None) -> Tensor:

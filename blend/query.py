@@ -48,7 +48,7 @@ class Look:
     last: float = 1 / 3
     most: float = 0.03
     least: int = 2048
-    words: int = 32
+    words: int = 24
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= 1:

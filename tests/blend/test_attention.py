@@ -7,12 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from chunkcache.blend.attention import (
     BLOCK_ROWS,
     LOOK_ROWS,
     Watch,
+    _blocks,
     additive_mask,
     dense_mask,
     rows_attention,
@@ -82,6 +84,33 @@ def test_any_number_of_blocks_gives_plain_dense_attention(count, window):
     output, _ = attend(query, key, value, rows, window)
     expected = by_hand(query, key, value, rows, window, 0.4).float()
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "cost"), [(None, 30), (20, 100)])
+def test_rows_that_see_other_keys_are_blocks_of_their_own(window, cost, monkeypatch):
+    monkeypatch.setattr("chunkcache.blend.attention.BLOCK_COST", cost)
+    rows = [3, 4, 5, *range(100, 130), 300, *range(390, 400)]
+    query, key, value = tensors(len(rows), 400)
+    seen = []
+    attend_to = functional.scaled_dot_product_attention
+
+    def sdpa(query, key, value, **kwargs):
+        seen.append((query.shape[2], key.shape[2]))
+        return attend_to(query, key, value, **kwargs)
+
+    monkeypatch.setattr("chunkcache.blend.attention.F.scaled_dot_product_attention", sdpa)
+    output, _ = attend(query, key, value, rows, window)
+    torch.testing.assert_close(output, by_hand(query, key, value, rows, window, 0.4).float(), atol=1e-5, rtol=0)
+    keys = [6, 130, 301, 400] if window is None else [6, 49, 20, 29]
+    assert seen == list(zip((3, 30, 1, 10), keys, strict=True))
+
+
+def test_contiguous_rows_are_blocks_of_as_many_as_fit():
+    for window in (None, 512):
+        intervals = visible_intervals(torch.arange(700, 1000), window)
+        blocks = [block for block, _, _ in _blocks(intervals, 300)]
+        assert blocks == [slice(at, min(at + BLOCK_ROWS, 300)) for at in range(0, 300, BLOCK_ROWS)]
+        assert [block for block, _, _ in _blocks(intervals, 70)] == [slice(0, 64), slice(64, 70)]
 
 
 def test_bfloat16_stays_bfloat16_and_near():

@@ -67,7 +67,7 @@ def test_a_rare_word_decides_and_what_no_word_is_near_is_left():
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 30), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 5), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
+    [({}, 24), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 5), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
 )
 def test_query_takes_them_where_it_does_not_look(options, count):
     ids = tuple(range(1000))

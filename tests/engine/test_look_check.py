@@ -29,7 +29,7 @@ def test_every_choice_is_by_what_was_measured(monkeypatch):
     assert found.look.most == most_of(shares, found.target)
     assert found.look.least == worth_it(found.look_s, found.token_s)
     assert found.words not in (0.0, *shares.values())
-    assert found.look.words == (32 if found.words < shares[0] else 0)
+    assert found.look.words == (Look.words if found.words < shares[0] else 0)
 
 
 def test_the_usual_layers_are_left_only_for_surely_better_ones():
@@ -63,7 +63,7 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
     assert calibrated.resolve_policy("query:most=0.2,least=7").look == Look(2 / 3, 5 / 6, 0.2, 7)
     assert calibrated.resolve_policy("query:ratio=0.1").layers == ()  # those in the middle
     assert calibrated.resolve_policy("query:layers=0,0.5").look == Look(0, 0.5, 0.03, 512)
-    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 2048, 32)
+    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 2048, 24)
     calibrated = wrapped(calibration=Calibration(llm.fingerprint, look=Look(words=0)))
     assert calibrated.resolve_policy("query").look.words == 0
     assert calibrated.resolve_policy("query:words=8").look.words == 8
