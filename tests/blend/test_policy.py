@@ -33,6 +33,7 @@ OPTIONS = {
     "layers": st.sampled_from([(), (0.5, 0.75), (0.0, 1.0)]),
     "most": st.none() | st.floats(0, 1),
     "least": st.none() | st.integers(0, 10**6),
+    "words": st.none() | st.integers(0, 1000),
     "later": st.none() | st.floats(0, 1),
     "probes": st.sampled_from(["top", "even"]),
     "fusionrag.lead": st.sampled_from(["neighbours", "none"]),
