@@ -61,6 +61,7 @@ def first_of(rows: Tensor) -> int | None:
 def upper(intervals: Tensor, rows: int) -> Tensor:
     """Return `intervals` of the first `rows` rows, with what is known of them."""
     part = intervals[:, :, :rows]
+    vars(part)["chunkcache_blocks"] = _known_blocks(intervals)
     if (sight := vars(intervals).get("chunkcache_sight")) is not None:
         vars(part)["chunkcache_sight"] = sight
     return part
@@ -151,7 +152,7 @@ def _blocks(intervals: Tensor, rows: int) -> list[tuple[slice, int, int]]:
     A row begins a new block where that saves more than `BLOCK_COST`: far from the row before, or with a window of its
     own. They are found once for all layers that see alike.
     """
-    known: dict[int, list[tuple[slice, int, int]]] = vars(intervals).setdefault("chunkcache_blocks", {})
+    known = _known_blocks(intervals)
     if rows not in known:
         known[rows] = blocks = []
         start, low, high = 0, 0, 0
@@ -165,6 +166,12 @@ def _blocks(intervals: Tensor, rows: int) -> list[tuple[slice, int, int]]:
         if rows:
             blocks.append((slice(start, rows), low, high))
     return known[rows]
+
+
+def _known_blocks(intervals: Tensor) -> dict[int, list[tuple[slice, int, int]]]:
+    """Return the blocks that were found of `intervals`, or of what they are the `upper` part of, by their rows."""
+    known: dict[int, list[tuple[slice, int, int]]] = vars(intervals).setdefault("chunkcache_blocks", {})
+    return known
 
 
 def _on_accelerator(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scaling: float | None) -> Tensor:
