@@ -28,6 +28,7 @@ LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 LONG = 128  # tokens computed in any case, from which on a look adds little to what they cost: it is carried on
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
+HEADS = 2  # ratio=auto selects the first so many of each chunk, where that is little beside the others
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
 
@@ -39,16 +40,17 @@ class Look:
         first: the layers looked at begin at this share of the depth.
         last: and end at this one.
         most: the largest share of the chunk tokens that is selected.
-        least: chunk tokens from which on it looks; of fewer it selects by the question's words, because a look would
-            cost more time than it gives fidelity. Behind a long question it looks in any case.
-        words: how many it selects by the question's words, at most.
+        least: chunk tokens from which on it looks; of fewer it selects the first of each chunk and by the question's
+            words, because a look would cost more time than it gives fidelity. Behind a long question it looks in any
+            case.
+        words: how many it selects without a look, at most.
     """
 
     first: float = 1 / 6
     last: float = 1 / 3
     most: float = 0.03
     least: int = 2048
-    words: int = 24
+    words: int = 32
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= 1:
@@ -78,8 +80,8 @@ class Query(Policy):
 
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
-            half of the question's attention to chunk tokens, between two fifths of `most` and `most`; of less than
-            `least` tokens those next to the question's own words.
+            half of the question's attention to chunk tokens, between two fifths of `most` and `most`, and the first
+            two of each chunk; of less than `least` tokens `words` of them.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none; None for what
             `chunkcache calibrate` found to be best for the model, 1,024 without a calibration.
@@ -90,8 +92,9 @@ class Query(Policy):
             given, or a guard, these layers are in the middle: who recomputes much has time to look well.
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
-        words: tokens that are selected under `ratio=auto` where it does not look, at most a share of `most`: those
-            next to the question's own words (`blend.words`).
+        words: tokens that are selected under `ratio=auto` where it does not look, at most a share of `most`: the
+            first two of each chunk, unless these are more than a third, and those next to the question's own words
+            (`blend.words`).
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
@@ -190,17 +193,16 @@ class Query(Policy):
         return self._is_quick
 
     def select(self, plan: Plan) -> Tensor:
-        """Return the first `k` of each chunk, and with `ratio=auto` what is next to the words of the question."""
-        first = plan.first_of_each(self.k)
-        if self.ratio != "auto" or len(plan.inexact) == 0:
-            return first
-        look = self.look
-        count = min(look.words, math.ceil(look.most * len(plan.inexact)))
-        both: Tensor = torch.unique(torch.cat((first, near_words(plan, count))))
+        """Return the first of each chunk, and with `ratio=auto` what is next to the question's words."""
+        if self.ratio != "auto":
+            return plan.first_of_each(self.k)
+        count = min(self.look.words, math.ceil(self.look.most * len(plan.inexact)))
+        first = self._first(plan, count)
+        both: Tensor = torch.unique(torch.cat((first, near_words(plan, count, first))))
         return both
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
-        """Return the positions with the highest attention, and the first `k` of each chunk."""
+        """Return the positions with the highest attention, and the first of each chunk."""
         candidates = plan.inexact_on(attention.device)
         seen, order = attention.mean(0)[candidates].sort(descending=True)
         if self.ratio == "auto":
@@ -208,11 +210,17 @@ class Query(Policy):
             low, high = (math.ceil(share * len(candidates)) for share in (look.least_share, look.most))
             count = _auto(seen).clamp(low, high)
             both = torch.cat((count[None], candidates[order[:high]])).cpu()  # one wait for the device
-            highest = both[1 : 1 + int(both[0])]
+            highest, first = both[1 : 1 + int(both[0])], self._first(plan, low)
         else:
             highest = candidates[order[: math.ceil(self.ratio * len(candidates))]].cpu()
-        selected: Tensor = torch.unique(torch.cat((highest, plan.first_of_each(self.k))))
+            first = plan.first_of_each(self.k)
+        selected: Tensor = torch.unique(torch.cat((highest, first)))
         return selected
+
+    def _first(self, plan: Plan, count: int) -> Tensor:
+        """Return the first `k` of each chunk, and `HEADS` of them unless that is more than a third of `count`."""
+        chunks = len(plan.first_of_each(1))
+        return plan.first_of_each(max(self.k, min(HEADS, count // (3 * chunks) if chunks else 0)))
 
 
 def _between(first: float, last: float, layers: int) -> range:

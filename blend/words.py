@@ -17,10 +17,11 @@ REACH = 16  # tokens to each side
 FADING = 0.95  # of the weight that is left one token further
 
 
-def near_words(plan: Plan, count: int) -> Tensor:
+def near_words(plan: Plan, count: int, first: Tensor | None = None) -> Tensor:
     """Return the positions `[at most count]` of inexact tokens next to the words of what stands behind the chunks.
 
-    A token scores the sum of all weights around it. None are returned that no word is near.
+    A token scores the sum of all weights around it. None are returned that no word is near, but for those of `first`
+    `[n]`, which come before all others.
     """
     candidates = plan.inexact
     ids = torch.tensor(plan.token_ids)
@@ -29,6 +30,8 @@ def near_words(plan: Plan, count: int) -> Tensor:
     found = candidates[torch.isin(ids[candidates], ids[plan.end :])]
     weights[found] = (len(candidates) / counts[ids[found]]).log() ** POWER
     kernel = FADING ** torch.arange(-REACH, REACH + 1).abs()
-    scores = functional.conv1d(weights[None, None], kernel[None, None], padding=REACH)[0, 0, candidates]
-    best = scores.topk(min(count, len(candidates)))
+    scores = functional.conv1d(weights[None, None], kernel[None, None], padding=REACH)[0, 0]
+    if first is not None:
+        scores[first] = torch.inf
+    best = scores[candidates].topk(min(count, len(candidates)))
     return candidates[best.indices[best.values > 0]]

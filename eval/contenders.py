@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("chunkcache")
 
 FindNearest = Callable[[Sequence[str]], list[list[str]]]
-NEIGHBOURS = "neighbours"
+NEIGHBOURS = "neighbours"  # chunks are computed behind their nearest, and for the first place behind the prefix alone
+FIRST = "first"  # the latter only
 STORED = 4  # nearest chunks that are there when a chunk is computed behind them: as many as stand before it
 
 _OWN_STORE = "memory://?max_bytes=2GiB"
@@ -260,11 +261,20 @@ def parse_contender(name: str) -> tuple[Policy, str]:
     """
     text, at, lead = name.partition("@")
     policy = parse_policy(text)
-    if at and (lead != NEIGHBOURS or not policy.neighbours()):
+    if at and (lead not in (NEIGHBOURS, FIRST) or not policy.neighbours()):
         raise PolicyError(
-            f"{name}: @{NEIGHBOURS} is for policies that want nearest chunks; nothing else stands there"
+            f"{name}: @{NEIGHBOURS} and @{FIRST} are for policies that want nearest chunks; nothing else stands there"
         )
     return policy, lead
+
+
+def nearest_for(lead: str, nearest: FindNearest | None) -> FindNearest | None:
+    """Return what finds the chunks that those of a contender are computed behind, too; None for the lead-in alone."""
+    return {NEIGHBOURS: nearest, FIRST: _none_nearest}.get(lead)
+
+
+def _none_nearest(texts: Sequence[str]) -> list[list[str]]:
+    return [[] for _ in texts]
 
 
 def policy_contenders(
@@ -289,7 +299,7 @@ def policy_contenders(
     contenders = []
     for name in names:
         policy, lead = parse_contender(name)
-        if lead and nearest is None:
+        if lead == NEIGHBOURS and nearest is None:
             raise PolicyError(f"{name}: which chunks are nearest is not known here; leave @{lead} out")
         if policy.stores_in_context or policy.versioned:
             llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
@@ -298,7 +308,7 @@ def policy_contenders(
             if key not in shared:
                 shared[key] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {key}")
             llm = shared[key]
-        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens, nearest if lead else None))
+        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens, nearest_for(lead, nearest)))
     return contenders
 
 

@@ -36,7 +36,8 @@ Policies = Annotated[
     tuple[str, ...],
     option(
         "--policy",
-        help="May be given several times; `query@neighbours` has chunks computed behind their nearest of DATA.",
+        help="May be given several times; `query@neighbours` has chunks computed behind their nearest of DATA, too, "
+        "`query@first` behind the prefix alone, for the first place.",
     ),
 ]
 

@@ -67,27 +67,46 @@ def test_a_rare_word_decides_and_what_no_word_is_near_is_left():
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 24), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 5), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
+    [({}, 32), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 6), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
 )
 def test_query_takes_them_where_it_does_not_look(options, count):
-    ids = tuple(range(1000))
+    ids = tuple(range(1200))
     plan = plan_of([ids], (3, 500, 700))
     policy = Query(**options)
     assert policy.ratio != "auto" or not policy.wants_attention(plan)
     assert len(policy.select(plan)) == count
 
 
-def test_together_with_the_first_of_each_chunk_they_are_sorted_and_taken_once():
+@pytest.mark.parametrize(("words", "chunks", "first"), [(32, 4, 2), (12, 4, 1), (11, 4, 0), (32, 8, 1), (32, 12, 0)])
+def test_up_to_a_third_of_them_are_the_first_of_each_chunk(words, chunks, first):
+    question = (137, 181)
+    plan = plan_of([tuple(range(100 * n, 100 * n + 90)) for n in range(1, chunks + 1)], question)
+    selected = set(Query(words=words, most=1.0).select(plan).tolist())
+    heads = set(plan.first_of_each(first).tolist())
+    scores = scores_of(plan, question)
+    left = scores.keys() - selected
+    assert len(selected) == words
+    assert heads == selected & set(plan.first_of_each(3).tolist())
+    assert min(scores[at] for at in selected - heads) >= max(scores[at] for at in left) - 1e-3
+
+
+def test_the_first_that_are_asked_for_are_taken_in_any_case_and_once():
     plan = plan_of([tuple(range(100, 200)), tuple(range(200, 300))], (100, 250))
-    selected = Query(k=2, words=3).select(plan).tolist()
-    assert selected == sorted({*plan.first_of_each(2).tolist(), *near_words(plan, 3).tolist()})
+    first = plan.first_of_each(3)
+    assert Query(k=3, words=5).select(plan).tolist() == first.tolist()
+    selected = Query(k=3, words=8, most=1.0).select(plan).tolist()
+    assert selected == sorted({*first.tolist(), *near_words(plan, 8, first).tolist()})
+    assert len(selected) == 8
 
 
-def test_where_it_looks_it_takes_what_the_question_looks_at_alone():
+@pytest.mark.parametrize(("most", "first"), [(0.001, 0), (0.01, 1), (0.03, 2), (0.3, 2)])
+def test_where_it_looks_it_takes_what_the_question_looks_at_and_the_first_of_each_chunk(most, first):
     plan = plan_of([tuple(range(1000))], (500,))
     seen = torch.zeros(1, len(plan))
     seen[0, plan.chunks[1].start + 100] = 1.0
-    assert Query(most=0.001).select_by_attention(plan, seen).tolist() == [plan.chunks[1].start + 100]
+    selected = Query(most=most).select_by_attention(plan, seen)
+    assert plan.chunks[1].start + 100 in selected
+    assert first == len(set(selected.tolist()) & set(plan.first_of_each(5).tolist()))
 
 
 def test_a_number_of_words_below_none_is_refused():

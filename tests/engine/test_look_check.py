@@ -63,7 +63,7 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
     assert calibrated.resolve_policy("query:most=0.2,least=7").look == Look(2 / 3, 5 / 6, 0.2, 7)
     assert calibrated.resolve_policy("query:ratio=0.1").layers == ()  # those in the middle
     assert calibrated.resolve_policy("query:layers=0,0.5").look == Look(0, 0.5, 0.03, 512)
-    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 2048, 24)
+    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 2048, 32)
     calibrated = wrapped(calibration=Calibration(llm.fingerprint, look=Look(words=0)))
     assert calibrated.resolve_policy("query").look.words == 0
     assert calibrated.resolve_policy("query:words=8").look.words == 8

@@ -19,8 +19,9 @@ OTHERS = (
 
 def test_a_name_says_what_chunks_are_computed_behind():
     assert parse_contender("query:ratio=0@neighbours")[1] == "neighbours"
+    assert parse_contender("query:ratio=0@first")[1] == "first"
     assert parse_contender("query:ratio=0")[1] == ""
-    for name in ("reuse@neighbours", "query@friends", "query@"):
+    for name in ("reuse@neighbours", "reuse@first", "query@friends", "query@"):
         with pytest.raises(PolicyError, match=name):
             parse_contender(name)
 
@@ -41,6 +42,17 @@ def test_neighbours_and_the_lead_in_alone_are_measured_side_by_side_and_apart():
     assert near > 0
     assert packaged > 0
     assert near != packaged
+
+
+def test_the_lead_in_with_the_first_chunk_exact_is_measured_without_knowing_any_neighbours():
+    names = ["query:ratio=0@first", "query:ratio=0"]
+    model = tiny_model(max_position_embeddings=16384)  # room for the lead-in, a token of which is a letter or two
+    rows = compare(model, chat_tokenizer(), [Case(QUESTION, TEXTS[:2])], Comparison(names)).rows
+    first, packaged = (next(row for row in rows if row["policy"] == name) for name in names)
+    assert first["hits"] == packaged["hits"] == 2
+    assert first["kl_mean"] != packaged["kl_mean"]
+    [alone] = compare(model, chat_tokenizer(), [Case(QUESTION, TEXTS[:1])], Comparison(names[:1])).rows[1:]
+    assert alone["kl_mean"] == pytest.approx(0, abs=1e-9)  # the only chunk is exact
 
 
 def test_the_pool_knows_the_nearest_of_its_chunks():
