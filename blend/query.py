@@ -24,6 +24,7 @@ from chunkcache.blend.policy import Policy, Schedule, Share, check_share
 from chunkcache.blend.words import near_words
 from chunkcache.errors import PolicyError
 
+OPEN = ("most", "least", "words")  # options that are those of a `Look` where they are not given
 LADDER = (0.15, 0.4)  # what a guarded prefill tries next
 LONG = 128  # tokens computed in any case, from which on a look adds little to what they cost: it is carried on
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
@@ -133,16 +134,15 @@ class Query(Policy):
 
     def looking(self, found: Look) -> Look:
         """Return `found`, but for what its own options say."""
+        given = {name: getattr(self, name) for name in OPEN if getattr(self, name) is not None}
         first, last = self.layers or (found.first, found.last)
-        most = found.most if self.most is None else self.most
-        least = found.least if self.least is None else self.least
-        return Look(first, last, most, least, found.words if self.words is None else self.words)
+        return replace(found, first=first, last=last, **given)
 
     def fitted(self, found: Look) -> Query:
         """Return this policy with the options that it leaves open as they were found."""
         look = self.looking(found)
         layers = (look.first, look.last) if self._is_quick else self.layers
-        return replace(self, layers=layers, most=look.most, least=look.least, words=look.words)
+        return replace(self, layers=layers, **{name: getattr(look, name) for name in OPEN})
 
     @property
     def _is_quick(self) -> bool:
