@@ -194,7 +194,7 @@ class Query(Policy):
 
     def select(self, plan: Plan) -> Tensor:
         """Return the first of each chunk, and with `ratio=auto` what is next to the question's words."""
-        if self.ratio != "auto":
+        if self.ratio != "auto" or len(plan.inexact) == 0:
             return plan.first_of_each(self.k)
         count = min(self.look.words, math.ceil(self.look.most * len(plan.inexact)))
         first = self._first(plan, count)
@@ -219,8 +219,8 @@ class Query(Policy):
 
     def _first(self, plan: Plan, count: int) -> Tensor:
         """Return the first `k` of each chunk, and `HEADS` of them unless that is more than a third of `count`."""
-        chunks = len(plan.first_of_each(1))
-        return plan.first_of_each(max(self.k, min(HEADS, count // (3 * chunks) if chunks else 0)))
+        room = count // (3 * len(plan.first_of_each(1)))
+        return plan.first_of_each(max(self.k, min(HEADS, room)))
 
 
 def _between(first: float, last: float, layers: int) -> range:
