@@ -5,9 +5,9 @@ most there are selected and recomputed in one pass, so that no layer is ever com
 computed behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
 
 FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
-over the reused KV in all layers. Ours are the generic lead-in, the look at few layers, the question's words where a
-look would cost too much, what is left for later, and the guard. What each of these choices is worth is in
-docs/policies.md.
+over the reused KV in all layers; EPIC (2410.15332) recomputes the first tokens of each chunk. Ours are the generic
+lead-in, the look at few layers, the question's words where a look would cost too much, what is left for later, and
+the guard. What each of these choices is worth is in docs/policies.md.
 """
 
 from __future__ import annotations
