@@ -197,9 +197,7 @@ class Query(Policy):
         if self.ratio != "auto" or len(plan.inexact) == 0:
             return plan.first_of_each(self.k)
         count = min(self.look.words, math.ceil(self.look.most * len(plan.inexact)))
-        first = self._first(plan, count)
-        both: Tensor = torch.unique(torch.cat((first, near_words(plan, count, first))))
-        return both
+        return near_words(plan, count, self._first(plan, count)).sort().values
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first of each chunk."""
@@ -219,8 +217,8 @@ class Query(Policy):
 
     def _first(self, plan: Plan, count: int) -> Tensor:
         """Return the first `k` of each chunk, and `HEADS` of them unless that is more than a third of `count`."""
-        room = count // (3 * len(plan.first_of_each(1)))
-        return plan.first_of_each(max(self.k, min(HEADS, room)))
+        chunks = sum(not span.exact for span in plan.reused)
+        return plan.first_of_each(max(self.k, min(HEADS, count // (3 * chunks))))
 
 
 def _between(first: float, last: float, layers: int) -> range:

@@ -21,7 +21,7 @@ def near_words(plan: Plan, count: int, first: Tensor | None = None) -> Tensor:
     """Return the positions `[at most count]` of inexact tokens next to the words of what stands behind the chunks.
 
     A token scores the sum of all weights around it. None are returned that no word is near, but for those of `first`
-    `[n]`, which come before all others.
+    `[n]`: they come before all others, and all of them even if they are more than `count`.
     """
     candidates = plan.inexact
     ids = torch.tensor(plan.token_ids)
@@ -33,5 +33,6 @@ def near_words(plan: Plan, count: int, first: Tensor | None = None) -> Tensor:
     scores = functional.conv1d(weights[None, None], kernel[None, None], padding=REACH)[0, 0]
     if first is not None:
         scores[first] = torch.inf
+        count = max(count, len(first))
     best = scores[candidates].topk(min(count, len(candidates)))
     return candidates[best.indices[best.values > 0]]

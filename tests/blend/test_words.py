@@ -102,11 +102,14 @@ def test_the_first_that_are_asked_for_are_taken_in_any_case_and_once():
 @pytest.mark.parametrize(("most", "first"), [(0.001, 0), (0.01, 1), (0.03, 2), (0.3, 2)])
 def test_where_it_looks_it_takes_what_the_question_looks_at_and_the_first_of_each_chunk(most, first):
     plan = plan_of([tuple(range(1000))], (500,))
-    seen = torch.zeros(1, len(plan))
-    seen[0, plan.chunks[1].start + 100] = 1.0
-    selected = Query(most=most).select_by_attention(plan, seen)
-    assert plan.chunks[1].start + 100 in selected
-    assert first == len(set(selected.tolist()) & set(plan.first_of_each(5).tolist()))
+    at = plan.chunks[1].start + 100
+    seen = torch.zeros(1, len(plan), dtype=torch.float64)
+    seen[0, at : at + 300] = 0.1 ** torch.arange(
+        300, dtype=torch.float64
+    )  # the first of them holds most of it: the least share is taken
+    highest = range(at, at + math.ceil(Query(most=most).look.least_share * 1000))
+    selected = Query(most=most).select_by_attention(plan, seen).tolist()
+    assert selected == [*plan.first_of_each(first).tolist(), *highest]
 
 
 def test_a_number_of_words_below_none_is_refused():
