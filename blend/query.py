@@ -30,6 +30,7 @@ LONG = 128  # tokens computed in any case, from which on a look adds little to w
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 HEADS = 2  # ratio=auto selects the first so many of each chunk, where that is little beside the others
+FEW = 2048  # tokens to select from, beyond which what is selected without a look grows with them
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
 
@@ -42,15 +43,14 @@ class Look:
         last: and end at this one.
         most: the largest share of the chunk tokens that is selected.
         least: chunk tokens from which on it looks; of fewer it selects the first of each chunk and by the question's
-            words, because a look would cost more time than it gives fidelity. Behind a long question it looks in any
-            case.
-        words: how many it selects without a look, at most.
+            words, which is as good and takes less time. Behind a long question it looks in any case.
+        words: how many it selects without a look; of more than 2,048 tokens more, in proportion.
     """
 
     first: float = 1 / 6
     last: float = 1 / 3
     most: float = 0.03
-    least: int = 2048
+    least: int = 8192
     words: int = 32
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Query(Policy):
     Args:
         ratio: share of the chunk tokens, 0 for none and no look at the question; `auto` takes the fewest that hold
             half of the question's attention to chunk tokens, between two fifths of `most` and `most`, and the first
-            two of each chunk; of less than `least` tokens `words` of them.
+            two of each chunk; of less than `least` tokens `words` of them or more.
         k: the first k tokens of each chunk are selected in any case.
         lead: tokens of lead-in at most that the chunks were computed behind, 0 for none; None for what
             `chunkcache calibrate` found to be best for the model, 1,024 without a calibration.
@@ -93,9 +93,9 @@ class Query(Policy):
             given, or a guard, these layers are in the middle: who recomputes much has time to look well.
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
-        words: tokens that are selected under `ratio=auto` where it does not look, at most a share of `most`: the
-            first two of each chunk, unless these are more than a third, and those next to the question's own words
-            (`blend.words`).
+        words: tokens that are selected under `ratio=auto` where it does not look, of more than 2,048 in proportion,
+            at most a share of `most`: the first two of each chunk, unless these are more than a third, and those next
+            to the question's own words (`blend.words`).
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
@@ -196,7 +196,8 @@ class Query(Policy):
         """Return the first of each chunk, and with `ratio=auto` what is next to the question's words."""
         if self.ratio != "auto" or len(plan.inexact) == 0:
             return plan.first_of_each(self.k)
-        count = min(self.look.words, math.ceil(self.look.most * len(plan.inexact)))
+        look, tokens = self.look, len(plan.inexact)
+        count = math.ceil(min(look.words * max(1, tokens / FEW), look.most * tokens))
         return near_words(plan, count, self._first(plan, count)).sort().values
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:

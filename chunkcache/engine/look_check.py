@@ -25,7 +25,7 @@ BAND_RATIO = 0.05  # that bands are compared with: more than is selected later, 
 SHARES = (0.0125, 0.03, 0.06)
 TARGET = 0.15  # CacheBlend's own ratio (arXiv 2405.16444)
 SURE = 2.0  # standard errors by which another band has to be better than the usual one
-COST = 0.02  # of full prefill's time, that a look may take
+COST = 0.005  # of full prefill's time, that a look may take: as little as makes no difference
 STEP, LEAST, MOST = 256, 256, 16384  # tokens: what `least` is a multiple of, and its bounds
 
 

@@ -237,8 +237,8 @@ def _growth_plot(summary: dict[str, Any]) -> Plot:
     ]
     caption = (
         "A mark for each prompt, and the power law fitted to them. Both axes are logarithmic: a slope of 1 is linear "
-        "growth. Lower and flatter is better. `query` looks at prompts of 2,048 chunk tokens or more only, so below "
-        "that it does less."
+        "growth. Lower and flatter is better. `query` looks behind long questions, and from "
+        "8,192 chunk tokens on; else it does less."
     )
     x, y = "tokens of the prompt", "TTFT, s"
     return Plot("points", "Time to first token against context length", y, caption, series, x, logx=True, logy=True)

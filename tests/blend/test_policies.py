@@ -181,11 +181,11 @@ def test_query_looks_where_it_is_told_to():
 
 
 def test_query_need_not_look_where_it_selects_nothing():
-    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (2049, 2050))
+    short, long = (Plan.of(range(n), [span(0, wide(n), 0, n - 2)]) for n in (8193, 8194))
     assert not Query(ratio=0.0).wants_attention(long)
     assert Query(ratio=0.01).wants_attention(short)
     assert [Query(ratio="auto").wants_attention(plan) for plan in (short, long)] == [False, True]
-    assert Query(ratio="auto", least=2047).wants_attention(short)
+    assert Query(ratio="auto", least=8191).wants_attention(short)
     assert not Query(ratio="auto", most=0.0).wants_attention(long)
     for question, wanted in ((127, False), (128, True)):
         plan = Plan.of(range(300 + question), [span(0, wide(300), 0, 300)])

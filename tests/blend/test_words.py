@@ -77,6 +77,16 @@ def test_query_takes_them_where_it_does_not_look(options, count):
     assert len(policy.select(plan)) == count
 
 
+@pytest.mark.parametrize(
+    ("tokens", "options", "count"),
+    [(2048, {}, 32), (2049, {}, 33), (6400, {}, 100), (6400, {"words": 4}, 13), (6400, {"words": 0}, 0)],
+)
+def test_of_more_tokens_it_takes_more(tokens, options, count):
+    plan = plan_of([tuple(range(tokens))], tuple(range(100, 1100, 100)))
+    assert not Query(**options).wants_attention(plan)
+    assert len(Query(**options).select(plan)) == count
+
+
 @pytest.mark.parametrize(("words", "chunks", "first"), [(32, 4, 2), (12, 4, 1), (11, 4, 0), (32, 8, 1), (32, 12, 0)])
 def test_up_to_a_third_of_them_are_the_first_of_each_chunk(words, chunks, first):
     question = (137, 181)

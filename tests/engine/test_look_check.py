@@ -48,9 +48,9 @@ def test_the_least_share_that_reaches_the_target_is_chosen_else_the_best():
     assert most_of(shares, 0.02) == 0.03
 
 
-def test_a_look_may_take_two_hundredths_of_full_prefill():
-    assert worth_it(look_s=0.1, token_s=0.0025) == 2048
-    assert worth_it(look_s=0.1025, token_s=0.0025) == 2304
+def test_a_look_may_take_a_two_hundredth_of_full_prefill():
+    assert worth_it(look_s=0.1, token_s=0.01) == 2048
+    assert worth_it(look_s=0.1025, token_s=0.01) == 2304
     assert worth_it(look_s=0.0, token_s=1.0) == 256
     assert worth_it(look_s=1.0, token_s=0.0001) == 16384
 
@@ -63,7 +63,7 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
     assert calibrated.resolve_policy("query:most=0.2,least=7").look == Look(2 / 3, 5 / 6, 0.2, 7)
     assert calibrated.resolve_policy("query:ratio=0.1").layers == ()  # those in the middle
     assert calibrated.resolve_policy("query:layers=0,0.5").look == Look(0, 0.5, 0.03, 512)
-    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 2048, 32)
+    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 8192, 32)
     calibrated = wrapped(calibration=Calibration(llm.fingerprint, look=Look(words=0)))
     assert calibrated.resolve_policy("query").look.words == 0
     assert calibrated.resolve_policy("query:words=8").look.words == 8
