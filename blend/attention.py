@@ -149,22 +149,28 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, sca
 def _blocks(intervals: Tensor, rows: int) -> list[tuple[slice, int, int]]:
     """Return blocks of the first `rows` rows, each with the first key that it sees and the one behind the last.
 
-    A row begins a new block where that saves more than `BLOCK_COST`: far from the row before, or with a window of its
-    own. They are found once for all layers that see alike.
+    Of all ways to cut the rows it is the one with the fewest pairs of a row and a key, where a block costs
+    `BLOCK_COST` more: rows that are far from the others, or have a window of their own, are a block of their own.
+    It is found once for all layers that see alike.
     """
     known = _known_blocks(intervals)
     if rows not in known:
         known[rows] = blocks = []
-        start, low, high = 0, 0, 0
-        for row, (first, last) in enumerate(intervals[0, 0, :rows].tolist()):
-            size = row - start
-            apart = size * (high - low) + last + 1 - first + BLOCK_COST
-            if size and (size == BLOCK_ROWS or (size + 1) * (last + 1 - low) > apart):
-                blocks.append((slice(start, row), low, high))
-                start, size = row, 0
-            low, high = (low if size else first), last + 1
-        if rows:
-            blocks.append((slice(start, rows), low, high))
+        seen = intervals[0, 0, :rows].tolist()
+        least, starts = [0], [0]  # what the rows before each cost at least, and where the last block of these begins
+        for stop, (_, last) in enumerate(seen, start=1):
+            costs = {
+                start: least[start] + (stop - start) * (last + 1 - seen[start][0]) + BLOCK_COST
+                for start in range(max(0, stop - BLOCK_ROWS), stop)
+            }
+            starts.append(min(costs, key=costs.__getitem__))
+            least.append(costs[starts[-1]])
+        stop = rows
+        while stop:
+            start = starts[stop]
+            blocks.append((slice(start, stop), seen[start][0], seen[stop - 1][1] + 1))
+            stop = start
+        blocks.reverse()
     return known[rows]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,11 +89,11 @@ def test_any_number_of_blocks_gives_plain_dense_attention(count, window):
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("window", "cost"), [(None, 30), (20, 100)])
+@pytest.mark.parametrize(("window", "cost"), [(None, 300), (20, 500)])
 def test_rows_that_see_other_keys_are_blocks_of_their_own(window, cost, monkeypatch):
     monkeypatch.setattr("chunkcache.blend.attention.BLOCK_COST", cost)
-    rows = [3, 4, 5, *range(100, 130), 300, *range(390, 400)]
-    query, key, value = tensors(len(rows), 400)
+    rows = [3, 4, 5, *range(100, 130), 300, *range(900, 910)]
+    query, key, value = tensors(len(rows), 910)
     seen = []
     attend_to = functional.scaled_dot_product_attention
 
@@ -101,16 +104,36 @@ def test_rows_that_see_other_keys_are_blocks_of_their_own(window, cost, monkeypa
     monkeypatch.setattr("chunkcache.blend.attention.F.scaled_dot_product_attention", sdpa)
     output, _ = attend(query, key, value, rows, window)
     torch.testing.assert_close(output, by_hand(query, key, value, rows, window, 0.4).float(), atol=1e-5, rtol=0)
-    keys = [6, 130, 301, 400] if window is None else [6, 49, 20, 29]
+    keys = [6, 130, 301, 910] if window is None else [6, 49, 20, 29]
     assert seen == list(zip((3, 30, 1, 10), keys, strict=True))
 
 
-def test_contiguous_rows_are_blocks_of_as_many_as_fit():
-    for window in (None, 512):
-        intervals = visible_intervals(torch.arange(700, 1000), window)
-        blocks = [block for block, _, _ in _blocks(intervals, 300)]
-        assert blocks == [slice(at, min(at + BLOCK_ROWS, 300)) for at in range(0, 300, BLOCK_ROWS)]
-        assert [block for block, _, _ in _blocks(intervals, 70)] == [slice(0, 64), slice(64, 70)]
+def test_contiguous_rows_are_few_blocks_of_equal_size():
+    intervals = visible_intervals(torch.arange(700, 1000), None)
+    blocks = [block for block, _, _ in _blocks(intervals, 300)]
+    assert blocks == [slice(at, at + 60) for at in range(0, 300, 60)]
+    assert [block for block, _, _ in _blocks(intervals, 70)] == [slice(0, 35), slice(35, 70)]
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("cost", [0, 40, 150, 10**6])
+def test_no_other_blocks_cost_less(window, cost, monkeypatch):
+    monkeypatch.setattr("chunkcache.blend.attention.BLOCK_COST", cost)
+    monkeypatch.setattr("chunkcache.blend.attention.BLOCK_ROWS", 7)
+    rows = [2, 3, 9, 30, 31, 33, 60, 64, 65, 66]
+    first = [0 if window is None else max(0, row - window + 1) for row in rows]
+
+    def price(cuts):
+        pairs = itertools.pairwise((0, *cuts, len(rows)))
+        return sum(
+            (stop - start) * (rows[stop - 1] + 1 - first[start]) + cost if stop - start <= 7 else math.inf
+            for start, stop in pairs
+        )
+
+    every = (cuts for n in range(len(rows)) for cuts in itertools.combinations(range(1, len(rows)), n))
+    blocks = _blocks(visible_intervals(torch.tensor(rows), window), len(rows))
+    assert price([block.start for block, _, _ in blocks[1:]]) == min(map(price, every))
+    assert [(first[b.start], rows[b.stop - 1] + 1) for b, _, _ in blocks] == [(low, high) for _, low, high in blocks]
 
 
 def test_bfloat16_stays_bfloat16_and_near():
