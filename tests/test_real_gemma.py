@@ -39,10 +39,10 @@ def test_a_prompt_without_a_template_is_plain_text_behind_the_first_token(llm: c
     assert text.endswith(f"Question: {QUESTION}\nAnswer:")
 
 
-def test_it_passes_in_bfloat16_whose_rounding_is_more_than_the_tolerance() -> None:
+def test_it_passes_in_bfloat16_whose_rounding_depends_on_the_processor() -> None:
     model, _ = real_model(NAME, dtype="bfloat16")
     decoder = Decoder(model)
-    result = self_check(decoder)
-    assert result.rotation.error > result.tolerance
+    rotation = self_check(decoder).rotation
+    assert 0 < rotation.error <= rotation.limit
     assert can_share(decoder)
     assert model.dtype == torch.bfloat16
