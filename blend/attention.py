@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -156,19 +157,20 @@ def _blocks(intervals: Tensor, rows: int) -> list[tuple[slice, int, int]]:
     known = _known_blocks(intervals)
     if rows not in known:
         known[rows] = blocks = []
-        seen = intervals[0, 0, :rows].tolist()
-        least, starts = [0], [0]  # what the rows before each cost at least, and where the last block of these begins
-        for stop, (_, last) in enumerate(seen, start=1):
-            costs = {
-                start: least[start] + (stop - start) * (last + 1 - seen[start][0]) + BLOCK_COST
-                for start in range(max(0, stop - BLOCK_ROWS), stop)
-            }
-            starts.append(min(costs, key=costs.__getitem__))
-            least.append(costs[starts[-1]])
+        low, high = (bound.numpy() for bound in intervals[0, 0, :rows].unbind(-1))
+        least = np.zeros(rows + 1, dtype=np.int64)  # what the rows before each cost at least
+        starts = [0]  # and where the last block of these begins
+        for stop in range(1, rows + 1):
+            begin = max(0, stop - BLOCK_ROWS)
+            sizes = np.arange(stop - begin, 0, -1)
+            costs = least[begin:stop] + sizes * (high[stop - 1] + 1 - low[begin:stop])
+            best = int(costs.argmin())
+            starts.append(begin + best)
+            least[stop] = costs[best] + BLOCK_COST
         stop = rows
         while stop:
             start = starts[stop]
-            blocks.append((slice(start, stop), seen[start][0], seen[stop - 1][1] + 1))
+            blocks.append((slice(start, stop), int(low[start]), int(high[stop - 1]) + 1))
             stop = start
         blocks.reverse()
     return known[rows]

@@ -109,10 +109,11 @@ def test_rows_that_see_other_keys_are_blocks_of_their_own(window, cost, monkeypa
 
 
 def test_contiguous_rows_are_few_blocks_of_equal_size():
-    intervals = visible_intervals(torch.arange(700, 1000), None)
-    blocks = [block for block, _, _ in _blocks(intervals, 300)]
-    assert blocks == [slice(at, at + 60) for at in range(0, 300, 60)]
-    assert [block for block, _, _ in _blocks(intervals, 70)] == [slice(0, 35), slice(35, 70)]
+    for window in (None, 512):
+        intervals = visible_intervals(torch.arange(700, 1000), window)
+        blocks = [block for block, _, _ in _blocks(intervals, 300)]
+        assert blocks == [slice(at, at + 60) for at in range(0, 300, 60)]
+        assert [block for block, _, _ in _blocks(intervals, 70)] == [slice(0, 35), slice(35, 70)]
 
 
 @pytest.mark.parametrize("window", [None, 30])

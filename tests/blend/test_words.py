@@ -114,9 +114,8 @@ def test_where_it_looks_it_takes_what_the_question_looks_at_and_the_first_of_eac
     plan = plan_of([tuple(range(1000))], (500,))
     at = plan.chunks[1].start + 100
     seen = torch.zeros(1, len(plan), dtype=torch.float64)
-    seen[0, at : at + 300] = 0.1 ** torch.arange(
-        300, dtype=torch.float64
-    )  # the first of them holds most of it: the least share is taken
+    # The first of them holds most of it: the least share is taken.
+    seen[0, at : at + 300] = 0.1 ** torch.arange(300, dtype=torch.float64)
     highest = range(at, at + math.ceil(Query(most=most).look.least_share * 1000))
     selected = Query(most=most).select_by_attention(plan, seen).tolist()
     assert selected == [*plan.first_of_each(first).tolist(), *highest]
