@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chunkcache.eval.answers import holds_gold, rouge_l
 from chunkcache.eval.contenders import (
+    BuildContender,
     Contender,
     FindNearest,
     PeerContender,
@@ -35,7 +36,7 @@ from chunkcache.store import Store
 from chunkcache.store.url import redacted
 
 if TYPE_CHECKING:
-    from chunkcache.eval.peers.client import Peer
+    from chunkcache.eval.peers import Build, Peer
 
 BENCH = "requests"
 STORE = "memory://?max_bytes=4GiB"
@@ -48,7 +49,8 @@ class Row:
     Attributes:
         prompt: its number.
         round: from 0 on.
-        policy: its name, `plain` for the model alone, or `peer:` and the peer's.
+        policy: its name, `plain` for the model alone, `build:` and the commit of another build, or `peer:` and the
+            peer's name.
         chunks: in the prompt.
         tokens: of the prompt.
         ttft_s: time to first token; None for a peer that failed.
@@ -136,7 +138,7 @@ def compare(
     *,
     about: Mapping[str, Any] | None = None,
     path: Path | None = None,
-    peers: Sequence[Peer] = (),
+    peers: Sequence[Peer | Build] = (),
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> Results:
     """Run full prefill, policies and `peers` over `cases`.
@@ -148,15 +150,20 @@ def compare(
         comparison: how they are run.
         about: what tells these cases from others, such as the checksum of their file; goes into the settings.
         path: file that the rows go to, which an interrupted run goes on with; None for none.
-        peers: started already.
+        peers: and other builds of chunkcache, started already.
         on_prompt: called with (prompts done, prompts in all).
 
     Raises:
+        PeerError: another build fails, or makes another prompt of the same texts.
         PolicyError: a policy is unknown, or needs a calibration that there is none of.
         ResultsError: `path` holds rows of other settings, or of another machine.
         InputError: cases have answers, but the package that scores them is not installed.
     """
+    from chunkcache.eval.peers import Build
+
     torch.manual_seed(SEED)
+    builds = [peer for peer in peers if isinstance(peer, Build)]
+    systems = [peer for peer in peers if not isinstance(peer, Build)]
     names = list(dict.fromkeys([FULL, *comparison.policies]))
     ours = policy_contenders(
         model, tokenizer, [name for name in names if name != PLAIN], comparison.store, comparison.cold,
@@ -165,11 +172,12 @@ def compare(
     alone = [PlainContender(ours[0].llm, comparison.answer_tokens)] if PLAIN in names else []
     settings = {
         **(about or {}),
-        "policies": names,
-        "options": {contender.name: contender.options for contender in ours},
+        "policies": [*names, *(build.name for build in builds)],
+        "options": {each.name: each.options for each in ours}
+        | {each.name: each.settings["policy"] for each in builds},
         "fingerprint": ours[0].llm.fingerprint,
-        "peers": {peer.name: {"versions": peer.versions, "settings": peer.settings} for peer in peers},
-        "peer_prompts": comparison.peer_prompts if peers else None,
+        "peers": {peer.name: {"versions": peer.versions, "settings": peer.settings} for peer in systems},
+        "peer_prompts": comparison.peer_prompts if systems else None,
         "store": redacted(comparison.store) if isinstance(comparison.store, str) else type(comparison.store).__name__,
         "cold": comparison.cold,
         "rounds": comparison.rounds,
@@ -180,15 +188,16 @@ def compare(
     if comparison.answers and any(case.answers for case in cases):
         rouge_l("a", ["a"])  # raises where it is not installed
     with Results.open(path, BENCH, settings, ran_on(model)) as results:
-        theirs = [PeerContender(peer, ours[0].llm, comparison.cold, comparison.answer_tokens) for peer in peers]
+        others = [BuildContender(build, ours[0].llm, comparison.answer_tokens) for build in builds]
+        theirs = [PeerContender(peer, ours[0].llm, comparison.cold, comparison.answer_tokens) for peer in systems]
         measured: dict[int, set[tuple[str, int]]] = {}
         for known in results.rows:
             measured.setdefault(known["prompt"], set()).add((known["policy"], known["round"]))
-        _warm_up([*ours, *alone, *theirs], cases[0])
+        _warm_up([*ours, *alone, *others, *theirs], cases[0])
         try:
             for index, case in enumerate(cases):
                 with_peers = comparison.peer_prompts is None or index < comparison.peer_prompts
-                contenders = [*ours, *alone, *(theirs if with_peers else ())]
+                contenders = [*ours, *alone, *others, *(theirs if with_peers else ())]
                 wanted = {(each.name, turn) for each in contenders for turn in range(comparison.rounds)}
                 if not wanted <= measured.get(index, set()):
                     for row in _rows(ours[0].llm, contenders, index, case, comparison):

@@ -1,4 +1,4 @@
-"""What takes part in a comparison: a policy of ours, the model alone, or a peer.
+"""What takes part in a comparison: a policy of ours, the model alone, another build of ours, or a peer.
 
 Each is timed and judged on one prompt at a time.
 """
@@ -35,7 +35,7 @@ from chunkcache.llm import CachedLLM
 from chunkcache.store import Store
 
 if TYPE_CHECKING:
-    from chunkcache.eval.peers.client import Peer
+    from chunkcache.eval.peers import Build, Peer
 
 logger = logging.getLogger("chunkcache")
 
@@ -64,7 +64,7 @@ class Reference:
 
 
 class Contender(Protocol):
-    """A policy or a peer."""
+    """A policy, another build or a peer."""
 
     name: str
 
@@ -201,6 +201,37 @@ class PlainContender:
         return _judged(
             self._llm, case, shot.outcome, known, reference, lambda: self.time(case).outcome, self._answer_tokens
         )
+
+
+class BuildContender:
+    """Another build of chunkcache, with the policy that it has by default."""
+
+    def __init__(self, build: Build, llm: CachedLLM, answer_tokens: int) -> None:
+        self.name = build.name
+        self._build, self._llm, self._answer_tokens = build, llm, answer_tokens
+
+    def prepare(self, case: Case, again: bool) -> None:
+        """Compute what may be before the prompt is known: the chunks."""
+        self._build.warm(case)
+
+    def time(self, case: Case) -> Shot:
+        """Prefill, on the clock.
+
+        Raises:
+            PeerError: it does not make the same prompt of the texts, or fails.
+        """
+        told = self._build.prefill(case)
+        token_ids = told.pop("token_ids")
+        if token_ids != list(self._llm.prompts.build(case.question, case.chunks).token_ids):
+            raise PeerError(f"{self.name} makes another prompt of the same texts, and cannot be compared")
+        return Shot({"tokens": len(token_ids), **told}, None)
+
+    def judge(self, case: Case, shot: Shot, reference: Reference) -> dict[str, Any]:
+        """Return the fields of a row on fidelity and answers of the prompt that was timed last."""
+        logits, ids = self._build.judge(reference.ids, self._answer_tokens)
+        fidelity = measure_fidelity(reference.log_probs, logits.log_softmax(-1))
+        measured = {name: finite(value) for name, value in asdict(fidelity).items()}
+        return {**measured, **_answered(self._llm.tokenizer, case, ids, reference)}
 
 
 class PeerContender:

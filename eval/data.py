@@ -235,6 +235,11 @@ def cut(cases: Sequence[Case], chunk_tokens: int | None, tokenizer: PreTrainedTo
     ]
 
 
+def tokens_in(case: Case, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens the chunks of a case have together."""
+    return sum(len(tokenizer(chunk, add_special_tokens=False)["input_ids"]) for chunk in case.chunks)
+
+
 def _filled(pool: Iterator[str], length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     chunks: list[str] = []
     while length > 0 and (text := next(pool, None)) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from chunkcache.eval import Case, Results
     from chunkcache.eval.data import DataSet
-    from chunkcache.eval.peers import Peer
+    from chunkcache.eval.peers import Build, Peer
 
 SET_UP = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -66,9 +67,13 @@ class RequestOptions:
     questions: Annotated[Path | None, option(type=FILE, help="JSON Lines with question and answers: DATA is then a "
                                              "corpus that is searched for the chunks.")] = None  # fmt: skip
     fill: Annotated[bool, option(help="Give cases with too few chunks some of other cases.")] = False
+    least_tokens: Annotated[int | None, count("Leave out prompts of fewer tokens in their chunks.")] = None
     policies: Policies = TIMED
     against: Against = FULL
     peers: PeerOptions = PeerOptions()
+    builds: Annotated[tuple[Path, ...], option("--build", type=SET_UP, help="Git clone of chunkcache at another "
+                                               "commit, whose default policy is measured, too; may be given several "
+                                               "times.")] = ()  # fmt: skip
     chunk_tokens: Annotated[int | None, count("Cut chunks to so many tokens.")] = None
     stores: Annotated[tuple[str, ...], option("--store", help="URL of a store; may be given several times.")] = STORES
     cold: Annotated[bool, option(help="Nothing is precomputed: requests compute their chunks on the clock.")] = False
@@ -83,7 +88,7 @@ class RequestOptions:
         questions = None if self.questions is None else checksum(self.questions)
         return {
             **about(data), "questions_sha256": questions, "skip": self.skip, "fill": self.fill,
-            "chunk_tokens": self.chunk_tokens,
+            "chunk_tokens": self.chunk_tokens, "least_tokens": self.least_tokens,
         }  # fmt: skip
 
 
@@ -123,15 +128,19 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), a
     """
     from chunkcache.eval import Comparison, compare
     from chunkcache.eval.neighbours import ChunkPool
+    from chunkcache.eval.peers import build_name
     from chunkcache.eval.report import build_report
 
     check_policies(name for name in options.policies if name != PLAIN)
-    if options.against not in (FULL, *options.policies):
+    if options.against not in (FULL, *options.policies, *map(build_name, options.builds)):
         raise PolicyError(f"--against {options.against} is not measured; pass --policy {options.against}, too")
     sources = _sources(options)
     model, tokenizer = options.model.load()
     found: dict[str, Results] = {}
-    with started_peers(options.peers, options.model.model_name, model, tokenizer) as peers:
+    with (
+        started_peers(options.peers, options.model.model_name, model, tokenizer) as peers,
+        started_builds(options.builds, model, tokenizer) as builds,
+    ):
         for prompts, cases, pool, settings in _prompts(options, lengths, sources, tokenizer):
             for number, store in enumerate(options.stores, start=1):
                 several = f"-{number}-{store.partition(':')[0]}" if len(options.stores) > 1 else ""
@@ -143,7 +152,7 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), a
                 with progress(name) as on_prompt:
                     found[name] = compare(
                         model, tokenizer, cases, comparison, about=settings, path=options.output.path(name),
-                        peers=peers, on_prompt=on_prompt,
+                        peers=[*builds, *peers], on_prompt=on_prompt,
                     )  # fmt: skip
                 if not options.output.as_json:
                     show_report({name: found[name]}, options.against)
@@ -190,9 +199,28 @@ def _prompts(
                 cases = retrieved_cases(retriever, questions, chunks)
                 pool = [chunk.text for chunk in retriever.chunks]
             else:
-                cases = read_cases(sources[data], chunks, options.prompts, options.skip, options.fill)
-                cases, pool = cut_with_all(sources[data], cases, options.chunk_tokens, tokenizer)
+                cases, pool = _cases(sources[data], chunks, options, tokenizer)
             yield f"{data.stem}-{chunks}", cases, pool, {**settings, "chunks": chunks, "tokens": None}
+
+
+def _cases(
+    source: DataSet, chunks: int, options: RequestOptions, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Case], list[str]]:
+    """Return the prompts of a data set with so many chunks each, and all chunks that there are."""
+    if options.least_tokens is None:
+        cases = read_cases(source, chunks, options.prompts, options.skip, options.fill)
+        return cut_with_all(source, cases, options.chunk_tokens, tokenizer)
+    from chunkcache.eval.data import tokens_in
+
+    cases = read_cases(source, chunks, len(source.cases), 0, options.fill, quiet=True)
+    cases, pool = cut_with_all(source, cases, options.chunk_tokens, tokenizer)
+    long = [case for case in cases if tokens_in(case, tokenizer) >= options.least_tokens]
+    if len(long) < options.skip + options.prompts:
+        raise DocumentError(
+            f"{source.path} has {len(long)} prompts of {options.least_tokens} tokens or more, and --skip "
+            f"{options.skip} --prompts {options.prompts} want {options.skip + options.prompts}"
+        )
+    return long[options.skip : options.skip + options.prompts], pool
 
 
 @contextmanager
@@ -222,6 +250,28 @@ def started_peers(
             else:
                 peers.append(running.enter_context(peer))
         yield peers
+
+
+@contextmanager
+def started_builds(
+    checkouts: Sequence[Path], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[Build]]:
+    """Start other builds of chunkcache, which load the model from a folder that is gone afterwards."""
+    if not checkouts:
+        yield []
+        return
+    import torch
+
+    from chunkcache.eval.peers import Build, model_folder
+
+    if model.device.type != "cpu":
+        raise PeerError(f"other builds run on the CPU, and the model is on {model.device}: pass --device cpu")
+    with TemporaryDirectory() as made, ExitStack() as running:
+        with status("starting other builds"):
+            folder = model_folder(Path(made), model, tokenizer)
+            threads = torch.get_num_threads()
+            builds = [running.enter_context(Build.start(each, folder, threads)) for each in checkouts]
+        yield builds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ import queue
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from chunkcache.errors import PeerError
 from chunkcache.eval.peers.registry import HERE, PeerSpec, log_of, python_in, spec_of
 from chunkcache.prompt import Prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # mypy has it; typing's own is of Python 3.11
 
 TIMEOUT_S = 600.0  # for one reply
 SAID = 2000  # characters of a peer's own output that an error quotes at most
@@ -41,16 +45,16 @@ class PeerAnswer:
     logits: Tensor | None
 
 
-class Peer:
-    """A running peer. Made by `start`; a context manager that ends it.
+class Worker:
+    """A running process that is asked for one thing after the other. Made by `run`; a context manager that ends it.
 
     Attributes:
-        name: its name in the registry.
+        name: what it is called in results.
         versions: version by package.
         settings: what it was set to, as it tells it.
 
-    Every method raises `PeerError` when the peer answers with an error, answers garbage, dies, or does not answer in
-    time; it has ended then, unless it was an error that it told itself.
+    Every method raises `PeerError` when the process answers with an error, answers garbage, dies, or does not answer
+    in time; it has ended then, unless it was an error that it told itself.
     """
 
     def __init__(self, name: str, process: subprocess.Popen[str], said: IO[bytes], timeout_s: float) -> None:
@@ -63,31 +67,22 @@ class Peer:
         self._reader.start()
 
     @classmethod
-    def start(
-        cls,
-        name: str,
-        folder: Path,
-        model_path: Path,
-        threads: int,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        python: Path | None = None,
-    ) -> Peer:
-        """Start the peer called `name` and load its model.
+    def run(
+        cls, name: str, python: Path, arguments: Sequence[str], model_path: Path, threads: int, timeout_s: float
+    ) -> Self:
+        """Start a process and load a model.
 
         Args:
-            name: the peer.
-            folder: where `setup_peers` put the environments.
-            model_path: what `peer_weights` returned for it.
+            name: what it is called.
+            python: the Python to run it with.
+            arguments: of `worker.py`: module and class, and what else that reads there.
+            model_path: the weights.
             threads: threads to compute with.
             timeout_s: how long to wait for a reply, in seconds.
-            python: the Python to run it with, instead of that of its environment.
         """
-        spec = spec_of(name)
-        python = python or _python(name, folder, spec)
         said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         process = subprocess.Popen(
-            [str(python), "-I", str(HERE / "worker.py"), spec.worker],
+            [str(python), "-I", str(HERE / "worker.py"), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
@@ -95,30 +90,14 @@ class Peer:
             encoding="utf-8",
             env={**os.environ, **_environ(threads)},
         )
-        peer = cls(name, process, said, timeout_s)
+        worker = cls(name, process, said, timeout_s)
         try:
-            reply = peer._ask(op="load", model=str(model_path), threads=threads)
-            peer.versions, peer.settings = reply["versions"], reply["settings"]
+            reply = worker._ask(op="load", model=str(model_path), threads=threads)
+            worker.versions, worker.settings = reply["versions"], reply["settings"]
         except BaseException:
-            peer.close()
+            worker.close()
             raise
-        return peer
-
-    def warm(self, parts: list[list[int]]) -> None:
-        """Let it compute ahead what it can of a prompt but its last part, the question, which is not sent."""
-        self._ask(op="warm", parts=parts[:-1])
-
-    def answer(self, parts: list[list[int]], answer_tokens: int) -> PeerAnswer:
-        """Let it answer the prompt made of `parts`, greedily, with at most so many tokens."""
-        reply = self._ask(op="answer", parts=parts, answer_tokens=answer_tokens)
-        try:
-            coded = reply.get("logits")
-            logits = None
-            if coded is not None:
-                logits = torch.frombuffer(bytearray(base64.b64decode(coded)), dtype=torch.float32)
-            return PeerAnswer(float(reply["ttft_s"]), [int(token) for token in reply["answer"]], logits)
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._failed(f"answered what is no answer ({error!r})") from None
+        return worker
 
     @property
     def ended(self) -> bool:
@@ -135,7 +114,7 @@ class Peer:
         self._process.stdout.close()  # type: ignore[union-attr]
         self._said.close()
 
-    def __enter__(self) -> Peer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,13 +151,58 @@ class Peer:
         self._process.wait()
         self._said.seek(0)
         said = self._said.read().decode(errors="replace").strip()[-SAID:]
-        return PeerError(f"the peer {self.name} {what}" + (f". It said: {said}" if said else ""))
+        return PeerError(f"{self.name} {what}" + (f". It said: {said}" if said else ""))
 
     def _read(self) -> None:
         """Hand over each line of the process, and an empty one at the end."""
         for line in self._process.stdout:  # type: ignore[union-attr]
             self._lines.put(line)
         self._lines.put("")
+
+
+class Peer(Worker):
+    """A running peer, by its name in the registry."""
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        folder: Path,
+        model_path: Path,
+        threads: int,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        python: Path | None = None,
+    ) -> Self:
+        """Start the peer called `name` and load its model.
+
+        Args:
+            name: the peer.
+            folder: where `setup_peers` put the environments.
+            model_path: what `peer_weights` returned for it.
+            threads: threads to compute with.
+            timeout_s: how long to wait for a reply, in seconds.
+            python: the Python to run it with, instead of that of its environment.
+        """
+        spec = spec_of(name)
+        python = python or _python(name, folder, spec)
+        return cls.run(name, python, [spec.worker], model_path, threads, timeout_s)
+
+    def warm(self, parts: list[list[int]]) -> None:
+        """Let it compute ahead what it can of a prompt but its last part, the question, which is not sent."""
+        self._ask(op="warm", parts=parts[:-1])
+
+    def answer(self, parts: list[list[int]], answer_tokens: int) -> PeerAnswer:
+        """Let it answer the prompt made of `parts`, greedily, with at most so many tokens."""
+        reply = self._ask(op="answer", parts=parts, answer_tokens=answer_tokens)
+        try:
+            coded = reply.get("logits")
+            logits = None
+            if coded is not None:
+                logits = torch.frombuffer(bytearray(base64.b64decode(coded)), dtype=torch.float32)
+            return PeerAnswer(float(reply["ttft_s"]), [int(token) for token in reply["answer"]], logits)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._failed(f"answered what is no answer ({error!r})") from None
 
 
 def parts(prompt: Prompt) -> list[list[int]]:

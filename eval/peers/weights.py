@@ -40,13 +40,9 @@ def weights_as(
 ) -> Path:
     """Return the path of a model in the form of `PeerSpec.weights`, as `peer_weights` does."""
     made = folder / "models"
-    made.mkdir(parents=True, exist_ok=True)
     if form == "folder":
-        path = made / fingerprint(model, tokenizer)[:16]
-        with FileLock(f"{path}.lock"):
-            if not path.is_dir():
-                _save(path, model, tokenizer)
-        return path
+        return model_folder(made, model, tokenizer)
+    made.mkdir(parents=True, exist_ok=True)
     source = ALIASES[model_name].path() if model_name in ALIASES else Path(model_name).expanduser()
     if source.suffix.lower() != ".gguf" or model.dtype != torch.float32:
         raise PeerError(
@@ -57,6 +53,16 @@ def weights_as(
     with FileLock(f"{path}.lock"):
         if not path.is_file():
             float32_gguf(source, path)
+    return path
+
+
+def model_folder(made: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Return the folder below `made` that a model is loaded from, written the first time."""
+    made.mkdir(parents=True, exist_ok=True)
+    path = made / fingerprint(model, tokenizer)[:16]
+    with FileLock(f"{path}.lock"):
+        if not path.is_dir():
+            _save(path, model, tokenizer)
     return path
 
 

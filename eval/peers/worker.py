@@ -12,7 +12,8 @@ token id on the host, all that the peer does for the request included. `logits` 
 request that fails is answered with {"error": TEXT}.
 
 A peer's class has `packages` (whose versions are told), `load(model, threads)`, which returns its settings,
-`warm(parts)`, and `answer(parts, answer_tokens)`, which returns seconds, token ids and logits as a NumPy array.
+`warm(parts)`, and `answer(parts, answer_tokens)`, which returns seconds, token ids and logits as a NumPy array. One
+that is asked otherwise has `operations`: methods that take the fields of a request and return those of a reply.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def _reply(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
     if request["op"] == "load":
         settings = peer.load(request["model"], request["threads"])
         return {"ok": True, "versions": {name: version(name) for name in peer.packages}, "settings": settings}
+    if request["op"] in getattr(peer, "operations", ()):
+        told: dict[str, Any] = getattr(peer, request.pop("op"))(**request)
+        return told
     if request["op"] == "warm":
         peer.warm(request["parts"])
         return {"ok": True}

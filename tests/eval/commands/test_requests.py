@@ -108,6 +108,26 @@ def test_the_same_command_goes_on_and_another_is_refused(bench, data, tmp_path):
     assert "cold=False" in err
 
 
+def test_short_prompts_are_left_out_when_asked(bench, data):
+    rows = json.loads(Path(data).read_text())
+    for row in rows[::3]:
+        row["ctxs"][0]["text"] *= 3
+    Path(data).write_text(json.dumps(rows))
+    args = ("quality", data, "--chunks", "3", "--policy", "reuse", "--json")
+
+    def tokens(*more):
+        code, out, err = bench(*args, *more)
+        assert code == 0, err
+        return json.loads(out)["sections"][0]["summary"]["tokens"]
+
+    shortest, longest = tokens("--prompts", "3")
+    assert tokens("--prompts", "4", "--least-tokens", str(shortest))[0] > shortest
+    assert tokens("--prompts", "2", "--skip", "2", "--least-tokens", str(shortest))[1] == longest
+    code, _, err = bench(*args, "--prompts", "4", "--skip", "1", "--least-tokens", str(shortest))
+    assert code == 2
+    assert "has 4 prompts of" in " ".join(err.split())
+
+
 def test_prompts_with_too_few_chunks_are_filled_when_asked(bench, data):
     rows = json.loads(Path(data).read_text())
     for number, row in enumerate(rows):
