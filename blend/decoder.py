@@ -131,6 +131,11 @@ class Decoder:
         """Return the one of `masks` that layer `layer_idx` takes."""
         return masks[self._types[layer_idx]] if isinstance(masks, dict) else masks
 
+    @property
+    def narrowest_window(self) -> int:
+        """The narrowest sliding window, in tokens; 0 if all layers see all."""
+        return min((window for window in self._windows if window is not None), default=0)
+
     def window(self, layer_idx: int) -> int | None:
         """Return the sliding window of a layer, in tokens; None where it sees all."""
         return self._windows[layer_idx]

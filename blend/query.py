@@ -2,8 +2,9 @@
 
 Behind a short question the tokens next to its own words are selected, without the model. Else the question is
 prefilled over the reused KV as they are, up to a third of the layers, and the tokens that it attends to most there
-are selected. They are recomputed in one pass, so that no layer is ever computed in full. The chunks were computed
-behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
+are selected. They are recomputed in one pass, so that no layer is ever
+computed in full. The chunks were computed behind a lead-in: passages that are in no prompt, so that no chunk was
+computed as if it came first.
 
 FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
 over the reused KV in all layers; EPIC (2410.15332) recomputes the first tokens of each chunk. Ours are the generic
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy, Schedule, Share, check_share
-from chunkcache.blend.words import near_words
+from chunkcache.blend.words import marks, near_words
 from chunkcache.errors import PolicyError
 
 OPEN = ("most", "least", "words")  # options that are those of a `Look` where they are not given
@@ -31,6 +32,7 @@ LONG = 128  # tokens computed in any case, from which on a look adds little to w
 MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and costs more than one further down
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 HEADS = 2  # ratio=auto selects the first so many of each chunk, where that is little beside the others
+MARKS = 2 / 5  # share of what is selected without a look that are marks, if the model has a sliding window
 FEW = 2048  # tokens to select from, beyond which what is selected without a look grows with them
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
@@ -43,9 +45,9 @@ class Look:
         first: the layers looked at begin at this share of the depth.
         last: and end at this one.
         most: the largest share of the chunk tokens that is selected.
-        least: chunk tokens from which on it looks; of fewer it selects the first of each chunk and by the question's
-            words, which took less time and did no worse up to 4,500 tokens, where it was measured. Behind a long
-            question it looks in any case.
+        least: chunk tokens from which on it looks; of fewer it selects the first of each chunk and by the
+            question's words, which took less time and did no worse up to 4,500 tokens, where it was measured. Behind
+            a long question it looks in any case.
         words: how many it selects without a look; of more than 2,048 tokens more, in proportion.
     """
 
@@ -53,7 +55,7 @@ class Look:
     last: float = 1 / 3
     most: float = 0.03
     least: int = 8192
-    words: int = 32
+    words: int = 24
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= 1:
@@ -96,8 +98,10 @@ class Query(Policy):
         most: share of the chunk tokens, see `ratio`.
         least: tokens, see `ratio`.
         words: tokens that are selected under `ratio=auto` where it does not look, of more than 2,048 in proportion,
-            at most a share of `most`: the first two of each chunk, unless these are more than a third, and those next
-            to the question's own words (`blend.words`).
+            at most a share of `most`: up to a fifth are the first of each chunk, and the others stand next to the
+            question's own words (`blend.words`).
+        window: tokens that the narrowest layer sees, 0 if all see the whole prompt; None for what the model has. Of
+            a prompt that does not fit, two fifths of what is selected without a look are marks in the window.
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
@@ -114,6 +118,7 @@ class Query(Policy):
     most: float | None = None
     least: int | None = None
     words: int | None = None
+    window: int | None = None
     later: float | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +130,8 @@ class Query(Policy):
             raise PolicyError(f"lead={self.lead} is negative; it is a number of tokens, 0 for no lead-in")
         if self.guard is not None and not self.guard > 0:
             raise PolicyError(f"guard={self.guard} is not above 0; it bounds the KL of the first token, in nats")
+        if self.window is not None and self.window < 0:
+            raise PolicyError(f"window={self.window} is negative; it is a number of tokens, 0 for no window")
         if len(self.layers) not in (0, 2):
             raise PolicyError(f"layers={self.layers} are not two shares of the depth, as in layers=0.5,0.67")
         _ = self.look
@@ -195,12 +202,15 @@ class Query(Policy):
         return self._is_quick
 
     def select(self, plan: Plan) -> Tensor:
-        """Return the first of each chunk, and with `ratio=auto` what is next to the question's words."""
+        """Return the first of each chunk, and with `ratio=auto` marks and what is next to the question's words."""
         if self.ratio != "auto" or len(plan.inexact) == 0:
             return plan.first_of_each(self.k)
         look, tokens = self.look, len(plan.inexact)
         count = math.ceil(min(look.words * max(1, tokens / FEW), look.most * tokens))
-        return near_words(plan, count, self._first(plan, count)).sort().values
+        always = self._first(plan, count // 5)
+        if self.window and self.window < len(plan):
+            always = torch.cat((always, marks(plan, self.window, math.ceil(MARKS * count))))
+        return near_words(plan, count, always).sort().values
 
     def select_by_attention(self, plan: Plan, attention: Tensor) -> Tensor:
         """Return the positions with the highest attention, and the first of each chunk."""
@@ -211,17 +221,17 @@ class Query(Policy):
             low, high = (math.ceil(share * len(candidates)) for share in (look.least_share, look.most))
             count = _auto(seen).clamp(low, high)
             both = torch.cat((count[None], candidates[order[:high]])).cpu()  # one wait for the device
-            highest, first = both[1 : 1 + int(both[0])], self._first(plan, low)
+            highest, first = both[1 : 1 + int(both[0])], self._first(plan, low // 3)
         else:
             highest = candidates[order[: math.ceil(self.ratio * len(candidates))]].cpu()
             first = plan.first_of_each(self.k)
         selected: Tensor = torch.unique(torch.cat((highest, first)))
         return selected
 
-    def _first(self, plan: Plan, count: int) -> Tensor:
-        """Return the first `k` of each chunk, and `HEADS` of them unless that is more than a third of `count`."""
+    def _first(self, plan: Plan, most: int) -> Tensor:
+        """Return the first `k` of each chunk, and `HEADS` or one of them unless that is more than `most` in all."""
         chunks = sum(not span.exact for span in plan.reused)
-        return plan.first_of_each(max(self.k, min(HEADS, count // (3 * chunks))))
+        return plan.first_of_each(max(self.k, min(HEADS, most // chunks)))
 
 
 def _between(first: float, last: float, layers: int) -> range:

@@ -1,7 +1,13 @@
-"""Which chunk tokens stand where the question's own words do, the rare ones most: found without the model.
+"""Which chunk tokens matter, by what they are and where they stand: found without the model.
 
-The weight of a word is its inverse document frequency (Spärck Jones 1972), each chunk token being a document, to the
-fourth power, so that rare words decide. It fades with the distance from where the word stands.
+*The question's own words*, the rare ones most: the weight of a word is its inverse document frequency (Spärck Jones
+1972), each chunk token being a document, to the fourth power, so that rare words decide. It fades with the distance
+from where the word stands.
+
+*Marks in a sliding window*: line ends, stops, spaces. Attention that has nowhere to go rests on the first token of a
+prompt (attention sinks, Xiao et al., 2309.17453); a layer whose window ends before that rests it on marks, and which
+of them serve so changes with what stands before them. They are told by being the commonest tokens, with no tokenizer.
+The last token of all chunks, a separator, counts as one.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ def near_words(plan: Plan, count: int, first: Tensor | None = None) -> Tensor:
     """Return the positions `[at most count]` of inexact tokens next to the words of what stands behind the chunks.
 
     A token scores the sum of all weights around it. None are returned that no word is near, but for those of `first`
-    `[n]`: they come before all others, and all of them even if they are more than `count`.
+    `[n]`, which may say one twice: they come before all others, and all of them even if they are more than `count`.
     """
     candidates = plan.inexact
     ids = torch.tensor(plan.token_ids)
@@ -33,6 +39,19 @@ def near_words(plan: Plan, count: int, first: Tensor | None = None) -> Tensor:
     scores = functional.conv1d(weights[None, None], kernel[None, None], padding=REACH)[0, 0]
     if first is not None:
         scores[first] = torch.inf
-        count = max(count, len(first))
+        count = max(count, int(scores.isinf().sum()))
     best = scores[candidates].topk(min(count, len(candidates)))
     return candidates[best.indices[best.values > 0]]
+
+
+def marks(plan: Plan, window: int, count: int) -> Tensor:
+    """Return the positions `[at most count]` of the commonest inexact tokens among the last `window` of the chunks.
+
+    The very last one is taken in any case, and of tokens that are as common those nearer to the question.
+    """
+    ids = torch.tensor(plan.token_ids)
+    counts = torch.bincount(ids[plan.inexact])
+    near = plan.inexact[plan.inexact >= plan.end - window].flip(0)
+    common = counts[ids[near]]
+    common[:1] = len(plan)
+    return near[common.sort(descending=True, stable=True).indices[:count]]

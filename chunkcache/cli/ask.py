@@ -125,7 +125,7 @@ def check_model(options: CheckOptions) -> None:
     decoder = Decoder(model)
     check = self_check(decoder)
     name = fingerprint(model, tokenizer)
-    tuning = Tuning(name, None, len(decoder.layers))
+    tuning = Tuning(name, None, len(decoder.layers), decoder.narrowest_window)
     found = tuning.calibration
     unknown = "not measured; run chunkcache calibrate"
     query = tuning.resolve(Query())

@@ -80,7 +80,8 @@ def check_look(
     first, last = BANDS[best_band(by_band)]
     target = mean_kl(measure(CacheBlend(ratio=TARGET), lead=False))
     shares = {0.0: mean_kl(measure(Reuse()))}
-    words = mean_kl(measure(Query(least=MOST)))  # more than the packaged documents have
+    window = decoder.narrowest_window or None
+    words = mean_kl(measure(Query(least=MOST, window=window)))  # more than the packaged documents have
     looks: list[float] = []
     for share in SHARES:
         moved = measure(Query(ratio=share, layers=(first, last)))

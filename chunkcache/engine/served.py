@@ -193,7 +193,7 @@ class ServedModel:
             self.registry,
             lambda: self._sentinel.state() == state,
         )
-        tuning = Tuning(name, self._calibration, len(decoder.layers))
+        tuning = Tuning(name, self._calibration, len(decoder.layers), decoder.narrowest_window)
         return Served(state, decoder, library, Planner(decoder, library), tuning, check)
 
 

@@ -30,12 +30,15 @@ class Tuning:
         fingerprint: the model's.
         calibration: a calibration, or its file; None looks in the cache folder when a policy needs one.
         layers: number of layers of the model.
+        window: its narrowest sliding window, in tokens; 0 for none.
     """
 
-    def __init__(self, fingerprint: str, calibration: Calibration | str | Path | None, layers: int) -> None:
+    def __init__(
+        self, fingerprint: str, calibration: Calibration | str | Path | None, layers: int, window: int = 0
+    ) -> None:
         self._fingerprint = fingerprint
         self._given = calibration
-        self._layers = layers
+        self._layers, self._window = layers, window
         self.controller = LoadingController()
 
     @cached_property
@@ -82,6 +85,7 @@ class Tuning:
             return replace(policy, alpha=alpha)
         if isinstance(policy, Query):
             policy = replace(policy, lead=self.lead) if policy.lead is None else policy
+            policy = replace(policy, window=self._window or None) if policy.window is None else policy
             look = None if self.calibration is None else self.calibration.look
             policy = policy if look is None else policy.fitted(look)
         if policy.guarded() is not None and self.selection(policy) is None:

@@ -41,6 +41,7 @@ def test_rows_see_as_far_as_the_window_of_their_layer(name, windows):
     masks = decoder.masks(torch.tensor([20]), 30)
     seen = [decoder.mask(index, masks)[0, 0, 0].tolist() for index in range(zoo.LAYERS)]
     assert seen == [[0 if window is None else 20 - window + 1, 20] for window in windows]
+    assert decoder.narrowest_window == (8 if 8 in windows else 0)
 
 
 def test_an_eager_model_gets_an_additive_mask_of_its_dtype():

@@ -167,7 +167,7 @@ def test_query_looks_at_the_second_sixth_of_the_layers_and_in_the_middle_where_i
     assert [list(Query(ratio=0.05).attention_layers(count)) for count in layers] == middle
     assert [list(Query(guard=0.05).attention_layers(count)) for count in layers] == middle
     assert [list(Query(later=0.15).layers_watched_for_later(count)) for count in layers] == middle
-    assert Query(ratio=0.05).fitted(Look(0.2, 0.3, 0.1, 7)) == Query(ratio=0.05, most=0.1, least=7, words=32)
+    assert Query(ratio=0.05).fitted(Look(0.2, 0.3, 0.1, 7)) == Query(ratio=0.05, most=0.1, least=7, words=24)
 
 
 def test_query_looks_where_it_is_told_to():

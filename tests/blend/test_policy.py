@@ -34,6 +34,7 @@ OPTIONS = {
     "most": st.none() | st.floats(0, 1),
     "least": st.none() | st.integers(0, 10**6),
     "words": st.none() | st.integers(0, 1000),
+    "window": st.none() | st.integers(0, 5000),
     "later": st.none() | st.floats(0, 1),
     "probes": st.sampled_from(["top", "even"]),
     "fusionrag.lead": st.sampled_from(["neighbours", "none"]),

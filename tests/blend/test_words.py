@@ -1,4 +1,4 @@
-"""Tokens next to the question's own words."""
+"""Tokens next to the question's own words, marks in a sliding window, and the first of each chunk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from chunkcache.blend import Plan
 from chunkcache.blend.query import Query
-from chunkcache.blend.words import FADING, POWER, REACH, near_words
+from chunkcache.blend.words import FADING, POWER, REACH, marks, near_words
 from chunkcache.errors import PolicyError
 from chunkcache.kv import ChunkKV, Span
 
@@ -67,7 +67,7 @@ def test_a_rare_word_decides_and_what_no_word_is_near_is_left():
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 32), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 6), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
+    [({}, 24), ({"words": 8}, 8), ({"words": 0}, 0), ({"most": 0.005}, 6), ({"most": 0.0}, 0), ({"ratio": 0.1}, 0)],
 )
 def test_query_takes_them_where_it_does_not_look(options, count):
     ids = tuple(range(1200))
@@ -79,7 +79,7 @@ def test_query_takes_them_where_it_does_not_look(options, count):
 
 @pytest.mark.parametrize(
     ("tokens", "options", "count"),
-    [(2048, {}, 32), (2049, {}, 33), (6400, {}, 100), (6400, {"words": 4}, 13), (6400, {"words": 0}, 0)],
+    [(2048, {}, 24), (2049, {}, 25), (6400, {}, 75), (6400, {"words": 4}, 13), (6400, {"words": 0}, 0)],
 )
 def test_of_more_tokens_it_takes_more(tokens, options, count):
     plan = plan_of([tuple(range(tokens))], tuple(range(100, 1100, 100)))
@@ -87,26 +87,45 @@ def test_of_more_tokens_it_takes_more(tokens, options, count):
     assert len(Query(**options).select(plan)) == count
 
 
-@pytest.mark.parametrize(("words", "chunks", "first"), [(32, 4, 2), (12, 4, 1), (11, 4, 0), (32, 8, 1), (32, 12, 0)])
-def test_up_to_a_third_of_them_are_the_first_of_each_chunk(words, chunks, first):
+@pytest.mark.parametrize("window", [0, 60, 100_000])
+@pytest.mark.parametrize(("words", "chunks", "first"), [(40, 4, 2), (20, 4, 1), (19, 4, 0), (40, 8, 1), (39, 8, 0)])
+def test_up_to_a_fifth_are_the_first_of_each_chunk_and_two_fifths_marks_in_a_window(words, chunks, first, window):
     question = (137, 181)
-    plan = plan_of([tuple(range(100 * n, 100 * n + 90)) for n in range(1, chunks + 1)], question)
-    selected = set(Query(words=words, most=1.0).select(plan).tolist())
+    plan = plan_of([(*range(100 * n, 100 * n + 90), 5, 5) for n in range(1, chunks + 1)], question)
+    selected = set(Query(words=words, window=window, most=1.0).select(plan).tolist())
     heads = set(plan.first_of_each(first).tolist())
+    count = math.ceil(words * 2 / 5) if window == 60 else 0  # of a window that the prompt does not fit in
+    chosen = heads | set(marks(plan, window, count).tolist())
     scores = scores_of(plan, question)
     left = scores.keys() - selected
     assert len(selected) == words
     assert heads == selected & set(plan.first_of_each(3).tolist())
-    assert min(scores[at] for at in selected - heads) >= max(scores[at] for at in left) - 1e-3
+    assert chosen <= selected
+    assert min(scores[at] for at in selected - chosen) >= max(scores[at] for at in left) - 1e-3
 
 
-def test_the_first_that_are_asked_for_are_taken_in_any_case_and_once():
+def test_marks_are_the_last_token_and_the_commonest_ones_in_the_window():
+    stop, end, space = 1, 2, 3
+    chunks = [(*range(100, 140), *[stop] * 9, end), (200, stop, 201, stop, space, 202, stop, space, 203, end)]
+    plan = plan_of(chunks, (9, 10))
+    first, second = (span.start for span in plan.chunks[1:])
+    assert marks(plan, 60, 0).tolist() == []
+    assert marks(plan, 60, 1).tolist() == [second + 9]
+    assert marks(plan, 60, 4).tolist() == [second + 9, second + 6, second + 3, second + 1]
+    assert marks(plan, 60, 13).tolist() == [*(second + at for at in (9, 6, 3, 1)), *range(first + 48, first + 39, -1)]
+    assert marks(plan, 60, 15)[13:].tolist() == [second + 7, second + 4]
+    assert marks(plan, 11, 7).tolist() == [*(second + at for at in (9, 6, 3, 1, 7, 4)), first + 49]
+    assert marks(plan, 4, 100).sort().values.tolist() == [*range(second + 6, second + 10)]
+
+
+def test_what_is_asked_for_is_taken_in_any_case_and_once():
     plan = plan_of([tuple(range(100, 200)), tuple(range(200, 300))], (100, 250))
     first = plan.first_of_each(3)
     assert Query(k=3, words=5).select(plan).tolist() == first.tolist()
     selected = Query(k=3, words=8, most=1.0).select(plan).tolist()
     assert selected == sorted({*first.tolist(), *near_words(plan, 8, first).tolist()})
     assert len(selected) == 8
+    assert len(near_words(plan, 6, torch.cat((first, first)))) == 6
 
 
 @pytest.mark.parametrize(("most", "first"), [(0.001, 0), (0.01, 1), (0.03, 2), (0.3, 2)])

@@ -45,7 +45,7 @@ def test_one_from_before_words_were_chosen_by_has_the_usual_number_of_them():
     del data["look"]["words"]
     place.write_text(json.dumps(data))
     found = load_calibration(PRINT)
-    assert found == replace(FOUND, look=Look(0.4, 0.6, 0.02, 512, 32))
+    assert found == replace(FOUND, look=Look(0.4, 0.6, 0.02, 512, Look.words))
 
 
 def test_parts_may_be_missing(tmp_path):

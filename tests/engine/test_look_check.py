@@ -63,10 +63,18 @@ def test_a_query_policy_looks_as_was_measured_unless_it_says_otherwise():
     assert calibrated.resolve_policy("query:most=0.2,least=7").look == Look(2 / 3, 5 / 6, 0.2, 7)
     assert calibrated.resolve_policy("query:ratio=0.1").layers == ()  # those in the middle
     assert calibrated.resolve_policy("query:layers=0,0.5").look == Look(0, 0.5, 0.03, 512)
-    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 8192, 32)
+    assert llm.resolve_policy("query").look == Look() == Look(1 / 6, 1 / 3, 0.03, 8192, 24)
     calibrated = wrapped(calibration=Calibration(llm.fingerprint, look=Look(words=0)))
     assert calibrated.resolve_policy("query").look.words == 0
     assert calibrated.resolve_policy("query:words=8").look.words == 8
+
+
+def test_a_query_policy_takes_the_window_of_the_model_unless_it_names_one():
+    assert wrapped().resolve_policy("query").window is None  # all layers see all
+    llm = wrapped(zoo.new("gemma3", vocab_size=VOCAB))
+    assert llm.resolve_policy("query").window == zoo.WINDOW
+    assert llm.resolve_policy("query:window=7").window == 7
+    assert llm.resolve_policy("query:window=0").window == 0
 
 
 @pytest.mark.parametrize("lead", [None, 0])
