@@ -2,9 +2,8 @@
 
 Behind a short question the tokens next to its own words are selected, without the model. Else the question is
 prefilled over the reused KV as they are, up to a third of the layers, and the tokens that it attends to most there
-are selected. They are recomputed in one pass, so that no layer is ever
-computed in full. The chunks were computed behind a lead-in: passages that are in no prompt, so that no chunk was
-computed as if it came first.
+are selected. They are recomputed in one pass, so that no layer is ever computed in full. The chunks were computed
+behind a lead-in: passages that are in no prompt, so that no chunk was computed as if it came first.
 
 FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
 over the reused KV in all layers; EPIC (2410.15332) recomputes the first tokens of each chunk. Ours are the generic
@@ -45,9 +44,9 @@ class Look:
         first: the layers looked at begin at this share of the depth.
         last: and end at this one.
         most: the largest share of the chunk tokens that is selected.
-        least: chunk tokens from which on it looks; of fewer it selects the first of each chunk and by the
-            question's words, which took less time and did no worse up to 4,500 tokens, where it was measured. Behind
-            a long question it looks in any case.
+        least: chunk tokens from which on it looks; of fewer it selects the first of each chunk and by the question's
+            words, which took less time and did no worse up to 4,500 tokens, where it was measured. Behind a long
+            question it looks in any case.
         words: how many it selects without a look; of more than 2,048 tokens more, in proportion.
     """
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from chunkcache.cli.console import err, progress, status, table, wide
 from chunkcache.cli.inputs import indexed
-from chunkcache.errors import DocumentError, PeerError, PolicyError
+from chunkcache.errors import DocumentError, InputError, PeerError, PolicyError
 from chunkcache.eval.commands.inputs import EXAMPLES, about, cut_with_all, draw_questions, read_cases, retrieved_cases
 from chunkcache.eval.commands.options import (
     Against,
@@ -134,6 +134,8 @@ def _measure(bench: str, options: RequestOptions, lengths: Sequence[int] = (), a
     check_policies(name for name in options.policies if name != PLAIN)
     if options.against not in (FULL, *options.policies, *map(build_name, options.builds)):
         raise PolicyError(f"--against {options.against} is not measured; pass --policy {options.against}, too")
+    if options.cold and options.builds:
+        raise InputError("--cold empties stores before each request, and another build has its own: drop --build")
     sources = _sources(options)
     model, tokenizer = options.model.load()
     found: dict[str, Results] = {}

@@ -84,6 +84,8 @@ def test_the_command_compares_with_it(command_line, checkout, model_folder, tmp_
     assert section["summary"]["against"]["policy"] == name
     code, _, err = command_line("bench", "quality", str(data), *few, "--build", str(tmp_path))
     assert (code, "no checkout of chunkcache" in err) == (2, True)
+    code, _, err = command_line("bench", "quality", str(data), *few, "--build", str(checkout), "--cold")
+    assert (code, "drop --build" in err) == (2, True)
 
 
 def test_a_folder_without_a_commit_has_no_name(checkout, tmp_path):
