@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import httpx
@@ -338,6 +339,28 @@ def test_a_wrong_key_is_told_and_the_right_one_is_kept_for_the_tab(browser, serv
     other.goto(f"{server[0]}/")
     other.locator("#key").wait_for()
     context.close()
+
+
+def test_the_answer_to_an_older_search_is_not_shown_as_that_to_a_newer_one(browser):
+    with served(wrapped(policy=POLICY), dashboard=True) as (url, _):
+        chunks = {"texts": list(TEXTS), "documents": ["hills", "hills", "sea"]}
+        httpx.post(f"{url}/v1/chunks", json=chunks).raise_for_status()
+        context = browser.new_context()
+        page = context.new_page()
+        held = []
+        first = re.compile(r"/store\?document=$")  # the page's own, before anything is searched
+        page.route(first, lambda route: held.append(route))
+        with page.expect_request(first):
+            page.goto(f"{url}/")
+        page.locator("#document").fill("hills")
+        page.keyboard.press("Enter")
+        page.get_by_text("2 entries of document hills").wait_for()
+        with page.expect_response(first) as answered:
+            held[0].continue_()
+        answered.value.finished()
+        page.evaluate("() => new Promise((done) => setTimeout(done, 100))")  # what is done with it is done by then
+        assert page.locator("#found").inner_text() == "2 entries of document hills"
+        context.close()
 
 
 def test_a_document_is_searched_and_deleted_after_a_question(browser):

@@ -223,7 +223,9 @@ at("text").onkeydown = (event) => {
 let searched = "";
 
 const showStore = async () => {
-  const store = await ask(`store?document=${encodeURIComponent(searched)}`);
+  const asked = searched;
+  const store = await ask(`store?document=${encodeURIComponent(asked)}`);
+  if (asked !== searched) return; // another search was made meanwhile, whose answer may be there already
   at("tiers").replaceChildren(...store.tiers.map((tier) => cells([tier.tier, tier.entries.toLocaleString(), bytes(tier.nbytes)], [1, 2])));
   at("entries").replaceChildren(...store.entries.map((entry) => {
     const row = cells([entry.key, entry.tokens, bytes(entry.nbytes), entry.tiers.join(", "), new Date(entry.created * 1000).toLocaleString()], [1, 2]);
