@@ -2,8 +2,8 @@
 # Gemma 3 270M (transformers 5.23.0): which token of a passage is an attention sink depends on the text before it.
 #
 # 15 of its 18 layers see the last 512 tokens only. Once the first token is out of their sight, a few later tokens take
-# its part: all or nothing, with values of about a quarter to a third of the usual norm in every layer, where no other
-# token is below 0.7. The same passage has its sink in the space before a date behind one text, and in an apostrophe
+# its part, all or nothing: their values have a quarter to a third of the usual norm (geometric mean over the layers),
+# those of all others 0.68 or more. The same passage has its sink in the space before a date behind one text, and in an apostrophe
 # 56 tokens further on behind another; behind nothing it has none. So keys and values that were computed behind other
 # text may have a sink where the prompt has none, and lack the one that it has.
 set -euo pipefail
