@@ -75,6 +75,16 @@ class Plan:
         ranges = [torch.arange(span.start, span.stop) for span in self.reused if not span.exact]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
+    @cached_property
+    def ids(self) -> Tensor:
+        """The token ids `[tokens]`, on the CPU."""
+        return torch.tensor(self.token_ids)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How often each token id stands among the inexact tokens, `[highest id of the plan + 1]`."""
+        return torch.bincount(self.ids[self.inexact], minlength=max(self.token_ids) + 1)
+
     def inexact_on(self, device: torch.device) -> Tensor:
         """Return `inexact` on `device`, copied there once."""
         if device not in self._inexact_on:

@@ -29,12 +29,10 @@ def near_words(plan: Plan, count: int, first: Tensor | None = None) -> Tensor:
     A token scores the sum of all weights around it. None are returned that no word is near, but for those of `first`
     `[n]`, which may say one twice: they come before all others, and all of them even if they are more than `count`.
     """
-    candidates = plan.inexact
-    ids = torch.tensor(plan.token_ids)
-    counts = torch.bincount(ids[candidates], minlength=int(ids.max()) + 1)
+    candidates, ids = plan.inexact, plan.ids
     weights = torch.zeros(len(plan))
     found = candidates[torch.isin(ids[candidates], ids[plan.end :])]
-    weights[found] = (len(candidates) / counts[ids[found]]).log() ** POWER
+    weights[found] = (len(candidates) / plan.counts[ids[found]]).log() ** POWER
     kernel = FADING ** torch.arange(-REACH, REACH + 1).abs()
     scores = functional.conv1d(weights[None, None], kernel[None, None], padding=REACH)[0, 0]
     if first is not None:
@@ -49,9 +47,7 @@ def marks(plan: Plan, window: int, count: int) -> Tensor:
 
     The very last one is taken in any case, and of tokens that are as common those nearer to the question.
     """
-    ids = torch.tensor(plan.token_ids)
-    counts = torch.bincount(ids[plan.inexact])
     near = plan.inexact[plan.inexact >= plan.end - window].flip(0)
-    common = counts[ids[near]]
+    common = plan.counts[plan.ids[near]]
     common[:1] = len(plan)
     return near[common.sort(descending=True, stable=True).indices[:count]]
