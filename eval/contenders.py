@@ -25,7 +25,7 @@ from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PeerError, PolicyError
 from chunkcache.eval.answers import exact_match, f1, holds_gold, rouge_l
 from chunkcache.eval.data import Case
-from chunkcache.eval.fidelity import first_kl, forced_answer, greedy_answer, measure_fidelity
+from chunkcache.eval.fidelity import Fidelity, first_kl, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.measure import finite
 from chunkcache.eval.memory import PeakMemory
 from chunkcache.eval.results import FULL, PEER, PLAIN
@@ -230,8 +230,7 @@ class BuildContender:
         """Return the fields of a row on fidelity and answers of the prompt that was timed last."""
         logits, ids = self._build.judge(reference.ids, self._answer_tokens)
         fidelity = measure_fidelity(reference.log_probs, logits.log_softmax(-1))
-        measured = {name: finite(value) for name, value in asdict(fidelity).items()}
-        return {**measured, **_answered(self._llm.tokenizer, case, ids, reference)}
+        return {**_measured(fidelity), **_answered(self._llm.tokenizer, case, ids, reference)}
 
 
 class PeerContender:
@@ -377,8 +376,12 @@ def _judged(
         elif len(ids) > 1:
             cache.crop(1 - len(ids))
         ids = greedy_answer(llm, start, answer_tokens)[0]
-    measured = {name: finite(value) for name, value in asdict(fidelity).items()}
-    return {**measured, **_answered(llm.tokenizer, case, ids, reference)}
+    return {**_measured(fidelity), **_answered(llm.tokenizer, case, ids, reference)}
+
+
+def _measured(fidelity: Fidelity) -> dict[str, Any]:
+    """Return the fields of a row on fidelity."""
+    return {name: finite(value) for name, value in asdict(fidelity).items()}
 
 
 def _answered(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from chunkcache.errors import PeerError
 from chunkcache.eval.data import Case
-from chunkcache.eval.peers.client import TIMEOUT_S, Worker
+from chunkcache.eval.peers.client import TIMEOUT_S, Worker, decoded
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # mypy has it; typing's own is of Python 3.11
@@ -58,5 +56,4 @@ class Build(Worker):
     def judge(self, answer: list[int], answer_tokens: int) -> tuple[Tensor, list[int]]:
         """Return the logits `[tokens, vocab]` along an answer of the prompt prefilled last, and its own answer."""
         reply = self._ask(op="judge", answer=answer, answer_tokens=answer_tokens)
-        logits = torch.frombuffer(bytearray(base64.b64decode(reply["logits"])), dtype=torch.float32)
-        return logits.view(len(answer), -1), reply["answer"]
+        return decoded(reply["logits"]).view(len(answer), -1), reply["answer"]

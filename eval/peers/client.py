@@ -197,12 +197,15 @@ class Peer(Worker):
         reply = self._ask(op="answer", parts=parts, answer_tokens=answer_tokens)
         try:
             coded = reply.get("logits")
-            logits = None
-            if coded is not None:
-                logits = torch.frombuffer(bytearray(base64.b64decode(coded)), dtype=torch.float32)
+            logits = None if coded is None else decoded(coded)
             return PeerAnswer(float(reply["ttft_s"]), [int(token) for token in reply["answer"]], logits)
         except (KeyError, TypeError, ValueError) as error:
             raise self._failed(f"answered what is no answer ({error!r})") from None
+
+
+def decoded(coded: str) -> Tensor:
+    """Return the logits, float32, that a worker has coded, one behind the other."""
+    return torch.frombuffer(bytearray(base64.b64decode(coded)), dtype=torch.float32)
 
 
 def parts(prompt: Prompt) -> list[list[int]]:

@@ -13,7 +13,8 @@ request that fails is answered with {"error": TEXT}.
 
 A peer's class has `packages` (whose versions are told), `load(model, threads)`, which returns its settings,
 `warm(parts)`, and `answer(parts, answer_tokens)`, which returns seconds, token ids and logits as a NumPy array. One
-that is asked otherwise has `operations`: methods that take the fields of a request and return those of a reply.
+that is asked otherwise has `operations`: methods that take the fields of a request and return those of a reply, its
+`logits` as an array, too.
 """
 
 from __future__ import annotations
@@ -53,13 +54,16 @@ def _reply(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
         return {"ok": True, "versions": {name: version(name) for name in peer.packages}, "settings": settings}
     if request["op"] in getattr(peer, "operations", ()):
         told: dict[str, Any] = getattr(peer, request.pop("op"))(**request)
-        return told
+        return told if "logits" not in told else {**told, "logits": _coded(told["logits"])}
     if request["op"] == "warm":
         peer.warm(request["parts"])
         return {"ok": True}
     seconds, answer, logits = peer.answer(request["parts"], request["answer_tokens"])
-    coded = base64.b64encode(logits.astype("<f4").tobytes()).decode()
-    return {"ttft_s": seconds, "answer": answer, "logits": coded}
+    return {"ttft_s": seconds, "answer": answer, "logits": _coded(logits)}
+
+
+def _coded(logits: Any) -> str:
+    return base64.b64encode(logits.astype("<f4").tobytes()).decode()
 
 
 def _claim_stdout() -> TextIO:
