@@ -3,9 +3,9 @@
 #
 # 15 of its 18 layers see the last 512 tokens only. Once the first token is out of their sight, a few later tokens take
 # its part, all or nothing: their values have a quarter to a third of the usual norm (geometric mean over the layers),
-# those of all others 0.68 or more. The same passage has its sink in the space before a date behind one text, and in an apostrophe
-# 56 tokens further on behind another; behind nothing it has none. So keys and values that were computed behind other
-# text may have a sink where the prompt has none, and lack the one that it has.
+# those of all others 0.68 or more. The same passage has its sink in the space before a date behind one text, and in an
+# apostrophe 56 tokens further on behind another; behind nothing it has none. So keys and values that were computed
+# behind other text may have a sink where the prompt has none, and lack the one that it has.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -341,12 +342,19 @@ def test_a_wrong_key_is_told_and_the_right_one_is_kept_for_the_tab(browser, serv
     context.close()
 
 
-def test_the_answer_to_an_older_search_is_not_shown_as_that_to_a_newer_one(browser):
+@contextmanager
+def page_over(browser, documents):
+    """Yield a new page and the URL of a server that holds chunks of these documents."""
     with served(wrapped(policy=POLICY), dashboard=True) as (url, _):
-        chunks = {"texts": list(TEXTS), "documents": ["hills", "hills", "sea"]}
+        chunks = {"texts": list(TEXTS), "documents": documents}
         httpx.post(f"{url}/v1/chunks", json=chunks).raise_for_status()
         context = browser.new_context()
-        page = context.new_page()
+        yield context.new_page(), url
+        context.close()
+
+
+def test_the_answer_to_an_older_search_is_not_shown_as_that_to_a_newer_one(browser):
+    with page_over(browser, ["hills", "hills", "sea"]) as (page, url):
         held = []
         first = re.compile(r"/store\?document=$")  # the page's own, before anything is searched
         page.route(first, lambda route: held.append(route))
@@ -360,15 +368,10 @@ def test_the_answer_to_an_older_search_is_not_shown_as_that_to_a_newer_one(brows
         answered.value.finished()
         page.evaluate("() => new Promise((done) => setTimeout(done, 100))")  # what is done with it is done by then
         assert page.locator("#found").inner_text() == "2 entries of document hills"
-        context.close()
 
 
 def test_a_document_is_searched_and_deleted_after_a_question(browser):
-    with served(wrapped(policy=POLICY), dashboard=True) as (url, _):
-        chunks = {"texts": list(TEXTS), "documents": ["hills", "hills", "<b>sea</b>"]}
-        httpx.post(f"{url}/v1/chunks", json=chunks).raise_for_status()
-        context = browser.new_context()
-        page = context.new_page()
+    with page_over(browser, ["hills", "hills", "<b>sea</b>"]) as (page, url):
         page.goto(f"{url}/")
         page.locator("#document").fill("hills")
         page.keyboard.press("Enter")
@@ -386,4 +389,3 @@ def test_a_document_is_searched_and_deleted_after_a_question(browser):
         assert page.locator("#found b").count() == 0
         page.locator("summary").click()
         assert page.locator("#entries tr").count() == 1
-        context.close()
