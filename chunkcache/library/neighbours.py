@@ -302,16 +302,15 @@ class NearChunks:
         return chosen[::-1]
 
     def _source(self, token_ids: TokenIds, own: str, names: Collection[str]) -> ChunkKV | None:
-        """Return stored KV of a nearest chunk, best as computed behind its own.
+        """Return stored KV of a nearest chunk, best as computed behind its own, and not behind the chunk `own`.
 
         None if there are none, or if the chunk `own` would then depend on more than an entry may name, of which it
         has `names` already, or on one of another trust label.
         """
-        for ref in (self._library.ref_near(token_ids, self._prefix), self._alone(token_ids)):
-            kv = self._library.get(ref) if self._library.holds(ref) else None
-            if kv is None or len({*names, *kv.origin.chunks}) > NAMES:
-                continue
-            if self._library.registry.trusts(own, kv.origin.chunks):
+        refs = (self._library.ref_near(token_ids, self._prefix), self._alone(token_ids))
+        held = [kv for ref in refs if self._library.holds(ref) and (kv := self._library.get(ref)) is not None]
+        for kv in sorted(held, key=lambda kv: own in kv.origin.chunks):
+            if len({*names, *kv.origin.chunks}) <= NAMES and self._library.registry.trusts(own, kv.origin.chunks):
                 return kv
         return None
 

@@ -135,6 +135,20 @@ def test_texts_that_repeat_a_text_do_not_stand_before_it():
     assert kv.origin.chunks == tuple(names(llm, BRIDGE, TOLL))
 
 
+def test_a_chunk_does_not_meet_its_own_text_in_the_kv_of_its_nearest():
+    def near(stored, texts):
+        llm = wrapped(own_model(), lead_in=LEAD, policy=POLICY)
+        llm.precompute(stored)
+        nearest = [[TOLL if text == BRIDGE else BRIDGE] for text in texts]
+        llm.precompute(texts, lead=Neighbours(nearest=nearest, renew=True))
+        return [llm.store.get(near_key(llm, text), llm.prompts.chunk(text)) for text in texts]
+
+    both = near([BRIDGE, TOLL], [BRIDGE, TOLL])
+    for text, other, kv in zip([BRIDGE, TOLL], [TOLL, BRIDGE], both, strict=True):
+        (expected,) = near([other], [text])
+        torch.testing.assert_close(kv.layers, expected.layers, atol=0, rtol=0)
+
+
 def test_without_a_packaged_lead_in_the_seeds_are_what_is_exact_where_it_comes_first():
     llm = wrapped(own_model(), lead_in=LEAD, policy="query:ratio=0,lead=0")
     how = chunkcache.Neighbours(nearest=NEAREST)
