@@ -5,7 +5,8 @@
 
 PYTHON ?= python3
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+# --no-compile: Python compiles what it imports; all that is installed would take minutes.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --constraint constraints.txt
 STAMP  := .venv/.installed
 STACKED := $(patsubst %,.venv/%/.installed,lmcache adapters triton ray oldest vllm)
 OLDEST := tests/models/test_packaged.py tests/prompt/test_builder.py tests/prompt/test_messages.py tests/blend/test_full.py \
@@ -78,7 +79,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(STACKED): .venv/%/.installed: .ci/%.txt $(STAMP)
 	@rm -rf .venv/$*
 	@$(PYTHON) -m venv --without-pip .venv/$*
-	@$(BIN)/python -m pip --disable-pip-version-check --python .venv/$*/bin/python install -qq --no-deps -r $<
+	@$(BIN)/python -m pip --disable-pip-version-check --python .venv/$*/bin/python install -qq --no-compile --no-deps -r $<
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$(.venv/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
 	@touch $@

@@ -8,7 +8,7 @@ behind a lead-in: passages that are in no prompt, so that no chunk was computed 
 FusionRAG computes chunks behind similar chunks and selects by the question first; ProphetKV selects by its attention
 over the reused KV in all layers; EPIC (2410.15332) recomputes the first tokens of each chunk. Ours are the generic
 lead-in, the look at few layers, the question's words where a look would cost too much, what is left for later, and
-the guard. What each of these choices is worth is in docs/policies.md.
+the guard. What each of these choices is worth is in docs/experiments.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test downloads anything
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, which shares the cores with other tests
 os.environ["LANGSMITH_TRACING"] = os.environ["LANGCHAIN_TRACING_V2"] = "false"  # nor sends anything
 
 import pytest
