@@ -307,12 +307,17 @@ class NearChunks:
         None if there are none, or if the chunk `own` would then depend on more than an entry may name, of which it
         has `names` already, or on one of another trust label.
         """
-        refs = (self._library.ref_near(token_ids, self._prefix), self._alone(token_ids))
-        held = [kv for ref in refs if self._library.holds(ref) and (kv := self._library.get(ref)) is not None]
-        for kv in sorted(held, key=lambda kv: own in kv.origin.chunks):
-            if len({*names, *kv.origin.chunks}) <= NAMES and self._library.registry.trusts(own, kv.origin.chunks):
+        behind_own = None
+        for ref in (self._library.ref_near(token_ids, self._prefix), self._alone(token_ids)):
+            kv = self._library.get(ref) if self._library.holds(ref) else None
+            if kv is None or len({*names, *kv.origin.chunks}) > NAMES:
+                continue
+            if not self._library.registry.trusts(own, kv.origin.chunks):
+                continue
+            if own not in kv.origin.chunks:
                 return kv
-        return None
+            behind_own = kv
+        return behind_own
 
     def _allowed_of(self, token_ids: TokenIds) -> list[TokenIds]:
         """Return the nearest chunks that may stand before a chunk: with other text, and of its trust label."""
