@@ -1,6 +1,7 @@
 """The promise of the blend room, on every model family: what is recomputed is what the model would have computed.
 
-Each model of the zoo, with each attention it has, under each policy there is. The prompt is longer than the
+Each model of the zoo, with each attention it has, under each policy there is; in bfloat16, and for decoding, where
+policies no longer differ, each model under one policy and each policy on two models. The prompt is longer than the
 sliding windows and than one block of rows. float32 results may differ by 1e-4 at most. In bfloat16, which keeps
 8 bits of mantissa, kernels that add in another order round differently in every layer: there the bound is
 relative to the norm of the whole tensor, and 4 %; a model's own bfloat16 and float32 results are 1 to 3 % apart.
@@ -35,7 +36,22 @@ models = pytest.mark.parametrize(
 )
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 EVERY = [kind() for kind in POLICIES.values()]
-every_policy = pytest.mark.parametrize("policy", EVERY, ids=list(POLICIES))
+FEW_MODELS = [("llama", "sdpa"), ("gemma3", "sdpa")]
+
+
+def matrix(policies, *more, few=True):
+    """Return every model under every policy; if `few`, under one of them, and every policy on two models."""
+    return [
+        pytest.param(*served, *more, policy, id="-".join((*served, *map(str, more), policy.name)))
+        for served in zoo.SERVED
+        for policy in policies
+        if not few or served in FEW_MODELS or policy.name == Link.name
+    ]
+
+
+def in_both_dtypes(policies):
+    cases = matrix(policies, torch.float32, few=False) + matrix(policies, torch.bfloat16)
+    return pytest.mark.parametrize(("name", "attention", "dtype", "policy"), cases)
 
 
 def selecting_all(kind):
@@ -61,21 +77,17 @@ def assert_same_layers(layers, expected):
         assert_same(layer, wanted)
 
 
-@models
-@dtypes
-@pytest.mark.parametrize("kind", [kind for kind in POLICIES.values() if kind is not Reuse])
-def test_with_every_token_selected_wrong_kv_leave_no_trace(name, attention, dtype, kind):
+@in_both_dtypes([selecting_all(kind) for kind in POLICIES.values() if kind is not Reuse])
+def test_with_every_token_selected_wrong_kv_leave_no_trace(name, attention, dtype, policy):
     logits, cache = own(name, attention, dtype)
     plan = h.wrong_plan(IDS, cache)
-    prefill = h.Selective(h.decoder(name, attention, dtype), plan, selecting_all(kind))
+    prefill = h.Selective(h.decoder(name, attention, dtype), plan, policy)
     assert prefill.rows.tolist() == list(range(h.PREFIX, h.TOKENS))
     assert_same(prefill.logits, logits[h.PREFIX :])
     assert_same_layers(prefill.layers, h.layers_of(cache))
 
 
-@models
-@dtypes
-@every_policy
+@in_both_dtypes(EVERY)
 def test_over_right_kv_any_selection_gives_the_models_own_prefill(name, attention, dtype, policy):
     logits, cache = own(name, attention, dtype)
     prefill = h.Selective(h.decoder(name, attention, dtype), h.right_plan(IDS, cache), policy)
@@ -148,8 +160,7 @@ def assert_goes_on_as_the_model_itself(name, attention, plan, policy):
     assert_same(logits, own_logits)
 
 
-@models
-@every_policy
+@pytest.mark.parametrize(("name", "attention", "policy"), matrix(EVERY))
 def test_generate_goes_on_from_right_kv_as_the_model_itself_does(name, attention, policy):
     plan = h.right_plan(IDS, own(name, attention)[1], exact=True)
     assert_goes_on_as_the_model_itself(name, attention, plan, policy)
