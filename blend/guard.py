@@ -12,6 +12,7 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ class GuardModel:
     """Predicts an upper bound of KL(full || pass) of the first token from the signals of a pass.
 
     For each rung, log KL is fitted as linear in `Signals.features`. A margin is added so that few predictions are too
-    low; it depends on the bound that is asked for, since what counts is only on which side of it the KL is.
+    low; it depends on the bound that is asked for, since what counts is only on which side of it the KL is. Few or no
+    calibration prompts come near a large bound, so its margin is at least that of every smaller one.
 
     Attributes:
         weights: for each rung, one per feature.
@@ -103,7 +105,8 @@ class GuardModel:
         weights = tuple(_regress([prompt[step] for prompt in prompts]) for step in range(len(prompts[0])))
         logs = [[_fitted(weights[at], signals) for at, (signals, _) in enumerate(p)] for p in prompts]
         allowed = max(0, math.floor(broken * (len(prompts) + 1) - 1 + 1e-9))
-        return cls(weights, tuple((bound, _least_margin(prompts, logs, bound, allowed)) for bound in bounds))
+        margins = accumulate((_least_margin(prompts, logs, bound, allowed) for bound in bounds), max)
+        return cls(weights, tuple(zip(bounds, margins, strict=True)))
 
 
 def _fitted(weights: Sequence[float], signals: Signals) -> float:

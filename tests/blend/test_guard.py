@@ -65,6 +65,11 @@ def test_noise_costs_a_margin():
     assert 0 <= exact < noisy
 
 
+def test_a_bound_that_no_prompt_came_near_has_the_margin_of_the_smaller_ones():
+    model = GuardModel.fit(prompts(60, noise=1.0), [0.05, 99.0])
+    assert model.margins[1][1] == model.margins[0][1] > 0
+
+
 def test_between_two_bounds_the_larger_margin_holds():
     model = GuardModel(((0.0, 0.0, 0.0),), ((0.02, 1.0), (0.05, 0.5), (0.1, 0.7)))
     margins = {bound: math.log(model.predict(0, Signals(0.1, 1.0), bound)) for bound in (0.01, 0.03, 0.05, 0.07, 9)}
