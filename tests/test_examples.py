@@ -1,8 +1,9 @@
-"""The examples run as they stand, in a process of their own, and are short."""
+"""The examples run as they stand, in a process of their own, over a few files, and are short."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -34,8 +35,13 @@ def test_it_is_under_thirty_lines(path):
 @pytest.mark.model
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_it_runs_and_answers(path, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for document in (FOLDER / "corpus").glob("[hk]*.md"):
+        shutil.copy(document, corpus)
+    arguments = [str(corpus)] if "sys.argv[1]" in path.read_text() else []
     done = subprocess.run(
-        [sys.executable, str(path)],
+        [sys.executable, str(path), *arguments],
         cwd=tmp_path,  # not where it lies
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,

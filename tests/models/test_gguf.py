@@ -118,14 +118,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def packaged() -> PreTrainedTokenizerBase:
     try:
         ALIASES[DEFAULT_MODEL].path()
     except ModelNotFoundError as error:
         pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        return load_model(DEFAULT_MODEL, device="cpu")[1]
+    return load_model(DEFAULT_MODEL, device="cpu")[1]
 
 
 @pytest.mark.model
