@@ -12,7 +12,6 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -105,8 +104,11 @@ class GuardModel:
         weights = tuple(_regress([prompt[step] for prompt in prompts]) for step in range(len(prompts[0])))
         logs = [[_fitted(weights[at], signals) for at, (signals, _) in enumerate(p)] for p in prompts]
         allowed = max(0, math.floor(broken * (len(prompts) + 1) - 1 + 1e-9))
-        margins = accumulate((_least_margin(prompts, logs, bound, allowed) for bound in bounds), max)
-        return cls(weights, tuple(zip(bounds, margins, strict=True)))
+        margins: list[tuple[float, float]] = []
+        for bound in bounds:
+            floor = margins[-1][1] if margins else 0.0
+            margins.append((bound, _least_margin(prompts, logs, bound, allowed, floor)))
+        return cls(weights, tuple(margins))
 
 
 def _fitted(weights: Sequence[float], signals: Signals) -> float:
@@ -114,10 +116,14 @@ def _fitted(weights: Sequence[float], signals: Signals) -> float:
 
 
 def _least_margin(
-    prompts: Sequence[GuardOutcomes], logs: Sequence[Sequence[float]], bound: float, allowed: int
+    prompts: Sequence[GuardOutcomes], logs: Sequence[Sequence[float]], bound: float, allowed: int, floor: float
 ) -> float:
-    """Return the least margin, of 0 or more, with which at most `allowed` prompts end above `bound`."""
-    heights = sorted({0.0, *(math.log(bound) - log + 1e-9 for row in logs for log in row if log < math.log(bound))})
+    """Return the least margin, of `floor` or more, with which at most `allowed` prompts end above `bound`.
+
+    A larger one need not do as well: what it rejects at one rung may end above the bound at the next.
+    """
+    limit = math.log(bound) - floor
+    heights = sorted({floor, *(math.log(bound) - log + 1e-9 for row in logs for log in row if log < limit)})
     return next(margin for margin in heights if _broken(prompts, logs, margin, bound) <= allowed)
 
 

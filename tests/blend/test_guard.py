@@ -70,6 +70,14 @@ def test_a_bound_that_no_prompt_came_near_has_the_margin_of_the_smaller_ones():
     assert model.margins[1][1] == model.margins[0][1] > 0
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_each_bound_is_kept_on_the_prompts_it_is_fitted_to(seed):
+    """Also where its own least margin is below that of a smaller bound."""
+    outcomes, bounds = prompts(10, noise=1.5, seed=seed), [0.01, 0.02, 0.05, 0.1]
+    model = GuardModel.fit(outcomes, bounds)
+    assert [max(ended(model, outcomes, bound)) <= bound for bound in bounds] == [True] * len(bounds)
+
+
 def test_between_two_bounds_the_larger_margin_holds():
     model = GuardModel(((0.0, 0.0, 0.0),), ((0.02, 1.0), (0.05, 0.5), (0.1, 0.7)))
     margins = {bound: math.log(model.predict(0, Signals(0.1, 1.0), bound)) for bound in (0.01, 0.03, 0.05, 0.07, 9)}

@@ -118,12 +118,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def packaged() -> PreTrainedTokenizerBase:
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     try:
         ALIASES[DEFAULT_MODEL].path()
     except ModelNotFoundError as error:
         pytest.skip(str(error))
-    return load_model(DEFAULT_MODEL, device="cpu")[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return load_model(DEFAULT_MODEL, device="cpu")[1]
 
 
 @pytest.mark.model
