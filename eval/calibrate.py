@@ -22,7 +22,7 @@ from chunkcache.engine.look_check import LookCheck, check_look
 from chunkcache.engine.packaged import packaged
 from chunkcache.engine.stats import RequestStats
 from chunkcache.errors import PolicyError
-from chunkcache.eval.contenders import PolicyContender, nearest_for, parse_contender
+from chunkcache.eval.contenders import PolicyContender, lead_for, parse_contender
 from chunkcache.eval.data import Case
 from chunkcache.eval.fidelity import ANSWER_TOKENS, Fidelity, forced_answer, greedy_answer, measure_fidelity
 from chunkcache.eval.neighbours import ChunkPool
@@ -84,7 +84,7 @@ def calibrate(
         base = replace(base, lead=llm.engine.tuning.lead if lead_in is None else lead_in.lead)
     base = replace(base if look is None else base.fitted(look.look), guard=None)
     chunks = ChunkPool(pool or [chunk for case in cases for chunk in case.chunks])
-    contender = PolicyContender(guarded, base, llm, False, ANSWER_TOKENS, nearest_for(lead, chunks.nearest))
+    contender = PolicyContender(guarded, base, llm, False, ANSWER_TOKENS, lead_for(lead, chunks.nearest))
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
     steps: list[list[tuple[Signals, float]]] = []
     wanted: list[Fidelity] = []

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("chunkcache")
 
 FindNearest = Callable[[Sequence[str]], list[list[str]]]
+LeadOf = Callable[[Sequence[str]], tuple[list[list[str]], bool]]  # the nearest, and whether the first place is exact
 NEIGHBOURS = "neighbours"  # chunks are computed behind their nearest, and for the first place behind the prefix alone
+NEAREST = "nearest"  # the former only
 FIRST = "first"  # the latter only
 STORED = 4  # nearest chunks that are there when a chunk is computed behind them: as many as stand before it
 
@@ -87,7 +89,7 @@ class PolicyContender:
         llm: the wrapped model.
         cold: whether requests compute their chunks themselves.
         answer_tokens: the most it answers.
-        nearest: finds for each text its nearest, which chunks are then computed behind; None for the lead-in alone.
+        lead: says behind which of their nearest chunks are computed; None for behind the lead-in alone.
     """
 
     def __init__(
@@ -97,13 +99,13 @@ class PolicyContender:
         llm: CachedLLM,
         cold: bool,
         answer_tokens: int,
-        nearest: FindNearest | None = None,
+        lead: LeadOf | None = None,
     ) -> None:
         self.name = name
         self.llm = llm
         self.policy = llm.resolve_policy(policy)
         self._cold, self._answer_tokens = cold, answer_tokens
-        self._nearest = nearest
+        self._lead = lead
 
     @property
     def options(self) -> str:
@@ -117,10 +119,11 @@ class PolicyContender:
         if again and (self.policy.stores_in_context or self.policy.versioned):
             self.llm.delete(tenant=True)  # what it stored of this very prompt
         if self.policy.reuses and not self.policy.stores_in_context and not self._cold:
-            if self._nearest is not None:
-                nearest = self._nearest(case.chunks)
+            if self._lead is not None:
+                nearest, first = self._lead(case.chunks)
                 self.llm.precompute(self._others(case, nearest), policy=self.policy)  # a corpus holds them already
-                self.llm.precompute(case.chunks, policy=self.policy, lead=Neighbours(nearest=nearest, renew=True))
+                how = Neighbours(nearest=nearest, first=first, renew=True)
+                self.llm.precompute(case.chunks, policy=self.policy, lead=how)
             else:
                 self.llm.precompute(case.chunks, policy=self.policy)
 
@@ -291,20 +294,27 @@ def parse_contender(name: str) -> tuple[Policy, str]:
     """
     text, at, lead = name.partition("@")
     policy = parse_policy(text)
-    if at and (lead not in (NEIGHBOURS, FIRST) or not policy.neighbours()):
+    if at and (lead not in (NEIGHBOURS, NEAREST, FIRST) or not policy.neighbours()):
         raise PolicyError(
-            f"{name}: @{NEIGHBOURS} and @{FIRST} are for policies that want nearest chunks; nothing else stands there"
+            f"{name}: @{NEIGHBOURS}, @{NEAREST} and @{FIRST} are for policies that want nearest chunks; "
+            "nothing else stands there"
         )
     return policy, lead
 
 
-def nearest_for(lead: str, nearest: FindNearest | None) -> FindNearest | None:
-    """Return what finds the chunks that those of a contender are computed behind, too; None for the lead-in alone."""
-    return {NEIGHBOURS: nearest, FIRST: _none_nearest}.get(lead)
+def lead_for(lead: str, nearest: FindNearest | None) -> LeadOf | None:
+    """Return what says behind which chunks those of a contender are computed; None for behind the lead-in alone.
 
-
-def _none_nearest(texts: Sequence[str]) -> list[list[str]]:
-    return [[] for _ in texts]
+    Raises:
+        PolicyError: chunks are to be computed behind their nearest, and `nearest` is None.
+    """
+    if lead == FIRST:
+        return lambda texts: ([[] for _ in texts], True)
+    if not lead:
+        return None
+    if nearest is None:
+        raise PolicyError(f"which chunks are nearest is not known here; leave @{lead} out")
+    return lambda texts: (nearest(texts), lead == NEIGHBOURS)
 
 
 def policy_contenders(
@@ -329,8 +339,7 @@ def policy_contenders(
     contenders = []
     for name in names:
         policy, lead = parse_contender(name)
-        if lead == NEIGHBOURS and nearest is None:
-            raise PolicyError(f"{name}: which chunks are nearest is not known here; leave @{lead} out")
+        lead_of = lead_for(lead, nearest)
         if policy.stores_in_context or policy.versioned:
             llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
         else:
@@ -338,7 +347,7 @@ def policy_contenders(
             if key not in shared:
                 shared[key] = chunkcache.wrap(model, tokenizer, store=store, tenant=f"bench {run} {key}")
             llm = shared[key]
-        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens, nearest_for(lead, nearest)))
+        contenders.append(PolicyContender(name, policy, llm, cold, answer_tokens, lead_of))
     return contenders
 
 

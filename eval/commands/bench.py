@@ -1,4 +1,4 @@
-"""`chunkcache bench selection`, `store` and `packing`: the parts that requests are made of."""
+"""`chunkcache bench selection`, `store`, `packing` and `precompute`: the parts that requests are made of."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from chunkcache.cli.console import Bar, progress
 from chunkcache.eval.commands.inputs import about
-from chunkcache.eval.commands.options import ModelOptions, OutputOptions, PromptOptions, command, option
+from chunkcache.eval.commands.options import (
+    ModelOptions,
+    OutputOptions,
+    PromptOptions,
+    argument,
+    command,
+    count,
+    option,
+)  # fmt: skip
 from chunkcache.eval.commands.show import show_json, show_report
 
 if TYPE_CHECKING:
@@ -141,3 +150,36 @@ def bench_packing(options: PackingOptions) -> None:
     settings = {"lengths": list(options.lengths), "tokens": packing.TOKENS, "rounds": options.rounds}
     with measured("packing", settings, ran_on(model), options.output) as (results, on_step):
         packing.bench_packing(results, model, tokenizer, options.lengths, packing.TOKENS, options.rounds, on_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeOptions:
+    """The chunks that are computed behind one another."""
+
+    data: Annotated[Path, argument()]
+    texts: Annotated[int, count("Chunks to compute.", least=2)] = 16
+    chunk_tokens: Annotated[int, count("Cut chunks to so many tokens.")] = 512
+    rounds: Annotated[int, count("Times they are computed in each way.")] = 2
+    model: ModelOptions
+    output: OutputOptions
+
+
+@command("precompute")
+def bench_precompute(options: PrecomputeOptions) -> None:
+    """Measure what it costs to precompute the chunks of DATA behind their nearest instead of the lead-in alone."""
+    from chunkcache.eval import precompute
+    from chunkcache.eval.data import Case, DataSet, cut
+    from chunkcache.eval.machine import ran_on
+    from chunkcache.eval.neighbours import ChunkPool
+
+    chunks = DataSet.read(options.data).chunks()[: options.texts]
+    model, tokenizer = options.model.load()
+    texts = list(cut([Case("", chunks)], options.chunk_tokens, tokenizer)[0].chunks)
+    settings = {
+        **about(options.data), "texts": len(texts), "chunk_tokens": options.chunk_tokens, "rounds": options.rounds,
+        "ways": list(precompute.WAYS),
+    }  # fmt: skip
+    name = f"{precompute.BENCH}-{options.data.stem}"
+    with measured(name, settings, ran_on(model), options.output) as (results, on_step):
+        nearest = ChunkPool(texts).nearest(texts)
+        precompute.bench_precompute(results, model, tokenizer, texts, nearest, options.rounds, on_step)

@@ -37,7 +37,7 @@ Policies = Annotated[
     option(
         "--policy",
         help="May be given several times; `query@neighbours` has chunks computed behind their nearest of DATA, too, "
-        "`query@first` behind the prefix alone, for the first place.",
+        "and behind the prefix alone for the first place; `query@nearest` the former only, `query@first` the latter.",
     ),
 ]
 

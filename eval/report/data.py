@@ -26,6 +26,7 @@ SUMMARIES = {  # where each bench's summary(results) is
     "store": "chunkcache.eval.stores",
     "selection": "chunkcache.eval.ablation",
     "packing": "chunkcache.eval.packing",
+    "precompute": "chunkcache.eval.precompute",
     "serve": "chunkcache.eval.serving_summary",
     "retrieval": "chunkcache.eval.retrieval",
     "chain": "chunkcache.eval.chain",

@@ -20,6 +20,7 @@ TITLES = {
     "store": "Stores",
     "selection": "Selections",
     "packing": "Packing",
+    "precompute": "Precomputing behind nearest chunks",
     "serve": "The server",
     "retrieval": "Retrieval",
     "chain": "LangChain",

@@ -20,6 +20,7 @@ OTHERS = (
 
 def test_a_name_says_what_chunks_are_computed_behind():
     assert parse_contender("query:ratio=0@neighbours")[1] == "neighbours"
+    assert parse_contender("query:ratio=0@nearest")[1] == "nearest"
     assert parse_contender("query:ratio=0@first")[1] == "first"
     assert parse_contender("query:ratio=0")[1] == ""
     for name in ("reuse@neighbours", "reuse@first", "query@friends", "query@"):
@@ -28,21 +29,21 @@ def test_a_name_says_what_chunks_are_computed_behind():
 
 
 def test_where_nothing_is_known_of_neighbours_they_are_refused():
-    with pytest.raises(PolicyError, match="query@neighbours"):
+    with pytest.raises(PolicyError, match="@neighbours"):
         compare(tiny_model(), chat_tokenizer(), [Case(QUESTION, TEXTS)], Comparison(["query@neighbours"]))
 
 
 def test_neighbours_and_the_lead_in_alone_are_measured_side_by_side_and_apart():
     cases = [Case(QUESTION, TEXTS[:2])]
     nearest = {text: [other for other in (*TEXTS, *OTHERS) if other != text] for text in TEXTS}
-    names = ["query:ratio=0@neighbours", "query:ratio=0", "fusionrag:ratio=0.5@neighbours"]
+    names = ["query:ratio=0@neighbours", "query:ratio=0", "query:ratio=0@nearest", "fusionrag:ratio=0.5@neighbours"]
     comparison = Comparison(names, nearest=lambda texts: [nearest[text] for text in texts])
-    rows = {row["policy"]: row for row in compare(tiny_model(), chat_tokenizer(), cases, comparison).rows}
+    model = zoo.new("llama", vocab_size=VOCAB, max_position_embeddings=4096)  # room for the lead-in
+    rows = {row["policy"]: row for row in compare(model, chat_tokenizer(), cases, comparison).rows}
     assert {row["hits"] for name, row in rows.items() if name != "full"} == {2}
-    near, packaged = (rows[name]["kl_mean"] for name in names[:2])
-    assert near > 0
-    assert packaged > 0
-    assert near != packaged
+    near, packaged, first_near = (rows[name]["kl_mean"] for name in names[:3])
+    assert min(near, packaged, first_near) > 0
+    assert len({near, packaged, first_near}) == 3  # exact in the first place, nowhere, and behind its nearest there
 
 
 def test_the_lead_in_with_the_first_chunk_exact_is_measured_without_knowing_any_neighbours():
