@@ -42,7 +42,7 @@ test-ray: .venv/ray/.installed    ## run the tests of the router under Ray Serve
 	@.venv/ray/bin/python -m pytest tests/serve/test_ray.py
 
 test-oldest: .venv/oldest/.installed    ## run some of the tests with the oldest transformers that will do, likewise
-	@.venv/oldest/bin/python -m pytest $(OLDEST)
+	@.venv/oldest/bin/python -m pytest $(OLDEST) -k "not thread"
 
 test-vllm: .venv/vllm/.installed    ## run the tests in vLLM's engine, likewise; VLLM_TESTS=FILE for a part
 	@.venv/vllm/bin/python -m pytest $(or $(VLLM_TESTS),tests/vllm)

@@ -1,8 +1,8 @@
 """The promise of the blend room, on every model family: what is recomputed is what the model would have computed.
 
-Each model of the zoo, with each attention it has, under each policy there is; in bfloat16, and for decoding, where
-policies no longer differ, each model under one policy and each policy on two models. The prompt is longer than the
-sliding windows and than one block of rows. float32 results may differ by 1e-4 at most. In bfloat16, which keeps
+Each model of the zoo, with each attention it has, under each policy there is; in bfloat16, for decoding and for the
+rows that are left as they are, each model under one policy and each policy on two models. The prompt is longer than
+the sliding windows and than one block of rows. float32 results may differ by 1e-4 at most. In bfloat16, which keeps
 8 bits of mantissa, kernels that add in another order round differently in every layer: there the bound is
 relative to the norm of the whole tensor, and 4 %; a model's own bfloat16 and float32 results are 1 to 3 % apart.
 """
@@ -54,6 +54,10 @@ def in_both_dtypes(policies):
     return pytest.mark.parametrize(("name", "attention", "dtype", "policy"), cases)
 
 
+def in_float32(policies):
+    return pytest.mark.parametrize(("name", "attention", "policy"), matrix(policies))
+
+
 def selecting_all(kind):
     return kind(**{field.name: SELECT_ALL[field.name] for field in fields(kind) if field.name in SELECT_ALL})
 
@@ -95,8 +99,7 @@ def test_over_right_kv_any_selection_gives_the_models_own_prefill(name, attentio
     assert_same_layers(prefill.layers, h.layers_of(cache))
 
 
-@models
-@pytest.mark.parametrize("policy", [policy for policy in EVERY if policy.shift() is None], ids=lambda each: each.name)
+@in_float32([policy for policy in EVERY if policy.shift() is None])
 def test_rows_that_are_not_recomputed_keep_the_kv_of_their_chunk_in_place(name, attention, policy):
     """Chunks prefilled alone elsewhere, against a full forward whose KV are overwritten by hand, layer by layer."""
     model = zoo.build(name, attention)
@@ -160,7 +163,7 @@ def assert_goes_on_as_the_model_itself(name, attention, plan, policy):
     assert_same(logits, own_logits)
 
 
-@pytest.mark.parametrize(("name", "attention", "policy"), matrix(EVERY))
+@in_float32(EVERY)
 def test_generate_goes_on_from_right_kv_as_the_model_itself_does(name, attention, policy):
     plan = h.right_plan(IDS, own(name, attention)[1], exact=True)
     assert_goes_on_as_the_model_itself(name, attention, plan, policy)

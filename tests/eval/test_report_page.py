@@ -33,6 +33,9 @@ def page(request, browser, address):
     context.close()
 
 
+two_looks = pytest.mark.parametrize("page", LOOKS[::3], indirect=True)  # wide and light, narrow and dark
+
+
 def column(table, at):
     """Return the cells of a column, from top to bottom."""
     return [cell.strip() for cell in table.locator(f"tbody tr > :nth-child({at + 1})").all_inner_texts()]
@@ -56,6 +59,7 @@ def test_plots_have_a_size_and_text_can_be_read(page):
     assert page.evaluate(CONTRASTS) == []
 
 
+@two_looks
 def test_tables_sort_by_number_and_back(page):
     table = page.locator("table").first
     given = column(table, 2)
@@ -72,6 +76,7 @@ def test_tables_sort_by_number_and_back(page):
     assert (head.get_attribute("aria-sort"), column(table, 2)) == ("none", given)
 
 
+@two_looks
 def test_unknown_values_sort_last(page):
     table = page.locator("table").first
     for _ in range(2):
@@ -81,6 +86,7 @@ def test_unknown_values_sort_last(page):
     assert column(table, 0) == sorted(column(table, 0))
 
 
+@two_looks
 def test_the_theme_can_be_changed(page):
     def paper():
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -94,6 +100,7 @@ def test_the_theme_can_be_changed(page):
     assert paper() == before
 
 
+@two_looks
 def test_the_heat_map_shows_one_policy_at_a_time(page):
     assert [view.is_visible() for view in page.locator(".view").all()] == [True, False]
     page.locator(".heat select").select_option("link:k=8")
