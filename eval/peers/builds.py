@@ -51,9 +51,12 @@ class Build(Worker):
 
     def prefill(self, case: Case) -> dict[str, Any]:
         """Let it prefill a prompt: `ttft_s`, `stages`, `recomputed_share`, and the prompt's `token_ids`."""
-        return self._ask(op="prefill", question=case.question, chunks=case.chunks)
+        reply = self._ask(op="prefill", question=case.question, chunks=case.chunks)
+        with self._understood():
+            return {name: reply[name] for name in ("ttft_s", "stages", "recomputed_share", "token_ids")}
 
     def judge(self, answer: list[int], answer_tokens: int) -> tuple[Tensor, list[int]]:
         """Return the logits `[tokens, vocab]` along an answer of the prompt prefilled last, and its own answer."""
         reply = self._ask(op="judge", answer=answer, answer_tokens=answer_tokens)
-        return decoded(reply["logits"]).view(len(answer), -1), reply["answer"]
+        with self._understood():
+            return decoded(reply["logits"]).view(len(answer), -1), [int(token) for token in reply["answer"]]

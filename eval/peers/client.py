@@ -9,8 +9,8 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -93,7 +93,8 @@ class Worker:
         worker = cls(name, process, said, timeout_s)
         try:
             reply = worker._ask(op="load", model=str(model_path), threads=threads)
-            worker.versions, worker.settings = reply["versions"], reply["settings"]
+            with worker._understood():
+                worker.versions, worker.settings = reply["versions"], reply["settings"]
         except BaseException:
             worker.close()
             raise
@@ -145,6 +146,14 @@ class Worker:
             raise PeerError(f"the peer {self.name} could not do its part ({request['op']}): {reply['error']}")
         return reply
 
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Take a reply that lacks what is read, or holds something else there, for the end of the process."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self._failed(f"answered what is no answer ({error!r})") from None
+
     def _failed(self, what: str) -> PeerError:
         """Return the error for a process that cannot go on, which is ended."""
         self._process.kill()
@@ -195,12 +204,10 @@ class Peer(Worker):
     def answer(self, parts: list[list[int]], answer_tokens: int) -> PeerAnswer:
         """Let it answer the prompt made of `parts`, greedily, with at most so many tokens."""
         reply = self._ask(op="answer", parts=parts, answer_tokens=answer_tokens)
-        try:
+        with self._understood():
             coded = reply.get("logits")
             logits = None if coded is None else decoded(coded)
             return PeerAnswer(float(reply["ttft_s"]), [int(token) for token in reply["answer"]], logits)
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._failed(f"answered what is no answer ({error!r})") from None
 
 
 def decoded(coded: str) -> Tensor:

@@ -18,8 +18,9 @@ from support.llm import QUESTION, TEXTS, chat_tokenizer, plain, saved_model, tin
 from transformers import AutoModelForCausalLM
 
 from chunkcache.errors import PeerError
+from chunkcache.eval import Case
 from chunkcache.eval.commands.peers import bench_peers
-from chunkcache.eval.peers import PEERS, Peer, environments, parts, peer_weights, setup_peers
+from chunkcache.eval.peers import PEERS, Build, Peer, environments, parts, peer_weights, setup_peers
 from chunkcache.eval.peers.registry import PeerSpec
 from chunkcache.eval.peers.weights import float32_gguf
 from chunkcache.prompt.builder import PromptChunk
@@ -46,15 +47,20 @@ def running(request, model_folder):
 def speaking(monkeypatch, tmp_path):
     """Return what starts a peer whose worker is a script of the test's own."""
 
-    def start(script, timeout_s=60.0):
+    def start(script, kind=Peer, timeout_s=60.0):
         (tmp_path / "worker.py").write_text(f"import json, sys, time\n{script}")
         monkeypatch.setattr("chunkcache.eval.peers.client.HERE", tmp_path)
-        return Peer.start("transformers", tmp_path, tmp_path, 1, timeout_s=timeout_s, python=PYTHON)
+        return kind.run("transformers", PYTHON, [], tmp_path, 1, timeout_s)
 
     return start
 
 
 LOADED = 'print(json.dumps({"ok": True, "versions": {}, "settings": {}}), flush=True)\nsys.stdin.readline()\n'
+
+
+def replying(reply):
+    """Return the script of a worker that loads, and answers the first question with this."""
+    return f"sys.stdin.readline(); {LOADED}print({reply!r}, flush=True); time.sleep(1000)"
 
 
 def test_answers_are_those_of_generate(running):
@@ -134,9 +140,20 @@ def test_garbage_is_told(speaking, line):
 
 @pytest.mark.parametrize("reply", ["{}", '{"ttft_s": 1, "answer": 3}', '{"ttft_s": 1, "answer": [1], "logits": "?"}'])
 def test_an_answer_that_is_none_is_told(speaking, reply):
-    script = f"sys.stdin.readline(); {LOADED}print({reply!r}, flush=True); time.sleep(1000)"
-    with speaking(script) as peer, pytest.raises(PeerError, match="answered what is no answer"):
+    with speaking(replying(reply)) as peer, pytest.raises(PeerError, match="answered what is no answer"):
         peer.answer(PROMPT, 1)
+
+
+@pytest.mark.parametrize("reply", ["{}", '{"ttft_s": 1}'])
+def test_a_prefill_of_another_build_that_lacks_something_is_told(speaking, reply):
+    with speaking(replying(reply), Build) as build, pytest.raises(PeerError, match="what is no answer"):
+        build.prefill(Case(QUESTION, TEXTS))
+
+
+@pytest.mark.parametrize("reply", ['{"answer": [1]}', '{"answer": [1], "logits": "AAAAAAAAAAA="}'])  # 2 for 3 tokens
+def test_logits_of_another_build_that_are_none_are_told(speaking, reply):
+    with speaking(replying(reply), Build) as build, pytest.raises(PeerError, match="what is no answer"):
+        build.judge([1, 2, 3], 4)
 
 
 def test_an_unknown_peer_and_one_that_is_not_set_up_are_told(tmp_path):
