@@ -52,7 +52,7 @@ from transformers.utils import logging as transformers_logging
 from chunkcache.errors import InputError, ModelNotFoundError, missing_extra
 from chunkcache.kv.device import devices
 from chunkcache.models.cache import cache_dir, digest_of, make_once
-from chunkcache.models.gguf import check_pre_tokenizer, pre_tokenizer_name, restore_pre_tokenizer
+from chunkcache.models.gguf import check_pre_tokenizer, pre_tokenizer_name, read_once, restore_pre_tokenizer
 from chunkcache.models.packaged import ALIASES, DEFAULT_MODEL
 
 __all__ = ["ALIASES", "DEFAULT_MODEL", "DTYPES", "available_devices", "cache_dir", "load_model"]
@@ -175,11 +175,11 @@ def _check_gguf_packages(gguf: Path) -> None:
 
 
 def _convert(name: str, gguf: Path, folder: Path) -> None:
-    with _failure_named("tokenizer", name, str(gguf)):
-        pre_tokenizer = pre_tokenizer_name(gguf)
-    if pre_tokenizer is not None:
-        check_pre_tokenizer(pre_tokenizer, gguf)
-    with _no_gguf_bar():
+    with read_once(), _no_gguf_bar():
+        with _failure_named("tokenizer", name, str(gguf)):
+            pre_tokenizer = pre_tokenizer_name(gguf)
+        if pre_tokenizer is not None:
+            check_pre_tokenizer(pre_tokenizer, gguf)
         model, tokenizer = _from_pretrained(
             name,
             str(gguf.parent),

@@ -18,6 +18,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,25 @@ _ROWS: tuple[tuple[str, Splits | None], ...] = (
 PRE_TOKENIZERS: dict[str, Splits | None] = {name: splits for names, splits in _ROWS for name in names.split()}
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Parse a file, and make the map of its tensors' names, once in all, however often they are asked for.
+
+    transformers parses a file for its config and again for its weights, which takes seconds where the vocabulary is
+    large; and makes the map anew for each module of the model, which takes longer the more layers there are.
+    """
+    import gguf  # an extra
+
+    makers = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, make in makers.items():
+            setattr(gguf, name, cache(make))
+        yield
+    finally:
+        for name, make in makers.items():
+            setattr(gguf, name, make)
+
+
 def pre_tokenizer_name(gguf: Path) -> str | None:
     """Return the name of a file's pre-tokenizer, from its metadata alone.
 
@@ -167,7 +189,7 @@ def pre_tokenizer_name(gguf: Path) -> str | None:
     """
     from gguf import GGUFReader  # an extra
 
-    fields = GGUFReader(gguf).fields
+    fields = GGUFReader(str(gguf)).fields
 
     def text(key: str) -> str:
         field = fields.get(key)

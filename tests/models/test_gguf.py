@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from helpers_tokenizer import tiny_tokenizer
@@ -121,11 +122,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def packaged() -> PreTrainedTokenizerBase:
     """The tokenizer of the packaged model's file, not of a conversion that an older build may have left behind."""
     try:
-        gguf = ALIASES[DEFAULT_MODEL].path()
+        file = ALIASES[DEFAULT_MODEL].path()
     except ModelNotFoundError as error:
         pytest.skip(str(error))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    restore_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer_name(gguf) or "")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+    restore_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer_name(file) or "")
     return tokenizer
 
 
@@ -147,6 +148,20 @@ def packaged() -> PreTrainedTokenizerBase:
 def test_the_packaged_model_has_its_own_ids(packaged: PreTrainedTokenizerBase, text: str, ids: list[int]) -> None:
     assert packaged(text).input_ids == ids
     assert packaged.decode(ids) == text
+
+
+def test_a_file_is_parsed_once_and_its_tensors_are_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "x", pre="smollm")
+    made = []
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        make = getattr(gguf, name)
+        monkeypatch.setattr(gguf, name, lambda *given, make=make, name=name: made.append(name) or make(*given))
+    counting = gguf.GGUFReader, gguf.get_tensor_name_map
+    load_model(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert sorted(made) == ["GGUFReader", "get_tensor_name_map"]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == counting  # nothing is left behind
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
