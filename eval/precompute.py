@@ -82,5 +82,5 @@ def summary(results: Results) -> dict[str, Any]:
         "behind": "{way}", "time, s": "{seconds:.1f}", "time / packaged": "{ratio:.2f}",
         "chunks behind nearest": "{near:.0%}", "of their nearest": "{overlap:.0%}",
     }  # fmt: skip
-    title = f"{results.settings['texts']} chunks precomputed, medians of {max(packaged) + 1} rounds"
+    title = f"{results.settings['texts']} chunks precomputed, medians of {len(packaged)} rounds"
     return {"ways": sums, "tables": [table(title, columns, sums)], "plots": []}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 
 from chunkcache.cli.console import Bar, progress
+from chunkcache.errors import DocumentError
 from chunkcache.eval.commands.inputs import about
 from chunkcache.eval.commands.options import (
     ModelOptions,
@@ -173,6 +174,8 @@ def bench_precompute(options: PrecomputeOptions) -> None:
     from chunkcache.eval.neighbours import ChunkPool
 
     chunks = DataSet.read(options.data).chunks()[: options.texts]
+    if len(chunks) < 2:
+        raise DocumentError(f"{options.data} has {len(chunks)} chunk: none is nearest to another; give more")
     model, tokenizer = options.model.load()
     texts = list(cut([Case("", chunks)], options.chunk_tokens, tokenizer)[0].chunks)
     settings = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import zoo
 from support.llm import VOCAB, chat_tokenizer
 
@@ -28,3 +30,12 @@ def test_each_way_is_timed_against_the_lead_in_alone():
     assert alone["overlap"] < once["overlap"] <= found["neighbours"]["overlap"]
     assert all(row["ratio"] > 0 for row in found.values())
     assert [row[0] for row in summary(results)["tables"][0]["rows"]] == list(WAYS)
+    assert summary(Results(BENCH, {"texts": 4}, {}))["ways"] == []  # interrupted before its first row
+
+
+def test_one_chunk_alone_has_none_that_is_nearest(command_line, tmp_path):
+    data = tmp_path / "one.json"
+    data.write_text(json.dumps([{"question": "?", "answers": [], "ctxs": [{"title": "", "text": TEXTS[0]}]}]))
+    code, _, error = command_line("bench", "precompute", str(data), "--model", "/no/such/model")
+    assert code == 2
+    assert "has 1 chunk: none is nearest" in " ".join(error.split())
