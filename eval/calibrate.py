@@ -84,7 +84,7 @@ def calibrate(
         base = replace(base, lead=llm.engine.tuning.lead if lead_in is None else lead_in.lead)
     base = replace(base if look is None else base.fitted(look.look), guard=None)
     chunks = ChunkPool(pool or [chunk for case in cases for chunk in case.chunks])
-    contender = PolicyContender(guarded, base, llm, False, ANSWER_TOKENS, lead_for(lead, chunks.nearest))
+    contender = PolicyContender(guarded, base, llm, False, ANSWER_TOKENS, lead_for(guarded, chunks.nearest))
     versions = chunkcache.wrap(model, tokenizer, store=_STORE, policy=CacheCraft())
     steps: list[list[tuple[Signals, float]]] = []
     wanted: list[Fidelity] = []

@@ -302,18 +302,19 @@ def parse_contender(name: str) -> tuple[Policy, str]:
     return policy, lead
 
 
-def lead_for(lead: str, nearest: FindNearest | None) -> LeadOf | None:
+def lead_for(name: str, nearest: FindNearest | None) -> LeadOf | None:
     """Return what says behind which chunks those of a contender are computed; None for behind the lead-in alone.
 
     Raises:
         PolicyError: chunks are to be computed behind their nearest, and `nearest` is None.
     """
+    lead = name.partition("@")[2]
     if lead == FIRST:
         return lambda texts: ([[] for _ in texts], True)
     if not lead:
         return None
     if nearest is None:
-        raise PolicyError(f"which chunks are nearest is not known here; leave @{lead} out")
+        raise PolicyError(f"{name}: which chunks are nearest is not known here; leave @{lead} out")
     return lambda texts: (nearest(texts), lead == NEIGHBOURS)
 
 
@@ -339,7 +340,7 @@ def policy_contenders(
     contenders = []
     for name in names:
         policy, lead = parse_contender(name)
-        lead_of = lead_for(lead, nearest)
+        lead_of = lead_for(name, nearest)
         if policy.stores_in_context or policy.versioned:
             llm = chunkcache.wrap(model, tokenizer, store=_OWN_STORE)
         else:

@@ -40,10 +40,7 @@ def logits(model, policy: str, store: str):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_logits_are_the_cpus(policy):
     wanted, answer = logits(new(), policy, "memory://")
-    places = [(1, "memory://")]
-    if policy.startswith("query"):
-        places.append((4, "device://"))  # a scout looks on both devices
-    for first, store in places:
+    for first, store in ((1, "memory://"), (4, "device://")):  # 4: a scout of `query` looks on both
         with PretendDevice(count=2) as device:
             found, theirs = logits(sharded(first), policy, store)
             assert not device.total.violations, device.total.violations

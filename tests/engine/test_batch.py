@@ -66,7 +66,7 @@ def test_full_prefill_gives_what_the_model_alone_gives(name):
 
 
 @pytest.mark.parametrize("policy", ["full", "prefix", "reuse", "link:k=4", "cacheblend"])
-@pytest.mark.parametrize("max_batch", [3, 8])
+@pytest.mark.parametrize("max_batch", [1, 3, 8])
 def test_a_policy_that_looks_at_no_question_gives_what_it_gives_one_by_one(policy, max_batch):
     one = wrapped(policy=policy)
     wanted = [ask(one, request, **OPTIONS) for request in MIXED]

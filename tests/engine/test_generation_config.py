@@ -52,11 +52,11 @@ def shipped_with(**config: Any) -> chunkcache.CachedLLM:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_checkpoints_length_goes_before_the_librarys_and_the_callers_before_both(way):
-    llm, ask = shipped_with(max_new_tokens=9), WAYS[way]
-    assert ask(llm) == 9
+    llm, ask = shipped_with(max_new_tokens=70), WAYS[way]
+    assert ask(llm) == 70
     assert ask(llm, generation_config=GenerationConfig(max_new_tokens=5)) == 5
     assert ask(llm, generation_config=GenerationConfig(max_new_tokens=5), max_new_tokens=3) == 3
-    assert ask(llm, generation_config=GenerationConfig()) == 9
+    assert ask(llm, generation_config=GenerationConfig()) == 70
     assert ask(shipped_with()) == 64
 
 

@@ -29,7 +29,7 @@ def test_a_name_says_what_chunks_are_computed_behind():
 
 
 def test_where_nothing_is_known_of_neighbours_they_are_refused():
-    with pytest.raises(PolicyError, match="@neighbours"):
+    with pytest.raises(PolicyError, match="query@neighbours"):
         compare(tiny_model(), chat_tokenizer(), [Case(QUESTION, TEXTS)], Comparison(["query@neighbours"]))
 
 

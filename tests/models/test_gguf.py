@@ -13,7 +13,7 @@ from support.gguf import write_gguf
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from chunkcache.errors import ModelNotFoundError
 from chunkcache.models import ALIASES, DEFAULT_MODEL, cache_dir, load_model
@@ -119,15 +119,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def packaged() -> PreTrainedTokenizerBase:
-    """The tokenizer of the packaged model's file, not of a conversion that an older build may have left behind."""
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     try:
-        file = ALIASES[DEFAULT_MODEL].path()
+        ALIASES[DEFAULT_MODEL].path()
     except ModelNotFoundError as error:
         pytest.skip(str(error))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
-    restore_pre_tokenizer(tokenizer.backend_tokenizer, pre_tokenizer_name(file) or "")
-    return tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHUNKCACHE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return load_model(DEFAULT_MODEL, device="cpu")[1]
 
 
 @pytest.mark.model
