@@ -22,8 +22,12 @@ MODEL = "tiny"
 def served(llm: Any = None, limits: Limits | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
     """Serve a tiny model; yield the server's URL and its service."""
     service = Service(llm or wrapped(), MODEL, limits)
-    config = uvicorn.Config(create_app(service, ServeOptions(**options)), port=0, log_level="warning")
-    server = uvicorn.Server(config)
+    app = create_app(service, ServeOptions(**options))
+    # FastAPI builds the routes it includes on their first use, with `warnings.catch_warnings`, which threads must not
+    # share: two servers of this process would.
+    for route in app.routes:
+        route.matches({"type": "http", "method": "GET", "path": "/", "headers": []})
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
