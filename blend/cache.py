@@ -52,6 +52,10 @@ class Probed(Exception):  # noqa: N818 - a jump out of a layer, not an error
         self.fresh = torch.cat((key, value))
 
 
+class _Overwritten(Exception):  # noqa: N818 - a jump out of the model, not an error
+    """The KV of the last layer are in place; what the model would go on to compute is not wanted."""
+
+
 class FusedCache(DynamicCache):
     """Keys and values of one plan, assembled lazily.
 
@@ -208,11 +212,16 @@ class FusedCache(DynamicCache):
 
     @contextmanager
     def overwriting(self, rows: Tensor) -> Iterator[None]:
-        """In the block, let the model compute `rows` (sorted, on the CPU) anew, in place of the KV that are here."""
+        """In the block, let the model compute `rows` (sorted, on the CPU) anew, in place of the KV that are here.
+
+        It is left at the last layer, as soon as that has its keys and values.
+        """
         self.go_on_with(rows)
         self._overwriting = True
         try:
             yield
+        except _Overwritten:
+            pass
         finally:
             self._overwriting = False
 
@@ -221,6 +230,8 @@ class FusedCache(DynamicCache):
         rows = self.rows_on(keys.device)
         keys.index_copy_(2, rows, key)
         values.index_copy_(2, rows, value)
+        if layer_idx + 1 == len(self.layers):
+            raise _Overwritten
         return keys, values
 
     def assemble(self, layer_idx: int, like: Tensor) -> Tensor:

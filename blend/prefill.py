@@ -26,6 +26,7 @@ from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.carried import LAST, CarriedRows
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.filtering import RowFilter
+from chunkcache.blend.last import LastLayer
 from chunkcache.blend.later import Later
 from chunkcache.blend.loader import LEAST_DEPTH
 from chunkcache.blend.plan import Plan
@@ -156,7 +157,7 @@ class SelectivePrefill:
         try:
             while True:
                 try:
-                    output = self._forward(**{**kwargs, **self._cut(input_ids)})
+                    output = self._forward(**{**kwargs, **self._cut(input_ids, kwargs.get("logits_to_keep"))})
                     break
                 except EntryLostError as lost:  # the store has counted it; its chunk is computed here and now
                     self._remove_hooks()
@@ -177,8 +178,11 @@ class SelectivePrefill:
         else:
             del self.model.forward
 
-    def _cut(self, input_ids: Tensor) -> dict[str, Any]:
-        """Return the input of the forward that computes the selected rows only; hook what filters and records it."""
+    def _cut(self, input_ids: Tensor, wanted: Any) -> dict[str, Any]:
+        """Return the input of the forward that computes the selected rows only; hook what filters and records it.
+
+        If `wanted` is a number, that of rows at the end whose logits are wanted, the last layer computes only these.
+        """
         plan = self.cache.plan = _extended(self.cache.plan, input_ids)
         self.cache.input_ids = input_ids
         policy, decoder = self._policy, self._decoder
@@ -203,6 +207,9 @@ class SelectivePrefill:
             self._handles += CarriedRows(decoder, self.cache, carried, rows).hook()
         if len(plan.inexact) > 0 and not recording and policy.filter_layers(len(decoder.layers)):
             self._handles += RowFilter(decoder, policy, self.cache).hook()
+        watched = policy.shift() is not None or "chunkcache_watch" in vars(decoder.attentions[-1])
+        if isinstance(wanted, int) and wanted > 0 and not (recording or watched):
+            self._handles += LastLayer(decoder, self.cache, wanted).hook()
         on_device = self.cache.rows_on(input_ids.device)
         return {
             "input_ids": self.cache.ids_on(input_ids.device),

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +31,10 @@ Item = TypeVar("Item")
 NAME = "chunkcache_pack"
 PACK_TOKENS = 1024  # of all chunks in one forward; twice as many measured no faster on a CPU
 PACK_TOKENS_THERE = 8192  # on an accelerator, where a short forward is bound by its launches; not measured
+
+
+class _Computed(Exception):  # noqa: N818 - a jump out of the model, not an error
+    """The KV of the last layer are there; what the model would go on to compute is not wanted."""
 
 
 class ChunkEncoder(Protocol):
@@ -116,7 +122,7 @@ class _Pack:
     """Chunks that one forward computes in one row, each behind the same context.
 
     The model runs without a cache: keys and values of the whole row exist only in the layer that it is in, which
-    copies each chunk's into what is stored of it.
+    copies each chunk's into what is stored of it. The last layer is left there.
     """
 
     def __init__(self, decoder: Decoder, context: Sequence[Span], chunks: Sequence[TokenIds]) -> None:
@@ -126,6 +132,8 @@ class _Pack:
         self._start = sum(map(len, context))
         self._end = self._start + max(map(len, chunks))
         self._layers: list[list[Tensor]] = [[] for _ in chunks]
+        ends = list(accumulate(map(len, chunks)))
+        self._rows = [slice(end - len(chunk), end) for chunk, end in zip(chunks, ends, strict=True)]
 
     def prefill(self) -> Iterator[ChunkKV]:
         """Run the model, and yield the KV of each chunk."""
@@ -136,8 +144,8 @@ class _Pack:
             vars(module)["chunkcache_attend"] = partial(self._attend, index)
         # of the longest chunk
         positions = contiguous_from(torch.arange(self._start, self._end, device=twin.device), self._start)
-        with torch.no_grad():
-            twin.model.base_model(  # the LM head is not needed
+        with torch.no_grad(), suppress(_Computed):
+            twin.model.base_model(
                 input_ids=torch.tensor([[token for chunk in self._chunks for token in chunk]], device=twin.device),
                 position_ids=torch.cat([positions[: len(chunk)] for chunk in self._chunks])[None],
                 attention_mask=self._decoder.masks(positions, self._end),
@@ -168,18 +176,22 @@ class _Pack:
 
         Returns:
             `[1, rows, heads, head_dim]` and None.
+
+        Raises:
+            _Computed: this was the last layer.
         """
+        for layers, rows in zip(self._layers, self._rows, strict=True):
+            layers.append(torch.cat((key[:, :, rows], value[:, :, rows])))
+        if layer_idx + 1 == len(self._decoder.layers):
+            raise _Computed
         seen = key.new_empty(2, key.shape[1], self._end, key.shape[3])  # the context, then one chunk after another
         rotary = self._decoder.rotaries[layer_idx]
         for span in self._context:
             assert span.kv is not None
             place(span, span.kv.layers[layer_idx], rotary, seen[:, :, span.start : span.stop])
         outputs = []
-        first = 0
-        for chunk, layers in zip(self._chunks, self._layers, strict=True):
-            rows = slice(first, first := first + len(chunk))
+        for chunk, layers, rows in zip(self._chunks, self._layers, self._rows, strict=True):
             end = self._start + len(chunk)
-            layers.append(torch.cat((key[:, :, rows], value[:, :, rows])))
             seen[:, :, self._start : end] = layers[-1]
             mask = upper(attention_mask, len(chunk))
             if mask.is_floating_point():  # eager

@@ -113,6 +113,22 @@ def test_rows_that_are_not_recomputed_keep_the_kv_of_their_chunk_in_place(name, 
     assert_same_layers(prefill.layers, h.layers_of(reference))
 
 
+@pytest.mark.parametrize("wanted", [1, 3])
+@in_float32(EVERY)
+def test_of_rows_whose_logits_are_not_wanted_the_last_layer_gives_keys_and_values_alone(
+    name, attention, policy, wanted
+):
+    decoder = h.decoder(name, attention)
+    plan = h.chunk_plan(decoder.model, IDS)
+    whole = h.Selective(decoder, plan, policy)
+    part = h.Selective(decoder, plan, policy, logits_to_keep=wanted)
+    assert_same(part.logits, whole.logits[-wanted:])
+    assert_same_layers(part.layers, whole.layers)
+    assert list(map(len, part.cache.computed_rows)) == list(map(len, whole.cache.computed_rows))
+    if policy.shift() is None:
+        assert part.rows.tolist() == list(range(len(IDS) - wanted, len(IDS)))
+
+
 @models
 @dtypes
 @pytest.mark.parametrize(("old", "new"), [(0, 100), (100, 0), (7, 8)])

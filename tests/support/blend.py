@@ -101,13 +101,13 @@ class Selective:
     """
 
     @torch.no_grad()
-    def __init__(self, decoder: Decoder, plan: Plan, policy: Policy) -> None:
+    def __init__(self, decoder: Decoder, plan: Plan, policy: Policy, **options: Any) -> None:
         prefill = SelectivePrefill(decoder, plan, policy, trim=False)
         self.cache = prefill.cache
         self.rows_at: dict[int, Tensor] = {}
         self._update, prefill.cache.update = prefill.cache.update, self._note_rows
         output = prefill.model(
-            input_ids=torch.tensor([plan.token_ids]), past_key_values=prefill.cache, use_cache=True
+            input_ids=torch.tensor([plan.token_ids]), past_key_values=prefill.cache, use_cache=True, **options
         )
         del prefill.cache.update
         self.logits = output.logits[0]
