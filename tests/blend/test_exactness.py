@@ -20,6 +20,7 @@ from support.blend import span
 
 from chunkcache.blend import POLICIES, FusedCache, Plan, SelectivePrefill
 from chunkcache.blend.link import Link
+from chunkcache.blend.query import Query
 from chunkcache.blend.reuse import Reuse
 
 IDS = h.random_ids()
@@ -99,7 +100,7 @@ def test_over_right_kv_any_selection_gives_the_models_own_prefill(name, attentio
     assert_same_layers(prefill.layers, h.layers_of(cache))
 
 
-@in_float32([policy for policy in EVERY if policy.shift() is None])
+@in_float32([*(policy for policy in EVERY if policy.shift() is None), Query(window=20, words=40, most=1.0)])
 def test_rows_that_are_not_recomputed_keep_the_kv_of_their_chunk_in_place(name, attention, policy):
     """Chunks prefilled alone elsewhere, against a full forward whose KV are overwritten by hand, layer by layer."""
     model = zoo.build(name, attention)

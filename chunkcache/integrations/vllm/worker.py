@@ -143,7 +143,7 @@ class Working:
         prompt = lookup.spec.prompt(lookup.token_ids)
         if policy.afterwards():
             warn_once("policy %s: nothing is recomputed later inside vLLM; that option is left out", policy)
-            policy = policy.at_once()
+        policy = policy.at_once()
         if (reason := refusal(policy, len(served.paged.heads), served.ranks)) is not None:
             warn_once("policy %s is not served inside vLLM, since %s: requests are not reused", policy, reason)
             return _Found(Plan(prompt.token_ids), policy, Report())
