@@ -103,7 +103,8 @@ class Query(Policy):
         window: tokens that the narrowest layer sees, 0 if all see the whole prompt; None for what the model has. Of
             a prompt that does not fit, two fifths of what is selected without a look are marks in the window.
         depth: share of the layers, above which what is selected without a look is recomputed no further if the prompt
-            does not fit in the window; the next layer still gets its keys and values. 1 for all layers, None for `DEPTH`.
+            does not fit in the window; the next layer still gets its keys and values. 1 for all layers, None for
+            `DEPTH`.
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
