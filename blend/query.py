@@ -32,7 +32,8 @@ MIDDLE = (1 / 2, 2 / 3)  # shares of the depth: where a look tells most, and cos
 AUTO_MASS = 0.5  # ratio=auto selects the fewest tokens that hold this share of the attention
 HEADS = 2  # ratio=auto selects the first so many of each chunk, where that is little beside the others
 MARKS = 2 / 5  # share of what is selected without a look that are marks, if the model has a sliding window
-DEPTH = 0.6  # share of the layers up to which what is selected without a look is recomputed, with a window
+DEPTH = (1 / 3, 0.6)  # shares of the depth: how far what is selected without a look is recomputed, with a window
+ALL = (1.0, 1.0)  # likewise: in all layers
 FEW = 2048  # tokens to select from, beyond which what is selected without a look grows with them
 LEAD = 1024  # tokens of lead-in, where no calibration says otherwise
 
@@ -102,9 +103,9 @@ class Query(Policy):
             question's own words (`blend.words`).
         window: tokens that the narrowest layer sees, 0 if all see the whole prompt; None for what the model has. Of
             a prompt that does not fit, two fifths of what is selected without a look are marks in the window.
-        depth: share of the layers, above which what is selected without a look is recomputed no further if the prompt
-            does not fit in the window; the next layer still gets its keys and values. 1 for all layers, None for
-            `DEPTH`.
+        depth: two shares of the depth, where what is selected without a look, of a prompt that does not fit in the
+            window, is recomputed no further: at the first what lies before the window; at the second, whose keys and
+            values are still computed, the others. Not given they are `DEPTH`; `depth=1,1` is all layers.
         later: share of the chunk tokens that is recomputed once the first token is out, by the same attention.
 
     Raises:
@@ -122,7 +123,7 @@ class Query(Policy):
     least: int | None = None
     words: int | None = None
     window: int | None = None
-    depth: float | None = None
+    depth: Schedule = ()
     later: float | None = None
 
     def __post_init__(self) -> None:
@@ -136,8 +137,8 @@ class Query(Policy):
             raise PolicyError(f"guard={self.guard} is not above 0; it bounds the KL of the first token, in nats")
         if self.window is not None and self.window < 0:
             raise PolicyError(f"window={self.window} is negative; it is a number of tokens, 0 for no window")
-        if self.depth is not None and not 0 < self.depth <= 1:
-            raise PolicyError(f"depth={self.depth} is not above 0 and at most 1; it is a share of the layers")
+        if self.depth and (len(self.depth) != 2 or not 0 < self.depth[0] <= self.depth[1] <= 1):
+            raise PolicyError(f"depth={self.depth} are not two rising shares of the depth, as in depth=0.33,0.6")
         if len(self.layers) not in (0, 2):
             raise PolicyError(f"layers={self.layers} are not two shares of the depth, as in layers=0.5,0.67")
         _ = self.look
@@ -170,7 +171,7 @@ class Query(Policy):
 
     def at_once(self) -> Query:
         """Return it without `later`, and in all layers."""
-        return replace(self, later=None, depth=1.0)
+        return replace(self, later=None, depth=ALL)
 
     def guarded(self) -> float | None:
         """Return `guard`."""
@@ -204,18 +205,26 @@ class Query(Policy):
         return _between(*MIDDLE, layers)
 
     def filter_layers(self, layers: int) -> Sequence[int]:
-        """Return the layer that is the first above `depth`, of a model with a window."""
-        depth = DEPTH if self.depth is None else self.depth
-        end = math.ceil(layers * depth)
-        return [end] if self.window and self._is_quick and end < layers else []
+        """Return where rows end by `depth`, of a model with a window."""
+        ends = self._ends(layers) if self.window and self._is_quick else ()
+        return sorted({end for end in ends if end < layers})
 
     def filter_rows(self, check: Check) -> Tensor | None:
-        """Return all but those of chunks; None, for all of them, where the prompt fits in the window or it looked."""
+        """Return what is not from chunks, and up to the second layer what lies in the window; None if it looked."""
         plan = check.plan
         if not self.window or self.window >= len(plan) or self.wants_attention(plan):
             return None
-        check.kv()  # are kept
-        return (~torch.isin(check.rows_on_host(), plan.inexact)).nonzero()[:, 0]
+        first = len(plan) - self.window  # that the window still holds
+        if check.layer == self._ends(check.layers)[1]:
+            first = len(plan)
+            check.kv()  # which it keeps
+        stays = torch.ones(len(plan), dtype=torch.bool)
+        stays[plan.inexact[plan.inexact < first]] = False
+        return stays[check.rows_on_host()].nonzero()[:, 0]
+
+    def _ends(self, layers: int) -> tuple[int, int]:
+        first, last = self.depth or DEPTH
+        return math.ceil(layers * first), math.ceil(layers * last)
 
     def carries(self) -> bool:
         """Return whether the ratio is `auto`: of so few rows the question would be the larger part."""

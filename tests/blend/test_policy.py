@@ -35,7 +35,7 @@ OPTIONS = {
     "least": st.none() | st.integers(0, 10**6),
     "words": st.none() | st.integers(0, 1000),
     "window": st.none() | st.integers(0, 5000),
-    "depth": st.none() | st.floats(0, 1, exclude_min=True),
+    "depth": st.sampled_from([(), (0.25, 0.5), (1.0, 1.0)]),
     "later": st.none() | st.floats(0, 1),
     "probes": st.sampled_from(["top", "even"]),
     "fusionrag.lead": st.sampled_from(["neighbours", "none"]),

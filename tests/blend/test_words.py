@@ -130,38 +130,47 @@ def test_what_is_asked_for_is_taken_in_any_case_and_once():
     assert len(near_words(plan, 6, torch.cat((first, first)))) == 6
 
 
-@pytest.mark.parametrize(("options", "end"), [({}, 18), ({"depth": 0.5}, 15), ({"depth": 0.21}, 7)])
-def test_of_a_prompt_that_does_not_fit_in_the_window_rows_end_on_the_way_up(options, end):
+@pytest.mark.parametrize(
+    ("options", "before", "within"),
+    [
+        ({}, 10, 18),
+        ({"depth": (0.5, 0.5)}, None, 15),
+        ({"depth": (0.2, 1.0)}, 6, None),
+        ({"depth": (1.0, 1.0)}, None, None),
+    ],
+)
+def test_of_a_prompt_that_does_not_fit_in_the_window_rows_end_on_the_way_up(options, before, within):
     plan = plan_of([tuple(range(100, 200)), tuple(range(200, 300))], (100, 250))
     policy = Query(window=60, most=1.0, **options)
-    assert policy.filter_layers(30) == [end]
-    rows = torch.cat((plan.fresh, policy.select(plan))).sort().values
-    kv = Mock()
-    kept = policy.filter_rows(Check(plan, end, 30, rows, [], kv))
-    assert 0 < len(kept) < len(rows)
-    assert rows[kept].tolist() == plan.fresh.tolist()
-    kv.assert_called_once()
+    fresh, selected = set(plan.fresh.tolist()), set(policy.select(plan).tolist())
+    near = {at for at in selected if at >= len(plan) - 60}
+    assert near
+    assert near < selected
+    rows = torch.tensor(sorted(fresh | selected))
+    left = {end: kept for end, kept in ((before, fresh | near), (within, fresh)) if end is not None}
+    assert policy.filter_layers(30) == list(left)
+    for end, expected in left.items():
+        kv = Mock()
+        kept = policy.filter_rows(Check(plan, end, 30, rows, [], kv))
+        assert set(rows[kept].tolist()) == expected
+        assert kv.called == (end == within)
 
 
 def test_without_a_window_or_behind_a_look_rows_end_nowhere():
     plan = plan_of([tuple(range(100, 200)), tuple(range(200, 300))], (100, 250))
-    for options in (
-        {},
-        {"window": 0},
-        *({"window": 60, **more} for more in ({"ratio": 0.1}, {"guard": 0.1}, {"depth": 1.0})),
-    ):
+    for options in ({}, {"window": 0}, {"window": 60, "ratio": 0.1}, {"window": 60, "guard": 0.1}):
         assert not Query(**options).filter_layers(30)
     for options in ({"window": len(plan)}, {"window": 60, "least": 100}):
-        assert Query(**options).filter_rows(Check(plan, 18, 30, plan.fresh, [], fail)) is None
+        assert Query(**options).filter_rows(Check(plan, 10, 30, plan.fresh, [], fail)) is None
 
 
 def fail():
     raise AssertionError("no keys and values are wanted")
 
 
-@pytest.mark.parametrize("depth", [-0.1, 0.0, 1.1, math.nan])
-def test_a_depth_that_is_none_is_refused(depth):
-    with pytest.raises(PolicyError, match=rf"depth={depth} is not above 0 and at most 1"):
+@pytest.mark.parametrize("depth", [(0.5,), (0.0, 0.5), (0.6, 0.5), (0.5, 1.1), (0.2, 0.3, 0.4)])
+def test_depths_that_are_none_are_refused(depth):
+    with pytest.raises(PolicyError, match="are not two rising shares of the depth"):
         Query(depth=depth)
 
 
