@@ -12,7 +12,7 @@ from chunkcache.blend.attention import Watch
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.policy import Check, Policy
-from chunkcache.blend.rows import RowCut, with_hidden
+from chunkcache.blend.rows import RowCut, hidden_of, with_hidden
 
 
 class RowFilter:
@@ -51,7 +51,7 @@ class RowFilter:
         if self._cut is not None:  # the model's own loop still passes what fits the rows it started with
             kwargs = self._cut.keywords(kwargs, self._mask(index))
         if index in self._checks:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            hidden = hidden_of(args, kwargs)
             kv = partial(self._cache.probe, layer, index, args, kwargs)
             rows = self._cache.rows_on(hidden.device)
             layers = len(self._decoder.layers)

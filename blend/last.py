@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkcache.blend.cache import FusedCache
 from chunkcache.blend.decoder import Decoder
-from chunkcache.blend.rows import RowCut, with_hidden
+from chunkcache.blend.rows import RowCut, hidden_of, with_hidden
 
 
 class LastLayer:
@@ -42,15 +42,15 @@ class LastLayer:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache, decoder, last = self._cache, self._decoder, len(self._decoder.layers) - 1
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        rows = cache.rows_on(hidden.device)
+        device = hidden_of(args, kwargs).device
+        rows = cache.rows_on(device)
         if len(rows) <= self._wanted:
             return args, kwargs
         cache.probe(layer, last, args, kwargs)
         self._rows = rows
-        keep = torch.arange(len(rows) - self._wanted, len(rows), device=hidden.device)
+        keep = torch.arange(len(rows) - self._wanted, len(rows), device=device)
         cache.narrow(keep)
-        mask = decoder.mask(last, decoder.masks(cache.rows_on(hidden.device), len(cache.plan)))
+        mask = decoder.mask(last, decoder.masks(cache.rows_on(device), len(cache.plan)))
         kwargs = RowCut(keep, cache).keywords(kwargs, mask)
         return with_hidden(args, kwargs, lambda hidden: hidden[:, -self._wanted :])
 

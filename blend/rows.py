@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from chunkcache.blend.cache import FusedCache
 
 
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states `[1, rows, hidden]` among the arguments of a decoder layer."""
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
+
+
 def with_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

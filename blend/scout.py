@@ -25,6 +25,7 @@ from chunkcache.blend.carried import Carried
 from chunkcache.blend.decoder import Decoder
 from chunkcache.blend.plan import Plan
 from chunkcache.blend.policy import Policy
+from chunkcache.blend.rows import hidden_of
 
 
 class _Seen(Exception):  # noqa: N818 - a jump out of the model, not an error
@@ -75,8 +76,7 @@ def scout(
             raise _Seen
 
     def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache.carried = Carried(layers[-1] + 1, hidden)
+        cache.carried = Carried(layers[-1] + 1, hidden_of(args, kwargs))
         raise _Seen
 
     cache.go_on_with(plan.fresh if view is None else view.rows)
